@@ -1,0 +1,127 @@
+"""Arguments of the scripts as dataclasses, from a YAML file and the command line."""
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .groups import OPENMOJI_SCENES, SPLITS
+from .stages import PAPER_STAGES, Stage, parse_stages
+
+
+@dataclass
+class ModelArguments:
+    """The towers and the common space; see [`IConEConfig`]."""
+
+    vision_model_name_or_path: str = field(
+        default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder of the vision tower."}
+    )
+    text_model_name_or_path: str = field(
+        default="google-bert/bert-base-uncased", metadata={"help": "Hub id or folder of the text tower."}
+    )
+    projection_dim: int = field(default=2048, metadata={"help": "Dimensions of the common space."})
+    temperature: float = field(default=0.05, metadata={"help": "Temperature of InfoNCE."})
+    instance_logits: str = field(default="dot", metadata={"help": "dot, as the paper prints it, or cosine."})
+    instance_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of cosine instance logits. Default: temperature."}
+    )
+    vision_pooling: str = field(default="pooler", metadata={"help": "Global image feature: pooler, cls or mean."})
+    text_pooling: str = field(default="cls", metadata={"help": "Global sentence feature: pooler, cls or mean."})
+
+    def config(self) -> dict[str, Any]:
+        """The fields that [`IConEModel.from_encoders`] takes as keywords."""
+        return {name: value for name, value in asdict(self).items() if not name.endswith("name_or_path")}
+
+
+@dataclass
+class DataArguments:
+    """A source of groups; see [`load_groups`]."""
+
+    source: str = field(default=OPENMOJI_SCENES, metadata={"help": "Karpathy JSON, Hub id, folder or openmoji-scenes."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of a Karpathy JSON's pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
+    caption_column: str | None = field(default=None, metadata={"help": "Column with a caption or a list of captions."})
+    id_column: str | None = field(default=None, metadata={"help": "Column that names a picture."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of OpenMoji scenes in pixels."})
+    num_train_groups: int | None = field(default=None, metadata={"help": "OpenMoji scenes for training."})
+    num_validation_groups: int | None = field(default=None, metadata={"help": "OpenMoji scenes for validation."})
+    num_test_groups: int | None = field(default=None, metadata={"help": "OpenMoji scenes for the test."})
+    scenes_seed: int = field(default=0, metadata={"help": "Seed of OpenMoji scenes."})
+
+    def load_arguments(self, split: str) -> dict[str, Any]:
+        """The keywords of [`load_groups`] for one split."""
+        per_split = {f"num_{name}_groups" for name in SPLITS}
+        keywords = {name: value for name, value in asdict(self).items() if name not in per_split}
+        return {
+            **keywords,
+            "seed": keywords.pop("scenes_seed"),
+            "split": split,
+            "num_groups": getattr(self, f"num_{split}_groups"),
+        }
+
+
+@dataclass
+class RecipeArguments:
+    """The stages to run; see [`Stage`]."""
+
+    stages: str = field(
+        default="paper", metadata={"help": 'paper, or a list of stages: in YAML, or here as JSON \'[{"name": ...}, ...]\'.'}
+    )
+
+    def parse(self) -> tuple[Stage, ...]:
+        """The stages.
+
+        Raises:
+            ValueError: if the text is neither `paper` nor a list of stages.
+        """
+        if self.stages == "paper":
+            return PAPER_STAGES
+        stages = yaml.safe_load(self.stages)
+        if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+            raise ValueError(f"stages={self.stages!r} is neither 'paper' nor a list of stages.")
+        return parse_stages(stages)
+
+
+def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Reads `[FILE.yaml] [--argument value ...]`; arguments win over the file, the file over the defaults.
+
+    Args:
+        dataclass_types: one instance of each is returned, in this order.
+        argv: default: the command line.
+
+    Raises:
+        SystemExit: with a message, as argparse does, for a file that is missing or no mapping, an unknown key (the nearest
+            known one is named) and everything that the dataclasses refuse.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(dataclass_types, usage="%(prog)s [FILE.yaml] [--argument value ...]")
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        path = Path(argv.pop(0))
+        if not path.is_file():
+            parser.error(f"{path} does not exist.")
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(values, dict):
+            parser.error(f"{path} must hold 'argument: value' lines.")
+        actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+        for name, value in values.items():
+            if name not in actions:
+                nearest = difflib.get_close_matches(str(name), actions, n=1)
+                parser.error(f"{path}: {name} is no argument." + (f" Did you mean {nearest[0]}?" if nearest else ""))
+            actions[name].required = False
+            # argparse converts a default that is a string as it would convert an argument.
+            values[name] = json.dumps(value) if isinstance(value, list | dict) else value
+        parser.set_defaults(**values)
+    known, unknown = parser.parse_known_args(argv)
+    for name in unknown:
+        nearest = difflib.get_close_matches(name.split("=")[0], list(parser._option_string_actions), n=1)
+        parser.error(f"{name} is no argument." + (f" Did you mean {nearest[0]}?" if nearest else ""))
+    try:
+        return parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        parser.error(str(error))

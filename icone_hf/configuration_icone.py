@@ -1,0 +1,98 @@
+"""Configuration of IConE."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .encoders import EfficientNetLiteConfig  # noqa: F401  (registers a tower that AutoConfig would not know)
+
+POOLINGS = ("pooler", "cls", "mean")
+INSTANCE_LOGITS = ("dot", "cosine")
+
+
+def tower_width(config: PreTrainedConfig) -> int:
+    """Width of a tower's pooled output: its `hidden_size`, or the last of its `hidden_sizes` (ResNet, ConvNeXt).
+
+    Raises:
+        ValueError: if the tower's config has neither.
+    """
+    width = getattr(config, "hidden_size", None)
+    if width is None:
+        width = (getattr(config, "hidden_sizes", None) or [None])[-1]
+    if not isinstance(width, int):
+        raise ValueError(
+            f"The tower of type {config.model_type!r} states no hidden_size (nor hidden_sizes), so the width of its "
+            "output is unknown. Set config.hidden_size to the width of its pooled output before building IConE."
+        )
+    return width
+
+
+@strict
+class IConEConfig(PreTrainedConfig):
+    """Configuration of [`IConEModel`]: two towers, one common space, one classifier over the image/text groups.
+
+    Args:
+        vision_config: config (or dict with a `model_type`) of any image model that `AutoModel` builds.
+            Default: CLIP ViT-B/32's vision tower.
+        text_config: config (or dict with a `model_type`) of any text model that `AutoModel` builds. Default: BERT-base.
+        projection_dim: dimensions of the common space; the paper's class vectors have 2048.
+        num_groups: classes of the shared classifier, one for each image/text group of the training split. 0: no
+            classifier, a model for retrieval alone.
+        temperature: tau of equations (6)-(7).
+        instance_logits: `"dot"`, the paper's equations (1) and (3), or `"cosine"`: features and class vectors normalised.
+        instance_temperature: divides the `"cosine"` logits. `None`: the same as `temperature`.
+        vision_pooling: which output of the vision tower is "the global token". `"pooler"`: its `pooler_output` (CLIP's
+            layer-normed class token, a convolutional network's global mean); `"cls"`: the last layer's first token;
+            `"mean"`: the mean over positions.
+        text_pooling: the same for the text tower; `"mean"` leaves padding out. The paper takes BERT's [CLS] token, `"cls"`.
+        initializer_range: standard deviation of the classifier's initial weights.
+
+    Raises:
+        ValueError: if a field's value is outside its range; the message names the field.
+
+    Example:
+        >>> config = IConEConfig(text_config={"model_type": "bert", "num_hidden_layers": 6}, num_groups=29783)
+        >>> config.vision_config.patch_size, config.text_config.num_hidden_layers, config.projection_dim
+        (32, 6, 2048)
+    """
+
+    model_type = "icone"
+    sub_configs_defaults: ClassVar = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+    }
+
+    vision_config: PreTrainedConfig | dict | None = None
+    text_config: PreTrainedConfig | dict | None = None
+    projection_dim: int = 2048
+    num_groups: int = 0
+    temperature: float | int = 0.05
+    instance_logits: str = "dot"
+    instance_temperature: float | int | None = None
+    vision_pooling: str = "pooler"
+    text_pooling: str = "cls"
+    initializer_range: float = 0.02
+
+    def validate_architecture(self) -> None:
+        """Part of `@strict`'s validation: checks what the field types cannot say. Runs on construction."""
+        if self.projection_dim < 1:
+            raise ValueError(f"projection_dim={self.projection_dim} must be 1 or more.")
+        if self.num_groups < 0:
+            raise ValueError(f"num_groups={self.num_groups} must be 0 (no classifier) or more.")
+        for name in ("temperature", "instance_temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be greater than 0: similarities are divided by it.")
+        if self.instance_logits not in INSTANCE_LOGITS:
+            raise ValueError(f"instance_logits={self.instance_logits!r} must be one of {', '.join(INSTANCE_LOGITS)}.")
+        for name in ("vision_pooling", "text_pooling"):
+            if getattr(self, name) not in POOLINGS:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(POOLINGS)}.")
+        for sub_config in (self.vision_config, self.text_config):
+            if isinstance(sub_config, PreTrainedConfig):
+                tower_width(sub_config)
+
+
+AutoConfig.register("icone", IConEConfig, exist_ok=True)

@@ -1,0 +1,273 @@
+"""The data contract, and the sources that fulfil it.
+
+A *group* is one picture and all its sentences. A split of groups is a `datasets.Dataset` whose rows hold `image`
+(`datasets.Image`), `captions` (a list of one or more strings) and, where the source has them, `image_id` and more. The row
+number in the training split is the group's class number.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.compute
+from datasets import Dataset, DatasetDict
+from transformers.utils import logging
+
+from .scenes import draw_scenes
+
+logger = logging.get_logger(__name__)
+
+OPENMOJI_SCENES = "openmoji-scenes"
+SPLITS = ("train", "validation", "test")
+SCENES_PER_SPLIT = {"train": 2500, "validation": 250, "test": 500}
+# Other names under which sources keep the three splits. Karpathy's COCO file keeps 30,504 training images as "restval".
+SPLIT_NAMES = {"train": ("train", "restval"), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
+CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
+_SHOWN = 5  # how many offenders an error message names
+
+
+class MissingSplitError(ValueError):
+    """The source has no such split."""
+
+
+def load_groups(
+    source: str | os.PathLike,
+    split: str,
+    *,
+    image_root: str | os.PathLike | None = None,
+    image_column: str = "image",
+    caption_column: str | None = None,
+    id_column: str | None = None,
+    num_groups: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Loads one split of a source as groups, checked: every picture is there, every caption says something.
+
+    Args:
+        source: one of
+
+            - a Karpathy JSON (`dataset_flickr30k.json`, `dataset_coco.json`), with `image_root`;
+            - the id of a data set on the Hub, or a local folder that `datasets.load_dataset` or `load_from_disk` reads:
+              Parquet files, or pictures with a `metadata.csv`, `.jsonl` or `.parquet` (an ImageFolder);
+            - `"openmoji-scenes"`, drawn on this machine.
+        split: `"train"`, `"validation"` or `"test"`. `val`, `valid` and `dev` are read as validation, `restval` as train.
+        image_root: folder that the JSON's file names start from. For COCO the one that holds `train2014` and `val2014`.
+        image_column: the column with the pictures.
+        caption_column: the column with a caption or a list of captions. `None`: the first of `captions`, `caption`,
+            `sentences`, `text` that is there.
+        id_column: the column that names a picture. Rows with the same id are one group; so are, without it, rows of the
+            same local file. `None`: `image_id`, if that is there.
+        num_groups: the number of scenes. Default: 2,500 for training, 250 for validation, 500 for test.
+        image_size: the scenes' side in pixels. Default: 160.
+        seed: of the scenes.
+
+    Raises:
+        FileNotFoundError: if the JSON or pictures are missing; the first missing ones and their number are named.
+        MissingSplitError: a ValueError, if the source has no such split; those it has are named.
+        ValueError: if a column is missing, a caption is empty, or an argument does not belong to the source.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown: use one of {', '.join(SPLITS)}.")
+    source = os.fspath(source)
+    is_scenes, is_json = source == OPENMOJI_SCENES, source.endswith(".json")
+    columns = {"caption_column": caption_column, "id_column": id_column}
+    given = {"image_root": image_root, "num_groups": num_groups, "image_size": image_size, **columns}
+    belongs = {"num_groups", "image_size"} if is_scenes else {"image_root"} if is_json else set(columns)
+    for name, value in given.items():
+        if value is not None and name not in belongs:
+            raise ValueError(f"{name}={value!r} has no meaning for the source {source!r}: leave it out.")
+    if is_scenes:
+        return draw_scenes(split, num_groups or SCENES_PER_SPLIT[split], image_size or 160, seed)
+    if is_json:
+        groups = _load_karpathy(Path(source), split, image_root)
+    else:
+        groups = _load_columns(source, split, image_column, caption_column, id_column)
+    check_captions(groups, f"the {split} split of {source}")
+    return groups
+
+
+def check_disjoint(splits: dict[str, Dataset]) -> None:
+    """Refuses pictures that stand in two splits: a test on training pictures measures memory.
+
+    Raises:
+        ValueError: naming the first ids and the two splits. Splits without `image_id` are not checked.
+    """
+    owner: dict[Any, str] = {}
+    for name, groups in splits.items():
+        if "image_id" not in groups.column_names:
+            continue
+        ids = set(groups["image_id"])
+        for other in splits:
+            shared = sorted((i for i in ids if owner.get(i) == other), key=str)
+            if shared:
+                raise ValueError(
+                    f"{len(shared)} image ids stand in both {other} and {name}: {_first(shared)}. Keep each picture in one "
+                    "split only, or name the column that tells pictures apart (id_column)."
+                )
+        owner.update(dict.fromkeys(ids, name))
+
+
+def check_captions(groups: Dataset, where: str) -> None:
+    """Refuses groups without a caption and captions that are empty.
+
+    Raises:
+        ValueError: naming the first rows and their number.
+    """
+    bad = [row for row, captions in enumerate(groups["captions"]) if not captions or not all(map(_says_something, captions))]
+    if bad:
+        raise ValueError(
+            f"{len(bad)} groups of {where} have no caption or an empty one (rows {_first(bad)}): fill them in or leave "
+            "these pictures out."
+        )
+
+
+def _says_something(caption: Any) -> bool:
+    return isinstance(caption, str) and bool(caption.strip())
+
+
+def _first(items: Iterable[Any]) -> str:
+    items = list(items)
+    return ", ".join(map(str, items[:_SHOWN])) + (", ..." if len(items) > _SHOWN else "")
+
+
+def _no_split_error(split: str, source: str, found: Iterable[str]) -> MissingSplitError:
+    way_out = (
+        "Name the split's folder or files after it, or cut one off with Dataset.train_test_split and pass the data sets "
+        "to IConETrainer."
+    )
+    return MissingSplitError(f"There is no {split} split in {source}; there is: {', '.join(sorted(found)) or 'none'}. {way_out}")
+
+
+# --- Karpathy's JSON files ---
+
+
+def _load_karpathy(path: Path, split: str, image_root: str | os.PathLike | None) -> Dataset:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist. Karpathy's splits are in caption_datasets.zip: "
+            "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+        )
+    if image_root is None:
+        raise ValueError(f"{path} holds file names only: pass image_root=, the folder of the pictures.")
+    records = json.loads(path.read_text(encoding="utf-8")).get("images")
+    if not isinstance(records, list):
+        raise ValueError(f'{path} is not one of Karpathy\'s files: it has no list under "images".')
+    missing_fields = [row for row, record in enumerate(records) if not {"filename", "sentences", "split"} <= record.keys()]
+    if missing_fields:
+        raise ValueError(f"{path}: records {_first(missing_fields)} lack filename, sentences or split.")
+    # The same file name may stand under two of COCO's folders; a picture is its whole path.
+    captions: dict[str, list[str]] = defaultdict(list)
+    splits_of: dict[str, set[str]] = defaultdict(set)
+    ids: dict[str, str] = {}
+    for record in records:
+        name = os.path.join(record.get("filepath", ""), record["filename"])
+        splits_of[name].add(_our_split(record["split"]))
+        if record["split"] in SPLIT_NAMES[split]:
+            captions[name] += [sentence["raw"] for sentence in record["sentences"]]
+            ids[name] = str(record.get("cocoid", record.get("imgid", name)))
+    if not captions:
+        raise _no_split_error(split, str(path), {record["split"] for record in records})
+    straddling = sorted(name for name, names in splits_of.items() if len(names) > 1)
+    if straddling:
+        raise ValueError(f"{path}: {len(straddling)} pictures stand in two splits: {_first(straddling)}.")
+    paths = [os.path.join(image_root, name) for name in captions]
+    missing = [image for image in paths if not os.path.isfile(image)]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} pictures of {path} are missing under image_root={os.fspath(image_root)!r}: "
+            f"{_first(missing)}"
+        )
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "captions": datasets.List(datasets.Value("string")),
+            "image_id": datasets.Value("string"),
+        }
+    )
+    columns = {"image": paths, "captions": list(captions.values()), "image_id": [ids[name] for name in captions]}
+    return Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
+
+
+def _our_split(name: str) -> str:
+    return next((ours for ours, names in SPLIT_NAMES.items() if name in names), name)
+
+
+# --- Hub data sets and local folders ---
+
+
+def _load_columns(
+    source: str, split: str, image_column: str, caption_column: str | None, id_column: str | None
+) -> Dataset:
+    table = _load_table(source, split)
+    names = table.column_names
+    if caption_column is None:
+        caption_column = next((name for name in CAPTION_COLUMNS if name in names), None)
+        if caption_column is None:
+            raise ValueError(
+                f"{source} has no column {', '.join(CAPTION_COLUMNS)}, only {', '.join(names)}: pass caption_column=. "
+                "(A folder of pictures needs a metadata.csv with the columns file_name and caption.)"
+            )
+    if id_column is None and "image_id" in names:
+        id_column = "image_id"
+    for argument, name in (("image_column", image_column), ("caption_column", caption_column), ("id_column", id_column)):
+        if name is not None and name not in names:
+            raise ValueError(f"{argument}={name!r} is no column of {source}; it has {', '.join(names)}.")
+    if not isinstance(table.features[image_column], datasets.Image):
+        table = table.cast_column(image_column, datasets.Image())
+
+    # Read from the Arrow columns: the pictures' bytes need not come into memory for this.
+    stored = table.cast_column(image_column, datasets.Image(decode=False)).data.column(image_column)
+    paths = pyarrow.compute.struct_field(stored, "path").to_pylist()
+    is_embedded = pyarrow.compute.is_valid(pyarrow.compute.struct_field(stored, "bytes")).to_pylist()
+    missing = [
+        path or f"row {row}"
+        for row, (path, embedded) in enumerate(zip(paths, is_embedded, strict=True))
+        if not embedded and not os.path.isfile(path or "")
+    ]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of {len(table)} pictures of {source} are missing: {_first(missing)}")
+
+    # Rows of one picture are one group. Without an id, a local file is known by its path; embedded pictures are not.
+    if id_column is not None:
+        keys = [str(key) for key in table[id_column]]
+    else:
+        keys = [str(row) if embedded else path for row, (path, embedded) in enumerate(zip(paths, is_embedded, strict=True))]
+    captions: dict[str, list[str]] = defaultdict(list)
+    first_row: dict[str, int] = {}
+    for row, (key, text) in enumerate(zip(keys, table[caption_column], strict=True)):
+        captions[key] += _as_captions(text)
+        first_row.setdefault(key, row)
+    groups = table.select(list(first_row.values()))
+    if len(groups) < len(table):
+        logger.info(f"{source}: {len(table)} rows of {len(groups)} pictures; rows of one picture are one group.")
+    groups = groups.remove_columns([name for name in {caption_column, id_column, "captions", "image_id"} if name in names])
+    if image_column != "image":
+        groups = groups.rename_column(image_column, "image")
+    groups = groups.add_column("captions", list(captions.values()), feature=datasets.List(datasets.Value("string")))
+    return groups.add_column("image_id", list(captions), feature=datasets.Value("string"))
+
+
+def _as_captions(value: Any) -> list[str]:
+    """One caption, a list of captions, or Karpathy's list of `{"raw": caption}`."""
+    if value is None or isinstance(value, str):
+        return [value or ""]
+    return [caption["raw"] if isinstance(caption, dict) else caption for caption in value]
+
+
+def _load_table(source: str, split: str) -> Dataset:
+    is_saved = os.path.isfile(os.path.join(source, "dataset_dict.json")) or os.path.isfile(
+        os.path.join(source, "dataset_info.json")
+    )
+    load: Callable[[str], Any] = datasets.load_from_disk if is_saved else datasets.load_dataset
+    loaded = load(source)
+    if isinstance(loaded, Dataset):
+        loaded = DatasetDict({str(loaded.split or "train"): loaded})
+    found = [name for name in SPLIT_NAMES[split] if name in loaded]
+    if not found:
+        raise _no_split_error(split, source, loaded)
+    return datasets.concatenate_datasets([loaded[name] for name in found])

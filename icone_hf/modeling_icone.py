@@ -1,0 +1,464 @@
+"""IConE: two encoders, one common space, one classifier over image/text groups that both modalities share."""
+
+# No `from __future__ import annotations` here: transformers reads the real types of `config: IConEConfig`.
+import difflib
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.distributed.nn
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple, logging
+
+from .configuration_icone import IConEConfig, tower_width
+from .losses import IGNORED_GROUP, contrastive_loss, instance_loss
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class IConEOutput(ModelOutput):
+    """Output of [`IConEModel`]. What was not asked for, or cannot be had from the inputs, is `None`.
+
+    Args:
+        loss: scalar, `instance_weight * instance_loss + contrastive_weight * contrastive_loss`, equation (9).
+        instance_loss: scalar, equation (5). `None` if its weight is 0.
+        contrastive_loss: scalar, equation (8). `None` if its weight is 0.
+        logits_per_image: `(num_images, num_sentences)`, cosine similarities divided by the temperature.
+        logits_per_text: its transpose.
+        image_embeds: `(num_images, projection_dim)`, L2-normalised.
+        text_embeds: `(num_sentences, projection_dim)`, L2-normalised.
+        vision_model_output: what the vision tower returned, its `pooler_output` replaced by the projected feature.
+        text_model_output: the same for the text tower.
+    """
+
+    loss: torch.Tensor | None = None
+    instance_loss: torch.Tensor | None = None
+    contrastive_loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in super().to_tuple())
+
+
+def _positions(last_hidden_state: torch.Tensor) -> torch.Tensor:
+    """A tower's tokens as `(batch, positions, width)`, also where it returns a feature map `(batch, width, height, width)`."""
+    return last_hidden_state.flatten(2).mT if last_hidden_state.ndim == 4 else last_hidden_state
+
+
+class IConEModel(PreTrainedModel):
+    """Instance Contrastive Embedding for image-text retrieval.
+
+    `visual_projection` and `text_projection` map the towers' pooled outputs into the common space; `classifier.weight`, of
+    shape `(num_groups, projection_dim)` and without bias, is the paper's `W_share`. `num_groups=0` has no classifier.
+
+    In training mode a frozen tower (none of whose parameters requires a gradient) stays in eval mode, and batch norm always
+    does: its statistics are those of the pretrained tower, which keeps a batch of n on one process equal to n / k on k.
+
+    Example:
+        >>> from transformers import BertConfig, CLIPVisionConfig
+        >>> vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        >>> text = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = IConEModel(IConEConfig(vision_config=vision, text_config=text, projection_dim=16, num_groups=10))
+        >>> tuple(model.classifier.weight.shape)
+        (10, 16)
+    """
+
+    config: IConEConfig
+    config_class = IConEConfig
+    base_model_prefix = "icone"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    # The losses are means over the batch; the Trainer must divide them by the accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self,
+        config: IConEConfig,
+        vision_model: PreTrainedModel | None = None,
+        text_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        self.text_model = text_model if text_model is not None else AutoModel.from_config(config.text_config)
+        # One config object for tower and parent: what is changed in one is changed in both.
+        for name, tower in (("vision_config", self.vision_model), ("text_config", self.text_model)):
+            setattr(config, name, tower.config)
+        self.visual_projection = nn.Linear(tower_width(config.vision_config), config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(tower_width(config.text_config), config.projection_dim, bias=False)
+        self.classifier = (
+            nn.Linear(config.projection_dim, config.num_groups, bias=False) if config.num_groups else None
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.visual_projection or module is self.text_projection:
+            init.normal_(module.weight, std=module.in_features**-0.5)
+        else:
+            super()._init_weights(module)
+
+    # --- building, saving, loading ---
+
+    @classmethod
+    def from_encoders(
+        cls,
+        vision: str | os.PathLike | PreTrainedModel,
+        text: str | os.PathLike | PreTrainedModel,
+        num_groups: int = 0,
+        *,
+        dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        **config: Any,
+    ) -> "IConEModel":
+        """Joins two pretrained towers under new projections and a new classifier.
+
+        Args:
+            vision: Hub id, local folder or module. Of a checkpoint with both towers (CLIP, SigLIP) the vision tower is taken.
+            text: likewise for the text tower.
+            num_groups: classes of the shared classifier; see [`IConEConfig`].
+            dtype: passed to the towers' `from_pretrained`, and used for the new parameters.
+            attn_implementation: passed to the towers' `from_pretrained`.
+            config: the other fields of [`IConEConfig`].
+
+        Raises:
+            TypeError: for a keyword that is no field of [`IConEConfig`].
+            ValueError: if a tower states no hidden size, or a field is out of range.
+        """
+        known = [field.name for field in fields(IConEConfig)]
+        for name in config:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+                raise TypeError(f"from_encoders got {name!r}, which is no field of IConEConfig.{hint}")
+        options = {"dtype": dtype, "attn_implementation": attn_implementation}
+        options = {name: value for name, value in options.items() if value is not None}
+        vision_model = _load_tower(vision, "vision", options)
+        text_model = _load_tower(text, "text", options)
+        model = cls(
+            IConEConfig(
+                vision_config=vision_model.config, text_config=text_model.config, num_groups=num_groups, **config
+            ),
+            vision_model,
+            text_model,
+        )
+        return model.to(vision_model.dtype)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. With another `num_groups` than the checkpoint's the classifier starts fresh, which is logged.
+
+        Raises:
+            RuntimeError: if any other weight differs in shape, unless `ignore_mismatched_sizes=True` is passed.
+        """
+        if kwargs.get("ignore_mismatched_sizes"):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, **kwargs, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        for name, saved, wanted in sorted(info["mismatched_keys"]):
+            if name != "classifier.weight":
+                raise RuntimeError(
+                    f"{name} is {tuple(saved)} in {pretrained_model_name_or_path} but {tuple(wanted)} in the config. "
+                    "Load it with the config it was saved with, or pass ignore_mismatched_sizes=True to start it fresh."
+                )
+            logger.warning(
+                f"The checkpoint has class vectors for {saved[0]} groups, {wanted[0]} are wanted: the classifier starts "
+                "fresh, everything else is the checkpoint's."
+            )
+        return (model, info) if return_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, with_classifier: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
+        """As in transformers. `with_classifier=False` leaves the class vectors out: searching needs none."""
+        if with_classifier or self.classifier is None:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+        num_groups = self.config.num_groups
+        self.config.num_groups = 0
+        try:
+            kept = {name: value for name, value in state_dict.items() if not name.startswith("classifier.")}
+            super().save_pretrained(save_directory, state_dict=kept, **kwargs)
+        finally:
+            self.config.num_groups = num_groups
+
+    # --- training modes ---
+
+    def set_encoders_trainable(self, trainable: bool) -> None:
+        """Freezes or thaws both towers; frozen towers go to eval mode at once and stay there."""
+        for tower in (self.vision_model, self.text_model):
+            tower.requires_grad_(trainable)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "IConEModel":
+        super().train(mode)
+        for tower in (self.vision_model, self.text_model):
+            if not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+            for module in tower.modules():
+                # Every batch norm of torch and of transformers' convolutional towers has these statistics.
+                if hasattr(module, "running_mean"):
+                    module.eval()
+        return self
+
+    # --- features ---
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """The vision tower's output, its `pooler_output` replaced by the projected feature `(batch, projection_dim)`.
+
+        The feature is not normalised: the instance loss uses it as it is. `kwargs` go to the tower.
+        """
+        output = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+        output.pooler_output = self.visual_projection(self.pool_image(output))
+        return output
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """The text tower's output, its `pooler_output` replaced by the projected feature `(batch, projection_dim)`.
+
+        Raises:
+            ValueError: if the sequences are longer than the tower's position embeddings.
+        """
+        output = self._run_text_tower(input_ids, attention_mask, token_type_ids, **kwargs)
+        output.pooler_output = self.text_projection(self.pool_text(output, attention_mask))
+        return output
+
+    def get_image_token_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Every position of the picture in the common space, `(batch, positions, projection_dim)`, not normalised.
+
+        Positions are the tower's tokens (a class token first, where it has one) or its feature map, row by row.
+        """
+        tokens = _positions(self.vision_model(pixel_values=pixel_values, return_dict=True).last_hidden_state)
+        # CLIP and its kin normalise the class token after the last layer; the projection was trained on that scale.
+        if self.config.vision_pooling == "pooler" and hasattr(self.vision_model, "post_layernorm"):
+            tokens = self.vision_model.post_layernorm(tokens)
+        return self.visual_projection(tokens)
+
+    def get_text_token_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Every token of the sentence in the common space, `(batch, tokens, projection_dim)`, not normalised."""
+        return self.text_projection(self._run_text_tower(input_ids, attention_mask).last_hidden_state)
+
+    def pool_image(self, output: BaseModelOutputWithPooling) -> torch.Tensor:
+        """The vision tower's "global token" by `config.vision_pooling`, `(batch, width)`, before the projection."""
+        return self._pool(output, None, "vision_pooling")
+
+    def pool_text(
+        self, output: BaseModelOutputWithPooling, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The text tower's "global token" by `config.text_pooling`, `(batch, width)`, before the projection."""
+        return self._pool(output, attention_mask, "text_pooling")
+
+    def _pool(
+        self, output: BaseModelOutputWithPooling, attention_mask: torch.Tensor | None, field: str
+    ) -> torch.Tensor:
+        pooling = getattr(self.config, field)
+        if pooling == "pooler":
+            pooled = getattr(output, "pooler_output", None)
+            if pooled is None:
+                raise ValueError(f'The tower has no pooler_output: set {field} to "cls" or "mean" in the config.')
+            return pooled.flatten(1)  # some convolutional towers return (batch, width, 1, 1)
+        tokens = _positions(output.last_hidden_state)
+        if pooling == "cls":
+            return tokens[:, 0]
+        if attention_mask is None:
+            return tokens.mean(dim=1)
+        mask = attention_mask[..., None].to(tokens.dtype)
+        return (tokens * mask).sum(dim=1) / mask.sum(dim=1)
+
+    def _run_text_tower(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        longest = getattr(self.config.text_config, "max_position_embeddings", None)
+        if longest and input_ids.shape[1] > longest:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} tokens, the text tower's positions end at {longest}. Tokenise with "
+                "IConEProcessor, which truncates, or with truncation=True and a max_length."
+            )
+        if token_type_ids is not None:  # not every text tower knows this argument
+            kwargs["token_type_ids"] = token_type_ids
+        return self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+
+    # --- forward ---
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        group_ids: torch.Tensor | None = None,
+        instance_weight: float = 1.0,
+        contrastive_weight: float = 1.0,
+        return_loss: bool | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        pooled_image: torch.Tensor | None = None,
+        pooled_text: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> IConEOutput:
+        """Embeds images, sentences or both, and computes the losses of pairs (row i of both belong together).
+
+        In distributed training (`train` mode, an initialised process group) the losses are those of the batch over all
+        ranks: InfoNCE sees every rank's rows, gathered with their gradient. The ranks' losses then differ, and their
+        mean, like the mean of their gradients that DDP takes, is exactly that of one process with the whole batch.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: `(batch, tokens)`, as the tokenizer returns them.
+            pixel_values: `(batch, channels, height, width)`.
+            group_ids: `(batch,)`, each pair's image/text group, `0..num_groups-1`; [`IGNORED_GROUP`] marks a filler row,
+                which no loss sees.
+            instance_weight: lambda_1 of equation (9). At 0 the instance loss is not computed.
+            contrastive_weight: lambda_2 of equation (9). At 0 InfoNCE is not computed.
+            return_loss: `None` computes the losses if `group_ids` are given. InfoNCE alone (`instance_weight=0`) needs no
+                `group_ids`: all pairs then count as different groups.
+            pooled_image, pooled_text: `(batch, width)`, the towers' pooled outputs (`pool_image`, `pool_text`) if they are
+                known already; the towers are then not run.
+            kwargs: to both towers (`output_hidden_states`, `output_attentions`).
+
+        Raises:
+            ValueError: if nothing to embed is given, if a loss lacks what it needs, or if group ids are out of range.
+        """
+        vision_output = text_output = image_features = text_features = None
+        if pooled_image is not None:
+            image_features = self.visual_projection(pooled_image)
+        elif pixel_values is not None:
+            vision_output = self.get_image_features(pixel_values, return_dict=True, **kwargs)
+            image_features = vision_output.pooler_output
+        if pooled_text is not None:
+            text_features = self.text_projection(pooled_text)
+        elif input_ids is not None:
+            text_output = self.get_text_features(
+                input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs
+            )
+            text_features = text_output.pooler_output
+        if image_features is None and text_features is None:
+            raise ValueError("Nothing to embed: pass pixel_values, input_ids or both.")
+
+        output = IConEOutput(vision_model_output=vision_output, text_model_output=text_output)
+        if image_features is not None:
+            output.image_embeds = F.normalize(image_features, dim=-1)
+        if text_features is not None:
+            output.text_embeds = F.normalize(text_features, dim=-1)
+        if image_features is not None and text_features is not None:
+            output.logits_per_text = output.text_embeds @ output.image_embeds.T / self.config.temperature
+            output.logits_per_image = output.logits_per_text.T
+        if return_loss or (return_loss is None and group_ids is not None):
+            self._check_loss_inputs(image_features, text_features, group_ids, instance_weight, contrastive_weight)
+            if instance_weight:
+                output.instance_loss = self._instance_loss(image_features, text_features, group_ids)
+            if contrastive_weight:
+                output.contrastive_loss = self._contrastive_loss(output.image_embeds, output.text_embeds, group_ids)
+            weighted = ((instance_weight, output.instance_loss), (contrastive_weight, output.contrastive_loss))
+            output.loss = sum(weight * loss for weight, loss in weighted if loss is not None)
+        return output
+
+    def _check_loss_inputs(
+        self,
+        image_features: torch.Tensor | None,
+        text_features: torch.Tensor | None,
+        group_ids: torch.Tensor | None,
+        instance_weight: float,
+        contrastive_weight: float,
+    ) -> None:
+        if not instance_weight and not contrastive_weight:
+            raise ValueError("instance_weight and contrastive_weight are both 0: there is no loss to compute.")
+        if image_features is None or text_features is None:
+            raise ValueError("The losses need pairs: pass pixel_values and input_ids, or return_loss=False.")
+        if len(image_features) != len(text_features):
+            raise ValueError(
+                f"The losses need pairs, but there are {len(image_features)} images and {len(text_features)} sentences."
+            )
+        if group_ids is None:
+            if instance_weight:
+                raise ValueError("The instance loss needs group_ids: pass them, or instance_weight=0.")
+            return
+        if group_ids.shape != image_features.shape[:1]:
+            raise ValueError(f"group_ids is {tuple(group_ids.shape)}, one for each of {len(image_features)} pairs is needed.")
+        if instance_weight and self.classifier is None:
+            raise ValueError(
+                "The instance loss needs the classifier, and this model has none (num_groups=0): build or load it with "
+                "num_groups=, or pass instance_weight=0."
+            )
+        # On an accelerator this check would wait for the device at every step; IConETrainer checks the data beforehand.
+        if instance_weight and group_ids.device.type == "cpu":
+            valid = ((group_ids >= 0) & (group_ids < self.config.num_groups)) | (group_ids == IGNORED_GROUP)
+            if not valid.all():
+                raise ValueError(
+                    f"group_ids holds {group_ids[~valid][0].item()}, but the classifier's classes are "
+                    f"0..{self.config.num_groups - 1} (num_groups={self.config.num_groups})."
+                )
+
+    @property
+    def _num_ranks(self) -> int:
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return torch.distributed.get_world_size() if self.training and is_distributed else 1
+
+    def _instance_loss(
+        self, image_features: torch.Tensor, text_features: torch.Tensor, group_ids: torch.Tensor
+    ) -> torch.Tensor:
+        temperature = self.config.instance_temperature or self.config.temperature
+        loss = sum(
+            instance_loss(
+                features, self.classifier.weight, group_ids, self.config.instance_logits, temperature, reduction="sum"
+            )
+            for features in (image_features, text_features)
+        )
+        # Each rank classifies its own rows. Dividing by the rows of all ranks, and multiplying by the ranks that the
+        # gradients are averaged over, makes an uneven last batch exact too.
+        num_rows = (group_ids != IGNORED_GROUP).sum()
+        if self._num_ranks > 1:
+            torch.distributed.all_reduce(num_rows)
+        return loss * self._num_ranks / num_rows
+
+    def _contrastive_loss(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, group_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self._num_ranks > 1:
+            image_embeds, text_embeds = (
+                torch.cat(torch.distributed.nn.functional.all_gather(embeds.contiguous()))
+                for embeds in (image_embeds, text_embeds)
+            )
+            if group_ids is not None:
+                gathered = [torch.empty_like(group_ids) for _ in range(self._num_ranks)]
+                torch.distributed.all_gather(gathered, group_ids.contiguous())
+                group_ids = torch.cat(gathered)
+        return contrastive_loss(image_embeds, text_embeds, self.config.temperature, group_ids)
+
+
+def _load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, options: dict[str, Any]) -> PreTrainedModel:
+    if isinstance(tower, PreTrainedModel):
+        return tower
+    if isinstance(tower, nn.Module):
+        raise TypeError(f"The {modality} tower is a {type(tower).__name__}: a PreTrainedModel, which has a config, is needed.")
+    model = AutoModel.from_pretrained(tower, **options)
+    # A checkpoint with both towers, such as CLIP's: take the one that was asked for.
+    return getattr(model, f"{modality}_model") if hasattr(AutoConfig.from_pretrained(tower), f"{modality}_config") else model
+
+
+AutoModel.register(IConEConfig, IConEModel, exist_ok=True)
