@@ -56,14 +56,10 @@ class DataArguments:
 
     def load_arguments(self, split: str) -> dict[str, Any]:
         """The keywords of [`load_groups`] for one split."""
-        per_split = {f"num_{name}_groups" for name in SPLITS}
-        keywords = {name: value for name, value in asdict(self).items() if name not in per_split}
-        return {
-            **keywords,
-            "seed": keywords.pop("scenes_seed"),
-            "split": split,
-            "num_groups": getattr(self, f"num_{split}_groups"),
-        }
+        keywords = asdict(self)
+        num_groups = {name: keywords.pop(f"num_{name}_groups") for name in SPLITS}
+        seed = keywords.pop("scenes_seed")
+        return {**keywords, "seed": seed, "split": split, "num_groups": num_groups[split]}
 
 
 @dataclass

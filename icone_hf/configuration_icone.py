@@ -1,6 +1,6 @@
 """Configuration of IConE."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -75,8 +75,12 @@ class IConEConfig(PreTrainedConfig):
     text_pooling: str = "cls"
     initializer_range: float = 0.02
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.validate_architecture()  # here a plain ValueError; `@strict`, which calls it too, wraps it in its own
+
     def validate_architecture(self) -> None:
-        """Part of `@strict`'s validation: checks what the field types cannot say. Runs on construction."""
+        """Checks what the field types cannot say, on construction and on saving."""
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim={self.projection_dim} must be 1 or more.")
         if self.num_groups < 0:

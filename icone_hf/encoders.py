@@ -13,6 +13,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
 
 # (repeats, kernel, stride, expansion, channels out) of the seven stages of EfficientNet-B0, which every Lite variant scales.
@@ -73,7 +74,7 @@ class _ConvNorm(nn.Sequential):
         self.activation = nn.ReLU6(inplace=True) if activation else nn.Identity()
 
 
-class _InvertedResidual(nn.Module):
+class _InvertedResidual(GradientCheckpointingLayer):
     def __init__(
         self,
         config: EfficientNetLiteConfig,
@@ -115,7 +116,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     base_model_prefix = "efficientnet_lite"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _no_split_modules = ["_InvertedResidual"]
 
     def __init__(self, config: EfficientNetLiteConfig):
@@ -149,7 +150,8 @@ class EfficientNetLiteModel(PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: object,  # whatever else IConEModel passes to both towers (output_attentions) has no meaning here
     ) -> BaseModelOutputWithPoolingAndNoAttention | tuple[torch.Tensor, ...]:
-        hidden_states = self.stem(pixel_values)
+        # Channels last: two to three times as fast on a CPU for the depthwise convolutions that this network consists of.
+        hidden_states = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))
         all_hidden_states = [hidden_states]
         for block in self.blocks:
             hidden_states = block(hidden_states)

