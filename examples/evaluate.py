@@ -2,9 +2,9 @@
 
     python examples/evaluate.py CHECKPOINT SOURCE [--split test] [--folds 5] [--grid FILE.png]
 
-SOURCE is what load_groups takes: a Karpathy JSON (with --image_root), a Hub id, a folder, openmoji-scenes. The metrics are
-printed and, for a local checkpoint, added to its metrics.json; with --folds the folds' mean beside the whole split's, from the
-same pass over the data (COCO's 1k and 5k). Under `torchrun` every process encodes its share.
+SOURCE is what load_groups takes: a Karpathy JSON (with --image_root), a Hub id, a folder, openmoji-scenes. The metrics
+are printed and, for a local checkpoint, added to its metrics.json; with --folds the folds' mean beside the whole
+split's, from the same pass over the data (COCO's 1k and 5k). Under `torchrun` every process encodes its share.
 """
 
 import json
@@ -31,7 +31,10 @@ class EvaluateArguments:
 
 
 def main() -> None:
-    parser = HfArgumentParser((DataArguments, EvaluateArguments), description=__doc__.split("\n")[0])
+    parser = HfArgumentParser(
+        [DataArguments, EvaluateArguments],  # type: ignore[list-item]
+        description=__doc__.split("\n")[0],
+    )
     parser.add_argument("checkpoint", help="Hub id or folder of an IConE checkpoint.")
     parser.add_argument("source", help="What to measure it on.")
     data_args, args, positional = parser.parse_args_into_dataclasses()

@@ -1,6 +1,6 @@
 """Trains IConE on a source of captioned pictures, tests it, and leaves a checkpoint folder.
 
-    accelerate launch examples/train.py examples/configs/quickstart.yaml [--any_argument value]
+accelerate launch examples/train.py examples/configs/quickstart.yaml [--any_argument value]
 """
 
 from accelerate import PartialState

@@ -1,7 +1,7 @@
 """IConE: instance contrastive embedding for image-text retrieval, at home in the Hugging Face ecosystem.
 
-Importing this package is cheap: names are imported on first use. `AutoModel` and its kin know IConE as soon as both this
-package and transformers are imported, in either order.
+Importing this package is cheap: names are imported on first use. `AutoModel` and its kin know IConE as soon as both
+this package and transformers are imported, in either order.
 """
 
 import importlib
@@ -72,7 +72,7 @@ def _register() -> None:
 
 
 class _RegisterAfterTransformers(importlib.abc.MetaPathFinder):
-    """Registers as soon as somebody else imports transformers; if one of our own modules does, that import comes first."""
+    """Registers as soon as somebody else imports transformers. Our own modules register themselves."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "transformers":

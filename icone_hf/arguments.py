@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -67,7 +67,8 @@ class RecipeArguments:
     """The stages to run; see [`Stage`]."""
 
     stages: str = field(
-        default="paper", metadata={"help": 'paper, or a list of stages: in YAML, or here as JSON \'[{"name": ...}, ...]\'.'}
+        default="paper",
+        metadata={"help": "paper, or a list of stages: in YAML, or here as JSON '[{\"name\": ...}, ...]'."},
     )
 
     def parse(self) -> tuple[Stage, ...]:
@@ -92,11 +93,11 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
         argv: default: the command line.
 
     Raises:
-        SystemExit: with a message, as argparse does, for a file that is missing or no mapping, an unknown key (the nearest
-            known one is named) and everything that the dataclasses refuse.
+        SystemExit: with a message, as argparse does, for a file that is missing or no mapping, an unknown key (the
+            nearest known one is named) and everything that the dataclasses refuse.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(dataclass_types, usage="%(prog)s [FILE.yaml] [--argument value ...]")
+    parser = HfArgumentParser(cast(Any, dataclass_types), usage="%(prog)s [FILE.yaml] [--argument value ...]")
     if argv and argv[0].endswith((".yaml", ".yml")):
         path = Path(argv.pop(0))
         if not path.is_file():
@@ -113,7 +114,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
             # argparse converts a default that is a string as it would convert an argument.
             values[name] = json.dumps(value) if isinstance(value, list | dict) else value
         parser.set_defaults(**values)
-    known, unknown = parser.parse_known_args(argv)
+    _, unknown = parser.parse_known_args(argv)
     for name in unknown:
         nearest = difflib.get_close_matches(name.split("=")[0], list(parser._option_string_actions), n=1)
         parser.error(f"{name} is no argument." + (f" Did you mean {nearest[0]}?" if nearest else ""))

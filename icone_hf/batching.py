@@ -19,7 +19,9 @@ from .losses import IGNORED_GROUP
 
 @dataclass(frozen=True)
 class Pair:
-    """One image/sentence pair: the group's row, the sentence's place in `captions`. A filler repeats a pair that no loss sees."""
+    """One image/sentence pair: the group's row, the sentence's place in `captions`. A filler repeats a pair that no
+    loss sees.
+    """
 
     row: int
     caption: int
@@ -33,14 +35,14 @@ class Pair:
 class GroupBatchSampler(Sampler[list[Pair]]):
     """Batches of pairs in which no group stands twice; one epoch visits every pair once.
 
-    The sizes of an epoch's batches differ by one at most, so there is no short last batch. There are
-    `ceil(pairs / batch_size)` of them, or as many as the largest group has sentences, if that is more. An epoch deals the
-    sentences, group after group in random order, onto the batches like cards: every pass goes over all batches once, in a
-    random order of its own, and a group that lies across two passes does not meet its own batches in the second.
+    The sizes of an epoch's batches differ by one at most, so there is no short last batch. There are `ceil(pairs /
+    batch_size)` of them, or as many as the largest group has sentences, if that is more. An epoch deals the sentences,
+    group after group in random order, onto the batches like cards: every pass goes over all batches once, in a random
+    order of its own, and a group that lies across two passes does not meet its own batches in the second.
 
-    The global batches depend on the seed and the epoch alone. Each of `num_ranks` processes yields its contiguous share;
-    a batch that they do not divide is filled up with fillers, so that every rank has as many rows and every loss still
-    counts each pair once.
+    The global batches depend on the seed and the epoch alone. Each of `num_ranks` processes yields its contiguous
+    share; a batch that they do not divide is filled up with fillers, so that every rank has as many rows and every
+    loss still counts each pair once.
 
     Args:
         captions_per_group: number of sentences of each group, by row.
@@ -139,8 +141,8 @@ def read_group(groups: Dataset, row: int) -> dict[str, Any]:
     except Exception as error:
         stored = groups.cast_column("image", datasets.Image(decode=False))[row]["image"]
         raise ValueError(
-            f"The picture of row {row} ({stored['path'] or 'embedded'}) cannot be decoded: {error}. Replace it or leave "
-            "this row out."
+            f"The picture of row {row} ({stored['path'] or 'embedded'}) cannot be decoded: {error}. Replace it or "
+            "leave this row out."
         ) from error
 
 
@@ -154,6 +156,8 @@ class PairCollator:
         inputs = self.processor(
             images=[item["image"] for item in items], text=[item["caption"] for item in items], return_tensors="pt"
         )
+        # Convolutional towers run two to three times as fast on a CPU in this memory format; transformers do not mind.
+        inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
         return {**inputs, "group_ids": torch.tensor([item["group_id"] for item in items])}
 
 

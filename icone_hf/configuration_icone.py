@@ -12,7 +12,7 @@ POOLINGS = ("pooler", "cls", "mean")
 INSTANCE_LOGITS = ("dot", "cosine")
 
 
-def tower_width(config: PreTrainedConfig) -> int:
+def tower_width(config: Any) -> int:
     """Width of a tower's pooled output: its `hidden_size`, or the last of its `hidden_sizes` (ResNet, ConvNeXt).
 
     Raises:
@@ -41,12 +41,14 @@ class IConEConfig(PreTrainedConfig):
         num_groups: classes of the shared classifier, one for each image/text group of the training split. 0: no
             classifier, a model for retrieval alone.
         temperature: tau of equations (6)-(7).
-        instance_logits: `"dot"`, the paper's equations (1) and (3), or `"cosine"`: features and class vectors normalised.
+        instance_logits: `"dot"`, the paper's equations (1) and (3), or `"cosine"`: features and class vectors
+            normalised.
         instance_temperature: divides the `"cosine"` logits. `None`: the same as `temperature`.
         vision_pooling: which output of the vision tower is "the global token". `"pooler"`: its `pooler_output` (CLIP's
             layer-normed class token, a convolutional network's global mean); `"cls"`: the last layer's first token;
             `"mean"`: the mean over positions.
-        text_pooling: the same for the text tower; `"mean"` leaves padding out. The paper takes BERT's [CLS] token, `"cls"`.
+        text_pooling: the same for the text tower; `"mean"` leaves padding out. The paper takes BERT's [CLS] token,
+            `"cls"`.
         initializer_range: standard deviation of the classifier's initial weights.
 
     Raises:

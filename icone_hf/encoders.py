@@ -1,7 +1,8 @@
-"""Towers that transformers lacks: EfficientNet-Lite, a small convolutional image encoder without squeeze-and-excitation.
+"""Towers that transformers lacks: EfficientNet-Lite, a small convolutional image encoder without
+squeeze-and-excitation.
 
-Architecture: M. Tan and Q. V. Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks" (2019), and
-the Lite variants of https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite: no
+Architecture: M. Tan and Q. V. Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks" (2019),
+and the Lite variants of https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite: no
 squeeze-and-excitation, ReLU6 in place of swish, stem and head of fixed width.
 """
 
@@ -16,7 +17,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
 
-# (repeats, kernel, stride, expansion, channels out) of the seven stages of EfficientNet-B0, which every Lite variant scales.
+# (repeats, kernel, stride, expansion, channels out) of the seven stages of EfficientNet-B0, which every Lite variant
+# scales.
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -106,18 +108,17 @@ def _scaled_channels(channels: int, width_coefficient: float) -> int:
 class EfficientNetLiteModel(PreTrainedModel):
     """EfficientNet-Lite without its classification head; loads through `AutoModel` once `icone_hf` is imported.
 
-    `forward` returns `last_hidden_state` of shape `(batch, hidden_size, height / 32, width / 32)`, `pooler_output` of shape
-    `(batch, hidden_size)`, its mean over the positions, and with `output_hidden_states=True` every block's output.
-    Pictures are normalised as `(x - 127) / 128` for `x` in 0..255.
+    `forward` returns `last_hidden_state` of shape `(batch, hidden_size, height / 32, width / 32)`, `pooler_output` of
+    shape `(batch, hidden_size)`, its mean over the positions, and with `output_hidden_states=True` every block's
+    output. Pictures are normalised as `(x - 127) / 128` for `x` in 0..255.
     """
 
     config: EfficientNetLiteConfig
     config_class = EfficientNetLiteConfig
     base_model_prefix = "efficientnet_lite"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012
     supports_gradient_checkpointing = True
-    _no_split_modules = ["_InvertedResidual"]
 
     def __init__(self, config: EfficientNetLiteConfig):
         super().__init__(config)
@@ -139,7 +140,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
-            init.kaiming_normal_(module.weight, mode="fan_out")
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
         else:
             super()._init_weights(module)
 
@@ -150,8 +151,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: object,  # whatever else IConEModel passes to both towers (output_attentions) has no meaning here
     ) -> BaseModelOutputWithPoolingAndNoAttention | tuple[torch.Tensor, ...]:
-        # Channels last: two to three times as fast on a CPU for the depthwise convolutions that this network consists of.
-        hidden_states = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))
+        hidden_states = self.stem(pixel_values)
         all_hidden_states = [hidden_states]
         for block in self.blocks:
             hidden_states = block(hidden_states)

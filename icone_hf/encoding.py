@@ -1,5 +1,8 @@
-"""Runs a model over groups: the towers' pooled outputs batch by batch, and the embeddings that retrieval is measured on."""
+"""Runs a model over groups: the towers' pooled outputs batch by batch, and the embeddings that retrieval is measured
+on.
+"""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -53,7 +56,7 @@ def pool_images(
     loader = DataLoader(_Pictures(groups, processor, rows), batch_size, num_workers=num_workers)
     with _eval_mode(model):
         for pixel_values in _progress(loader, len(rows), "pictures"):
-            pixel_values = pixel_values.to(model.device, model.dtype)
+            pixel_values = pixel_values.to(model.device, model.dtype, memory_format=torch.channels_last)
             yield model.pool_image(model.vision_model(pixel_values=pixel_values, return_dict=True))
 
 
@@ -118,18 +121,15 @@ def _over_processes(rows: np.ndarray, embed: Callable[[np.ndarray], Iterator[tor
     return embeds
 
 
-class _eval_mode:
-    """Puts a model into eval mode for a block and back into the mode it was in."""
-
-    def __init__(self, model: torch.nn.Module):
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.was_training = self.model.training
-        self.model.eval()
-
-    def __exit__(self, *exception: object) -> None:
-        self.model.train(self.was_training)
+@contextlib.contextmanager
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode for a block, then back to the mode that the model was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _progress(batches: Any, total: int, what: str) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """Frozen towers run once: their pooled outputs, memory-mapped from disk.
 
-A folder holds `image.npy` `(groups, width)`, `text.npy` `(sentences, width)`, `key.json`, digests of all that the outputs
-depend on, and `progress.json`, how many rows are there: an interrupted run goes on where it stopped.
+A folder holds `image.npy` `(groups, width)`, `text.npy` `(sentences, width)`, `key.json`, digests of all that the
+outputs depend on, and `progress.json`, how many rows are there: an interrupted run goes on where it stopped.
 """
 
 import hashlib
@@ -113,16 +113,16 @@ def _fill(folder: Path, model: IConEModel, processor: Any, groups: Dataset, batc
             if name == "image"
             else pool_texts(model, processor, [captions[row] for row in rows], batch_size)
         )
-        array = None
+        array: Any = None
         for pooled in batches:
             features = pooled.float().cpu().numpy()
             if array is None:
-                is_new = progress[name] == 0
-                array = np.lib.format.open_memmap(
-                    folder / f"{name}.npy",
-                    mode="w+" if is_new else "r+",
-                    **({"dtype": np.float32, "shape": (len(order[name]), features.shape[1])} if is_new else {}),
-                )
+                path = folder / f"{name}.npy"
+                if progress[name]:
+                    array = np.lib.format.open_memmap(path, mode="r+")
+                else:
+                    shape = (len(order[name]), features.shape[1])
+                    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
             start = progress[name]
             array[order[name][start : start + len(features)]] = features
             array.flush()

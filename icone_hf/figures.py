@@ -30,8 +30,9 @@ def retrieval_grid(
     if queries is None:
         queries = [round((i + 0.5) * len(groups) / 6) for i in range(min(6, len(groups)))]
     captions, text_to_image = captions_of(groups)
-    figure = Figure(figsize=(13, 2.15 * len(queries) + 0.8), dpi=110, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.35, 1))
+    figure = Figure(figsize=(13, 1.5 * len(queries) + 0.5), dpi=110, layout="constrained")
+    subfigures: Any = figure.subfigures(1, 2, width_ratios=(1.35, 1))
+    left, right = subfigures
     left.suptitle("Sentence to pictures", fontweight="bold")
     right.suptitle("Picture to sentences", fontweight="bold")
     left_axes = left.subplots(len(queries), top + 1, squeeze=False)
@@ -65,6 +66,14 @@ def _show_text(axes: Any, lines: Sequence[tuple[str, str]], width: int, size: in
     top = sum(rows) * spacing / 2
     for (text, color), count in zip(wrapped, rows, strict=True):
         axes.annotate(
-            text, (0, 0.5), (0, top), "axes fraction", "offset points", color=color, fontsize=size, va="top", linespacing=1.2
+            text,
+            (0, 0.5),
+            (0, top),
+            "axes fraction",
+            "offset points",
+            color=color,
+            fontsize=size,
+            va="top",
+            linespacing=1.2,
         )
         top -= count * spacing

@@ -1,8 +1,8 @@
 """The data contract, and the sources that fulfil it.
 
 A *group* is one picture and all its sentences. A split of groups is a `datasets.Dataset` whose rows hold `image`
-(`datasets.Image`), `captions` (a list of one or more strings) and, where the source has them, `image_id` and more. The row
-number in the training split is the group's class number.
+(`datasets.Image`), `captions` (a list of one or more strings) and, where the source has them, `image_id` and more. The
+row number in the training split is the group's class number.
 """
 
 import json
@@ -55,7 +55,8 @@ def load_groups(
             - the id of a data set on the Hub, or a local folder that `datasets.load_dataset` or `load_from_disk` reads:
               Parquet files, or pictures with a `metadata.csv`, `.jsonl` or `.parquet` (an ImageFolder);
             - `"openmoji-scenes"`, drawn on this machine.
-        split: `"train"`, `"validation"` or `"test"`. `val`, `valid` and `dev` are read as validation, `restval` as train.
+        split: `"train"`, `"validation"` or `"test"`. `val`, `valid` and `dev` are read as validation, `restval` as
+            train.
         image_root: folder that the JSON's file names start from. For COCO the one that holds `train2014` and `val2014`.
         image_column: the column with the pictures.
         caption_column: the column with a caption or a list of captions. `None`: the first of `captions`, `caption`,
@@ -106,8 +107,8 @@ def check_disjoint(splits: dict[str, Dataset]) -> None:
             shared = sorted((i for i in ids if owner.get(i) == other), key=str)
             if shared:
                 raise ValueError(
-                    f"{len(shared)} image ids stand in both {other} and {name}: {_first(shared)}. Keep each picture in one "
-                    "split only, or name the column that tells pictures apart (id_column)."
+                    f"{len(shared)} image ids stand in both {other} and {name}: {_first(shared)}. Keep each picture in "
+                    "one split only, or name the column that tells pictures apart (id_column)."
                 )
         owner.update(dict.fromkeys(ids, name))
 
@@ -118,7 +119,11 @@ def check_captions(groups: Dataset, where: str) -> None:
     Raises:
         ValueError: naming the first rows and their number.
     """
-    bad = [row for row, captions in enumerate(groups["captions"]) if not captions or not all(map(_says_something, captions))]
+    bad = [
+        row
+        for row, captions in enumerate(groups["captions"])
+        if not captions or not all(map(_says_something, captions))
+    ]
     if bad:
         raise ValueError(
             f"{len(bad)} groups of {where} have no caption or an empty one (rows {_first(bad)}): fill them in or leave "
@@ -137,10 +142,12 @@ def _first(items: Iterable[Any]) -> str:
 
 def _no_split_error(split: str, source: str, found: Iterable[str]) -> MissingSplitError:
     way_out = (
-        "Name the split's folder or files after it, or cut one off with Dataset.train_test_split and pass the data sets "
-        "to IConETrainer."
+        "Name the split's folder or files after it, or cut one off with Dataset.train_test_split and pass the data "
+        "sets to IConETrainer."
     )
-    return MissingSplitError(f"There is no {split} split in {source}; there is: {', '.join(sorted(found)) or 'none'}. {way_out}")
+    return MissingSplitError(
+        f"There is no {split} split in {source}; there is: {', '.join(sorted(found)) or 'none'}. {way_out}"
+    )
 
 
 # --- Karpathy's JSON files ---
@@ -157,7 +164,9 @@ def _load_karpathy(path: Path, split: str, image_root: str | os.PathLike | None)
     records = json.loads(path.read_text(encoding="utf-8")).get("images")
     if not isinstance(records, list):
         raise ValueError(f'{path} is not one of Karpathy\'s files: it has no list under "images".')
-    missing_fields = [row for row, record in enumerate(records) if not {"filename", "sentences", "split"} <= record.keys()]
+    missing_fields = [
+        row for row, record in enumerate(records) if not {"filename", "sentences", "split"} <= record.keys()
+    ]
     if missing_fields:
         raise ValueError(f"{path}: records {_first(missing_fields)} lack filename, sentences or split.")
     # The same file name may stand under two of COCO's folders; a picture is its whole path.
@@ -179,8 +188,8 @@ def _load_karpathy(path: Path, split: str, image_root: str | os.PathLike | None)
     missing = [image for image in paths if not os.path.isfile(image)]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(paths)} pictures of {path} are missing under image_root={os.fspath(image_root)!r}: "
-            f"{_first(missing)}"
+            f"{len(missing)} of {len(paths)} pictures of {path} are missing under image_root="
+            f"{os.fspath(image_root)!r}: {_first(missing)}"
         )
     features = datasets.Features(
         {
@@ -214,7 +223,11 @@ def _load_columns(
             )
     if id_column is None and "image_id" in names:
         id_column = "image_id"
-    for argument, name in (("image_column", image_column), ("caption_column", caption_column), ("id_column", id_column)):
+    for argument, name in (
+        ("image_column", image_column),
+        ("caption_column", caption_column),
+        ("id_column", id_column),
+    ):
         if name is not None and name not in names:
             raise ValueError(f"{argument}={name!r} is no column of {source}; it has {', '.join(names)}.")
     if not isinstance(table.features[image_column], datasets.Image):
@@ -236,7 +249,9 @@ def _load_columns(
     if id_column is not None:
         keys = [str(key) for key in table[id_column]]
     else:
-        keys = [str(row) if embedded else path for row, (path, embedded) in enumerate(zip(paths, is_embedded, strict=True))]
+        keys = [
+            str(row) if embedded else path for row, (path, embedded) in enumerate(zip(paths, is_embedded, strict=True))
+        ]
     captions: dict[str, list[str]] = defaultdict(list)
     first_row: dict[str, int] = {}
     for row, (key, text) in enumerate(zip(keys, table[caption_column], strict=True)):
@@ -245,7 +260,9 @@ def _load_columns(
     groups = table.select(list(first_row.values()))
     if len(groups) < len(table):
         logger.info(f"{source}: {len(table)} rows of {len(groups)} pictures; rows of one picture are one group.")
-    groups = groups.remove_columns([name for name in {caption_column, id_column, "captions", "image_id"} if name in names])
+    groups = groups.remove_columns(
+        [name for name in {caption_column, id_column, "captions", "image_id"} if name in names]
+    )
     if image_column != "image":
         groups = groups.rename_column(image_column, "image")
     groups = groups.add_column("captions", list(captions.values()), feature=datasets.List(datasets.Value("string")))

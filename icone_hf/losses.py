@@ -1,7 +1,7 @@
 """The losses of IConE as pure functions of tensors, with the paper's equation numbers.
 
-Rows whose `group_ids` equal [`IGNORED_GROUP`] are fillers (the last batch of an epoch, cut for several processes): they are
-neither anchors nor negatives, and they do not count in any mean.
+Rows whose `group_ids` equal [`IGNORED_GROUP`] are fillers (the last batch of an epoch, cut for several processes):
+they are neither anchors nor negatives, and they do not count in any mean.
 """
 
 import torch
@@ -20,8 +20,8 @@ def instance_loss(
 ) -> torch.Tensor:
     """Classifies each row into its image/text group: equations (1)-(2) for images, (3)-(4) for sentences.
 
-    `L = -log softmax(W_share^T f)[c]`, averaged over the rows. Equation (5) is this loss on the images plus this loss on
-    the sentences, against the same `class_vectors`.
+    `L = -log softmax(W_share^T f)[c]`, averaged over the rows. Equation (5) is this loss on the images plus this loss
+    on the sentences, against the same `class_vectors`.
 
     Args:
         features: `(batch, dim)`, the projected, unnormalised features of one modality.

@@ -5,7 +5,7 @@ import copy
 import difflib
 import os
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -53,19 +53,23 @@ class IConEOutput(ModelOutput):
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in super().to_tuple())
 
 
-def _positions(last_hidden_state: torch.Tensor) -> torch.Tensor:
-    """A tower's tokens as `(batch, positions, width)`, also where it returns a feature map `(batch, width, height, width)`."""
+def _positions(last_hidden_state: Any) -> torch.Tensor:
+    """A tower's tokens as `(batch, positions, width)`, also where it returns a feature map `(batch, width, height,
+    width)`.
+    """
     return last_hidden_state.flatten(2).mT if last_hidden_state.ndim == 4 else last_hidden_state
 
 
 class IConEModel(PreTrainedModel):
     """Instance Contrastive Embedding for image-text retrieval.
 
-    `visual_projection` and `text_projection` map the towers' pooled outputs into the common space; `classifier.weight`, of
-    shape `(num_groups, projection_dim)` and without bias, is the paper's `W_share`. `num_groups=0` has no classifier.
+    `visual_projection` and `text_projection` map the towers' pooled outputs into the common space;
+    `classifier.weight`, of shape `(num_groups, projection_dim)` and without bias, is the paper's `W_share`.
+    `num_groups=0` has no classifier.
 
-    In training mode a frozen tower (none of whose parameters requires a gradient) stays in eval mode, and batch norm always
-    does: its statistics are those of the pretrained tower, which keeps a batch of n on one process equal to n / k on k.
+    In training mode a frozen tower (none of whose parameters requires a gradient) stays in eval mode, and batch norm
+    always does: its statistics are those of the pretrained tower, which keeps a batch of n on one process equal to n /
+    k on k.
 
     Example:
         >>> from transformers import BertConfig, CLIPVisionConfig
@@ -80,7 +84,7 @@ class IConEModel(PreTrainedModel):
     config_class = IConEConfig
     base_model_prefix = "icone"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -101,9 +105,7 @@ class IConEModel(PreTrainedModel):
             setattr(config, name, tower.config)
         self.visual_projection = nn.Linear(tower_width(config.vision_config), config.projection_dim, bias=False)
         self.text_projection = nn.Linear(tower_width(config.text_config), config.projection_dim, bias=False)
-        self.classifier = (
-            nn.Linear(config.projection_dim, config.num_groups, bias=False) if config.num_groups else None
-        )
+        self.classifier = nn.Linear(config.projection_dim, config.num_groups, bias=False) if config.num_groups else None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -128,7 +130,8 @@ class IConEModel(PreTrainedModel):
         """Joins two pretrained towers under new projections and a new classifier.
 
         Args:
-            vision: Hub id, local folder or module. Of a checkpoint with both towers (CLIP, SigLIP) the vision tower is taken.
+            vision: Hub id, local folder or module. Of a checkpoint with both towers (CLIP, SigLIP) the vision tower is
+                taken.
             text: likewise for the text tower.
             num_groups: classes of the shared classifier; see [`IConEConfig`].
             dtype: passed to the towers' `from_pretrained`, and used for the new parameters.
@@ -149,19 +152,20 @@ class IConEModel(PreTrainedModel):
         options = {name: value for name, value in options.items() if value is not None}
         vision_model = _load_tower(vision, "vision", options)
         text_model = _load_tower(text, "text", options)
-        # Copies, since a config that becomes part of another one loses its attention implementation; the model itself then
-        # puts the towers' own configs in their place.
+        # Copies, since a config that becomes part of another one loses its attention implementation; the model itself
+        # then puts the towers' own configs in their place.
         icone_config = IConEConfig(
             vision_config=copy.deepcopy(vision_model.config),
             text_config=copy.deepcopy(text_model.config),
             num_groups=num_groups,
             **config,
         )
-        return cls(icone_config, vision_model, text_model).to(vision_model.dtype)
+        return cls(icone_config, vision_model, text_model).to(vision_model.dtype)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. With another `num_groups` than the checkpoint's the classifier starts fresh, which is logged.
+        """As in transformers. With another `num_groups` than the checkpoint's the classifier starts fresh, which is
+        logged.
 
         Raises:
             RuntimeError: if any other weight differs in shape, unless `ignore_mismatched_sizes=True` is passed.
@@ -169,9 +173,10 @@ class IConEModel(PreTrainedModel):
         if kwargs.get("ignore_mismatched_sizes"):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, **kwargs, ignore_mismatched_sizes=True, output_loading_info=True
         )
+        model, info = loaded
         for name, saved, wanted in sorted(info["mismatched_keys"]):
             if name != "classifier.weight":
                 raise RuntimeError(
@@ -179,8 +184,8 @@ class IConEModel(PreTrainedModel):
                     "Load it with the config it was saved with, or pass ignore_mismatched_sizes=True to start it fresh."
                 )
             logger.warning(
-                f"The checkpoint has class vectors for {saved[0]} groups, {wanted[0]} are wanted: the classifier starts "
-                "fresh, everything else is the checkpoint's."
+                f"The checkpoint has class vectors for {saved[0]} groups, {wanted[0]} are wanted: the classifier "
+                "starts fresh, everything else is the checkpoint's."
             )
         return (model, info) if return_info else model
 
@@ -254,7 +259,7 @@ class IConEModel(PreTrainedModel):
         tokens = _positions(self.vision_model(pixel_values=pixel_values, return_dict=True).last_hidden_state)
         # CLIP and its kin normalise the class token after the last layer; the projection was trained on that scale.
         if self.config.vision_pooling == "pooler" and hasattr(self.vision_model, "post_layernorm"):
-            tokens = self.vision_model.post_layernorm(tokens)
+            tokens = cast(nn.Module, self.vision_model.post_layernorm)(tokens)
         return self.visual_projection(tokens)
 
     def get_text_token_features(
@@ -267,9 +272,7 @@ class IConEModel(PreTrainedModel):
         """The vision tower's "global token" by `config.vision_pooling`, `(batch, width)`, before the projection."""
         return self._pool(output, None, "vision_pooling")
 
-    def pool_text(
-        self, output: BaseModelOutputWithPooling, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def pool_text(self, output: BaseModelOutputWithPooling, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The text tower's "global token" by `config.text_pooling`, `(batch, width)`, before the projection."""
         return self._pool(output, attention_mask, "text_pooling")
 
@@ -300,8 +303,8 @@ class IConEModel(PreTrainedModel):
         longest = getattr(self.config.text_config, "max_position_embeddings", None)
         if longest and input_ids.shape[1] > longest:
             raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens, the text tower's positions end at {longest}. Tokenise with "
-                "IConEProcessor, which truncates, or with truncation=True and a max_length."
+                f"input_ids has {input_ids.shape[1]} tokens, the text tower's positions end at {longest}. Tokenise "
+                "with IConEProcessor, which truncates, or with truncation=True and a max_length."
             )
         if token_type_ids is not None:  # not every text tower knows this argument
             kwargs["token_type_ids"] = token_type_ids
@@ -333,20 +336,23 @@ class IConEModel(PreTrainedModel):
         Args:
             input_ids, attention_mask, token_type_ids: `(batch, tokens)`, as the tokenizer returns them.
             pixel_values: `(batch, channels, height, width)`.
-            group_ids: `(batch,)`, each pair's image/text group, `0..num_groups-1`; [`IGNORED_GROUP`] marks a filler row,
-                which no loss sees.
+            group_ids: `(batch,)`, each pair's image/text group, `0..num_groups-1`; [`IGNORED_GROUP`] marks a filler
+                row, which no loss sees.
             instance_weight: lambda_1 of equation (9). At 0 the instance loss is not computed.
             contrastive_weight: lambda_2 of equation (9). At 0 InfoNCE is not computed.
-            return_loss: `None` computes the losses if `group_ids` are given. InfoNCE alone (`instance_weight=0`) needs no
-                `group_ids`: all pairs then count as different groups.
-            pooled_image, pooled_text: `(batch, width)`, the towers' pooled outputs (`pool_image`, `pool_text`) if they are
-                known already; the towers are then not run.
+            return_loss: `None` computes the losses if `group_ids` are given. InfoNCE alone (`instance_weight=0`) needs
+                no `group_ids`: all pairs then count as different groups.
+            pooled_image, pooled_text: `(batch, width)`, the towers' pooled outputs (`pool_image`, `pool_text`) if they
+                are known already; the towers are then not run.
             kwargs: to both towers (`output_hidden_states`, `output_attentions`).
 
         Raises:
             ValueError: if nothing to embed is given, if a loss lacks what it needs, or if group ids are out of range.
         """
-        vision_output = text_output = image_features = text_features = None
+        vision_output: Any = None
+        text_output: Any = None
+        image_features: Any = None
+        text_features: Any = None
         if pooled_image is not None:
             image_features = self.visual_projection(pooled_image)
         elif pixel_values is not None:
@@ -355,24 +361,24 @@ class IConEModel(PreTrainedModel):
         if pooled_text is not None:
             text_features = self.text_projection(pooled_text)
         elif input_ids is not None:
-            text_output = self.get_text_features(
-                input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs
-            )
+            text_output = self.get_text_features(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
             text_features = text_output.pooler_output
         if image_features is None and text_features is None:
             raise ValueError("Nothing to embed: pass pixel_values, input_ids or both.")
 
-        image_embeds = None if image_features is None else F.normalize(image_features, dim=-1)
-        text_embeds = None if text_features is None else F.normalize(text_features, dim=-1)
+        image_embeds: Any = None if image_features is None else F.normalize(image_features, dim=-1)
+        text_embeds: Any = None if text_features is None else F.normalize(text_features, dim=-1)
         logits_per_text = logits_per_image = None
         if image_embeds is not None and text_embeds is not None:
             logits_per_text = text_embeds @ image_embeds.T / self.config.temperature
             logits_per_image = logits_per_text.T
-        loss = instance = contrastive = None
+        loss: Any = None
+        instance: Any = None
+        contrastive: Any = None
         if return_loss or (return_loss is None and group_ids is not None):
             self._check_loss_inputs(image_features, text_features, group_ids, instance_weight, contrastive_weight)
             if instance_weight:
-                instance = self._instance_loss(image_features, text_features, group_ids)
+                instance = self._instance_loss(image_features, text_features, cast(torch.Tensor, group_ids))
             if contrastive_weight:
                 contrastive = self._contrastive_loss(image_embeds, text_embeds, group_ids)
             weighted = ((instance_weight, instance), (contrastive_weight, contrastive))
@@ -410,7 +416,9 @@ class IConEModel(PreTrainedModel):
                 raise ValueError("The instance loss needs group_ids: pass them, or instance_weight=0.")
             return
         if group_ids.shape != image_features.shape[:1]:
-            raise ValueError(f"group_ids is {tuple(group_ids.shape)}, one for each of {len(image_features)} pairs is needed.")
+            raise ValueError(
+                f"group_ids is {tuple(group_ids.shape)}, one for each of {len(image_features)} pairs is needed."
+            )
         if instance_weight and self.classifier is None:
             raise ValueError(
                 "The instance loss needs the classifier, and this model has none (num_groups=0): build or load it with "
@@ -433,10 +441,11 @@ class IConEModel(PreTrainedModel):
     def _instance_loss(
         self, image_features: torch.Tensor, text_features: torch.Tensor, group_ids: torch.Tensor
     ) -> torch.Tensor:
+        classifier = cast(nn.Linear, self.classifier)
         temperature = self.config.instance_temperature or self.config.temperature
-        loss = sum(
+        image_loss, text_loss = (
             instance_loss(
-                features, self.classifier.weight, group_ids, self.config.instance_logits, temperature, reduction="sum"
+                features, classifier.weight, group_ids, self.config.instance_logits, temperature, reduction="sum"
             )
             for features in (image_features, text_features)
         )
@@ -445,7 +454,7 @@ class IConEModel(PreTrainedModel):
         num_rows = (group_ids != IGNORED_GROUP).sum()
         if self._num_ranks > 1:
             torch.distributed.all_reduce(num_rows)
-        return loss * self._num_ranks / num_rows
+        return (image_loss + text_loss) * self._num_ranks / num_rows
 
     def _contrastive_loss(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, group_ids: torch.Tensor | None
@@ -466,10 +475,16 @@ def _load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, optio
     if isinstance(tower, PreTrainedModel):
         return tower
     if isinstance(tower, nn.Module):
-        raise TypeError(f"The {modality} tower is a {type(tower).__name__}: a PreTrainedModel, which has a config, is needed.")
+        raise TypeError(
+            f"The {modality} tower is a {type(tower).__name__}: a PreTrainedModel, which has a config, is needed."
+        )
     model = AutoModel.from_pretrained(tower, **options)
     # A checkpoint with both towers, such as CLIP's: take the one that was asked for.
-    return getattr(model, f"{modality}_model") if hasattr(AutoConfig.from_pretrained(tower), f"{modality}_config") else model
+    return (
+        getattr(model, f"{modality}_model")
+        if hasattr(AutoConfig.from_pretrained(tower), f"{modality}_config")
+        else model
+    )
 
 
 AutoModel.register(IConEConfig, IConEModel, exist_ok=True)

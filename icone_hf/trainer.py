@@ -1,4 +1,6 @@
-"""Runs a recipe, a list of stages: one freshly built transformers Trainer for each, validated by Rsum, resumable anywhere."""
+"""Runs a recipe, a list of stages: one freshly built transformers Trainer for each, validated by Rsum, resumable
+anywhere.
+"""
 
 import copy
 import json
@@ -7,7 +9,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -55,8 +57,8 @@ class IConETrainingArguments(TrainingArguments):
     """transformers' arguments with this project's defaults. A stage sets `learning_rate` and `num_train_epochs` itself.
 
     The batch that InfoNCE takes its negatives from is `per_device_train_batch_size` times the number of processes (the
-    paper: 128); gradient accumulation adds no negatives. The optimizer is Adam (AdamW without weight decay), the schedule a
-    cosine after a warm-up of 5% of the steps. The epoch with the best validation Rsum is kept.
+    paper: 128); gradient accumulation adds no negatives. The optimizer is Adam (AdamW without weight decay), the
+    schedule a cosine after a warm-up of 5% of the steps. The epoch with the best validation Rsum is kept.
     """
 
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Image/sentence pairs a process and step."})
@@ -66,14 +68,18 @@ class IConETrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to measure the validation Rsum."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save; must match eval_strategy."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept a stage; the best one always is."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept a stage; the best one always is."}
+    )
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Go on with the stage's best epoch."})
     metric_for_best_model: str | None = field(default="rsum", metadata={"help": "Picks a stage's best epoch."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should grow."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: groups become pairs later."})
     feature_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Where frozen towers' outputs are kept. Default: OUTPUT_DIR/feature_cache. Runs may share one."},
+        metadata={
+            "help": "Where frozen towers' outputs are kept. Default: OUTPUT_DIR/feature_cache. Runs may share one."
+        },
     )
 
 
@@ -91,6 +97,7 @@ class StageTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.stage = stage
+        self.pairs = train_dataset
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_steps = 0
         super().__init__(
@@ -104,17 +111,17 @@ class StageTrainer(Trainer):
 
     def get_train_dataloader(self) -> GroupDataLoader:
         sampler = GroupBatchSampler(
-            self.train_dataset.captions_per_group,
+            self.pairs.captions_per_group,
             self.args.per_device_train_batch_size * self.args.world_size,
             seed=self.args.seed,
             rank=self.args.process_index,
             num_ranks=self.args.world_size,
         )
-        is_cached = isinstance(self.train_dataset, FeatureCache)
+        is_cached = isinstance(self.pairs, FeatureCache)
         # The cache hands out whole batches from mapped memory: worker processes would only copy them.
         num_workers = 0 if is_cached else self.args.dataloader_num_workers
         return GroupDataLoader(
-            self.train_dataset,
+            self.pairs,
             batch_sampler=sampler,
             collate_fn=_as_it_is if is_cached else PairCollator(self.processing_class),
             num_workers=num_workers,
@@ -136,8 +143,8 @@ class StageTrainer(Trainer):
             return_loss=True,
         )
         for name in ("instance_loss", "contrastive_loss"):
-            if output[name] is not None:
-                self._loss_sums[name] = self._loss_sums.get(name, 0) + output[name].detach()
+            if (loss := getattr(output, name)) is not None:
+                self._loss_sums[name] = self._loss_sums.get(name, 0) + loss.detach()
         self._loss_steps += 1
         return (output.loss, output) if return_outputs else output.loss
 
@@ -156,11 +163,12 @@ class StageTrainer(Trainer):
     ) -> dict[str, float]:
         """Retrieval metrics of groups, or of their cached features: keys `{metric_key_prefix}_rsum` and so on."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        model = cast(IConEModel, self.model)
         if isinstance(dataset, FeatureCache):
-            embeds = _embed_cached(self.model, dataset)
+            embeds = _embed_cached(model, dataset)
         else:
             embeds = encode_groups(
-                self.model,
+                model,
                 self.processing_class,
                 dataset,
                 self.args.per_device_eval_batch_size,
@@ -180,7 +188,7 @@ def _as_it_is(batch: Any) -> Any:
 def _embed_cached(model: IConEModel, cache: FeatureCache, chunk_size: int = 4096) -> GroupEmbeddings:
     def project(features: Any, projection: torch.nn.Linear) -> torch.Tensor:
         weight = projection.weight
-        chunks = (torch.from_numpy(features[i : i + chunk_size]) for i in range(0, len(features), chunk_size))
+        chunks = (torch.tensor(features[i : i + chunk_size]) for i in range(0, len(features), chunk_size))
         return torch.cat([F.normalize(projection(chunk.to(weight)), dim=-1).float().cpu() for chunk in chunks])
 
     return GroupEmbeddings(
@@ -191,22 +199,23 @@ def _embed_cached(model: IConEModel, cache: FeatureCache, chunk_size: int = 4096
 class IConETrainer:
     """Trains a model through all stages, keeps each stage's best epoch, and leaves a checkpoint that can be published.
 
-    `args.output_dir` receives the model and the processor, `metrics.json`, `recipe.json` (all that decides the numbers), and
-    `stages/0-NAME/` and so on with each stage's checkpoints and logs (`tensorboard --logdir OUTPUT_DIR/stages`).
+    `args.output_dir` receives the model and the processor, `metrics.json`, `recipe.json` (all that decides the
+    numbers), and `stages/0-NAME/` and so on with each stage's checkpoints and logs (`tensorboard --logdir
+    OUTPUT_DIR/stages`).
 
     Args:
         model: trained in place.
         args: [`IConETrainingArguments`].
-        train_dataset: groups; row number = class number, so `model.config.num_groups` must be its length wherever a stage
-            uses the instance loss.
+        train_dataset: groups; row number = class number, so `model.config.num_groups` must be its length wherever a
+            stage uses the instance loss.
         eval_dataset: groups, which pick each stage's best epoch.
         processor: an [`IConEProcessor`]; its text length is limited to the text tower's positions.
         stages: the recipe.
         callbacks: transformers' callbacks, for every stage.
 
     Raises:
-        ValueError: before any work starts, naming the field or the data at fault: no validation groups, pictures in both
-            splits, empty captions, another number of groups than the classifier has, stages of one name.
+        ValueError: before any work starts, naming the field or the data at fault: no validation groups, pictures in
+            both splits, empty captions, another number of groups than the classifier has, stages of one name.
     """
 
     def __init__(
@@ -221,6 +230,7 @@ class IConETrainer:
     ):
         self.model = model
         self.args = args
+        self.output_dir = Path(str(args.output_dir))
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.processor = processor
@@ -249,11 +259,13 @@ class IConETrainer:
         needs_classifier = any(stage.instance_weight for stage in self.stages)
         if needs_classifier and self.model.config.num_groups != len(self.train_dataset):
             raise ValueError(
-                f"The classifier has {self.model.config.num_groups} classes, the training split {len(self.train_dataset)} "
-                "groups: build or load the model with num_groups=len(train_dataset)."
+                f"The classifier has {self.model.config.num_groups} classes, the training split "
+                f"{len(self.train_dataset)} groups: build or load the model with num_groups=len(train_dataset)."
             )
         if self.args.load_best_model_at_end and self.args.save_strategy == "no":
-            raise ValueError('save_strategy="no" leaves no best epoch to go on with: save, or load_best_model_at_end=False.')
+            raise ValueError(
+                'save_strategy="no" leaves no best epoch to go on with: save, or load_best_model_at_end=False.'
+            )
 
     # --- the run ---
 
@@ -267,13 +279,14 @@ class IConETrainer:
                 never interrupted.
 
         Returns:
-            What `metrics.json` holds: `validation`, `stages` with each stage's best validation metrics, and `test` if the
-            run was finished and tested before.
+            What `metrics.json` holds: `validation`, `stages` with each stage's best validation metrics, and `test` if
+            the run was finished and tested before.
 
         Raises:
             ValueError: if the folder holds another run, or the checkpoint is none of this recipe's.
         """
         first, checkpoint = self._resume_point(resume_from_checkpoint)
+        PartialState().wait_for_everyone()  # all have looked at the folder before one writes to it
         self._write_recipe()
         for index, stage in enumerate(self.stages):
             folder = self.stage_folder(index)
@@ -286,13 +299,13 @@ class IConETrainer:
         return self._finish(anew=first < len(self.stages))
 
     def stage_folder(self, index: int) -> Path:
-        return Path(self.args.output_dir) / "stages" / f"{index}-{self.stages[index].name}"
+        return self.output_dir / "stages" / f"{index}-{self.stages[index].name}"
 
     def _run_stage(self, index: int, stage: Stage, checkpoint: str | None) -> None:
         num_pairs = sum(map(len, self.train_dataset["captions"]))
         logger.warning(
-            f"Stage {index + 1} of {len(self.stages)}, {stage.name!r}: {stage.num_train_epochs:g} epochs of {num_pairs} pairs, "
-            f"loss = {stage.instance_weight:g} x instance + {stage.contrastive_weight:g} x contrastive, "
+            f"Stage {index + 1} of {len(self.stages)}, {stage.name!r}: {stage.num_train_epochs:g} epochs of "
+            f"{num_pairs} pairs, loss = {stage.instance_weight:g} x instance + {stage.contrastive_weight:g} x contrastive, "
             f"encoders {'trained' if stage.train_encoders else 'frozen'}."
         )
         args = copy.deepcopy(self.args)
@@ -316,7 +329,13 @@ class IConETrainer:
         if trainer.is_world_process_zero():
             best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
             evaluations = [entry for entry in trainer.state.log_history if "eval_rsum" in entry]
-            chosen = max(evaluations, key=lambda entry: entry["eval_rsum"]) if best else evaluations[-1] if evaluations else {}
+            chosen = (
+                max(evaluations, key=lambda entry: entry["eval_rsum"])
+                if best
+                else evaluations[-1]
+                if evaluations
+                else {}
+            )
             result = {
                 "stage": asdict(stage),
                 "best_checkpoint": Path(best or get_last_checkpoint(args.output_dir) or ".").name,
@@ -327,9 +346,9 @@ class IConETrainer:
         PartialState().wait_for_everyone()
 
     def _cache(self, split: str, groups: Dataset) -> FeatureCache:
-        self.model.to(self.args.device)
+        self.model.to(self.args.device)  # type: ignore[arg-type]
         return FeatureCache.build(
-            Path(self.args.feature_cache_dir or Path(self.args.output_dir) / "feature_cache") / split,
+            Path(self.args.feature_cache_dir or self.output_dir / "feature_cache") / split,
             self.model,
             self.processor,
             groups,
@@ -343,11 +362,11 @@ class IConETrainer:
             "validation": stages[-1]["validation"],
             "stages": {result["stage"]["name"]: result["validation"] for result in stages},
         }
-        path = Path(self.args.output_dir) / METRICS_FILE
+        path = self.output_dir / METRICS_FILE
         if PartialState().is_main_process and (anew or not path.is_file()):
-            self.save_model(self.args.output_dir)
+            self.save_model(self.output_dir)
             path.unlink(missing_ok=True)  # a test of an older model is no test of this one
-            write_metrics(self.args.output_dir, metrics)
+            write_metrics(self.output_dir, metrics)
         PartialState().wait_for_everyone()
         return json.loads(path.read_text())
 
@@ -358,7 +377,7 @@ class IConETrainer:
 
     def evaluate(self, groups: Dataset | None = None) -> dict[str, float]:
         """Retrieval metrics of the model as it is now, on `groups` or the validation groups."""
-        self.model.to(self.args.device)
+        self.model.to(self.args.device)  # type: ignore[arg-type]
         embeds = encode_groups(
             self.model,
             self.processor,
@@ -372,11 +391,11 @@ class IConETrainer:
 
     def _resume_point(self, resume_from_checkpoint: str | bool | None) -> tuple[int, str | None]:
         """The first stage to run, and the checkpoint it goes on from."""
-        recipe_file = Path(self.args.output_dir) / RECIPE_FILE
+        recipe_file = self.output_dir / RECIPE_FILE
         if resume_from_checkpoint in (None, False):
             if recipe_file.is_file():
                 raise ValueError(
-                    f"{self.args.output_dir} holds another run: pass resume_from_checkpoint=auto to go on with it, or "
+                    f"{self.output_dir} holds another run: pass resume_from_checkpoint=auto to go on with it, or "
                     "another output_dir."
                 )
             return 0, None
@@ -387,8 +406,8 @@ class IConETrainer:
             ]
             if differing:
                 raise ValueError(
-                    f"{self.args.output_dir} holds a run of another recipe ({'; '.join(differing)}): resume it as it was, or "
-                    "start anew in another output_dir."
+                    f"{self.output_dir} holds a run of another recipe ({'; '.join(differing)}): resume it as it was, "
+                    "or start anew in another output_dir."
                 )
         if resume_from_checkpoint in ("auto", True):
             for index in range(len(self.stages)):
@@ -401,7 +420,7 @@ class IConETrainer:
         if checkpoint.resolve().parent not in folders or not (checkpoint / "trainer_state.json").is_file():
             raise ValueError(
                 f"resume_from_checkpoint={str(checkpoint)!r} is no checkpoint of this run: give a folder "
-                f"{self.args.output_dir}/stages/*/checkpoint-*, or auto."
+                f"{self.output_dir}/stages/*/checkpoint-*, or auto."
             )
         index = folders.index(checkpoint.resolve().parent)
         for earlier in range(index):
@@ -442,7 +461,7 @@ class IConETrainer:
 
     def _write_recipe(self) -> None:
         if PartialState().is_main_process:
-            _write_json(Path(self.args.output_dir) / RECIPE_FILE, self.recipe())
+            _write_json(self.output_dir / RECIPE_FILE, self.recipe())
         PartialState().wait_for_everyone()
 
 

@@ -275,9 +275,15 @@ def test_save_and_load_give_the_same_embeddings(make_model, batch, tmp_path):
 
 def test_auto_model_loads_in_a_fresh_process_whichever_is_imported_first(make_model, tmp_path):
     make_model().save_pretrained(tmp_path)
-    for imports in ("import icone_hf; from transformers import AutoModel", "from transformers import AutoModel; import icone_hf"):
+    for imports in (
+        "import icone_hf; from transformers import AutoModel",
+        "from transformers import AutoModel; import icone_hf",
+    ):
         code = f"{imports}; print(type(AutoModel.from_pretrained({str(tmp_path)!r})).__name__)"
-        assert "IConEModel" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert (
+            "IConEModel"
+            in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        )
 
 
 def test_saving_without_classifier(make_model, batch, tmp_path):
@@ -372,7 +378,9 @@ def test_frozen_encoders_stay_in_eval_mode_and_get_no_gradient(make_model, batch
 @pytest.mark.parametrize("trainable", [False, True])
 def test_batch_norm_statistics_never_move(trainable):
     vision = EfficientNetLiteConfig(width_coefficient=0.25, hidden_size=40)
-    model = IConEModel(IConEConfig(vision_config=vision, text_config=tiny_text_config(), projection_dim=16, num_groups=4))
+    model = IConEModel(
+        IConEConfig(vision_config=vision, text_config=tiny_text_config(), projection_dim=16, num_groups=4)
+    )
     model.set_encoders_trainable(trainable)
     statistics = {name: b.clone() for name, b in model.vision_model.named_buffers()}
     assert any("running_mean" in name for name in statistics)

@@ -15,7 +15,10 @@ KEYS = {f"{d}_{m}" for d in ("t2i", "i2t") for m in ("r1", "r5", "r10", "medr", 
 def numpy_ranks(images, texts, owner):
     """By the definition: count every other item that scores at least as much; own sentences are no rivals."""
     scores = images @ texts.T
-    t2i = [sum(scores[i, j] >= scores[owner[j], j] for i in range(len(images)) if i != owner[j]) + 1 for j in range(len(texts))]
+    t2i = [
+        sum(scores[i, j] >= scores[owner[j], j] for i in range(len(images)) if i != owner[j]) + 1
+        for j in range(len(texts))
+    ]
     i2t = []
     for i in range(len(images)):
         best = max(scores[i, j] for j in range(len(texts)) if owner[j] == i)
@@ -110,7 +113,8 @@ def test_folds_are_the_mean_over_consecutive_images():
     rng = np.random.default_rng(0)
     images, texts, owner = rng.normal(size=(20, 4)), rng.normal(size=(60, 4)), np.repeat(np.arange(20), 3)
     folds = [
-        numpy_metrics(images[f * 5 : f * 5 + 5], texts[f * 15 : f * 15 + 15], np.repeat(np.arange(5), 3)) for f in range(4)
+        numpy_metrics(images[f * 5 : f * 5 + 5], texts[f * 15 : f * 15 + 15], np.repeat(np.arange(5), 3))
+        for f in range(4)
     ]
     ours = fold_metrics(torch.tensor(images), torch.tensor(texts), torch.tensor(owner), folds=4)
     assert ours == pytest.approx({name: np.mean([fold[name] for fold in folds]) for name in folds[0]})
@@ -171,4 +175,6 @@ def test_table_shows_every_metric():
     metrics = retrieval_metrics(torch.eye(3), torch.eye(3), torch.arange(3))
     header, _, row = metrics_table({"test": metrics}).splitlines()
     assert [cell.strip() for cell in header.split("|")[2:-1]][-1] == "Rsum"
-    assert [float(cell) for cell in row.split("|")[2:-1]] == list(map(float, json.loads(json.dumps(list(metrics.values())))))
+    assert [float(cell) for cell in row.split("|")[2:-1]] == list(
+        map(float, json.loads(json.dumps(list(metrics.values()))))
+    )

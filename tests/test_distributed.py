@@ -1,0 +1,106 @@
+"""Two processes against one: gathered losses, weights, and the gradient of the gathered losses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def run(towers, output, processes, per_device_batch):
+    command = [str(HERE / "distributed_run.py"), *towers, str(output), str(per_device_batch)]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    else:
+        launcher = [sys.executable]
+    done = subprocess.run(
+        [*launcher, *command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((output / "result.json").read_text())
+    assert result["world_size"] == processes
+    history = {}
+    for stage in ("0-instance", "1-joint"):
+        log = json.loads((output / "stages" / stage / "stage.json").read_text())["log_history"]
+        history |= {
+            (stage, e["step"], k): e[k] for e in log for k in ("loss", "instance_loss", "contrastive_loss") if k in e
+        }
+    return result["metrics"], history, torch.load(output / "weights.pt")
+
+
+def test_two_ranks_of_64_train_as_one_process_of_128(towers, tmp_path):
+    alone = run(towers, tmp_path / "one", 1, 128)
+    together = run(towers, tmp_path / "two", 2, 64)
+    assert len(alone[1]) == 4 * 2 + 8 * 3
+    assert together[1] == pytest.approx(alone[1], rel=1e-5)
+    assert together[0]["validation"]["rsum"] == pytest.approx(alone[0]["validation"]["rsum"], abs=1e-6)
+    for name, weight in alone[2].items():
+        # A softmax does not see the key's bias: its gradient is zero but for rounding, which Adam turns into whole
+        # steps.
+        if name.endswith(("key.bias", "k_proj.bias")):
+            continue
+        torch.testing.assert_close(together[2][name], weight, atol=1e-5, rtol=0)
+
+
+def _gradients(rank, port, folder, group_ids, towers):
+    """One of two processes: the gradient of its half of a batch, averaged over both as DDP does."""
+    from conftest import make_groups
+
+    from icone_hf import IConEModel, IConEProcessor
+
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = IConEModel.from_encoders(*towers, num_groups=8, projection_dim=16).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    groups = make_groups(8)
+    inputs = IConEProcessor.from_encoders(*towers)(
+        images=groups["image"][:], text=[captions[0] for captions in groups["captions"]], return_tensors="pt"
+    )
+    half = slice(4 * rank, 4 * rank + 4)
+    output = model(**{name: value[half] for name, value in inputs.items()}, group_ids=group_ids[half])
+    output.loss.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad)
+            gradients[name] = parameter.grad / 2
+    loss = output.loss.detach()
+    torch.distributed.all_reduce(loss)
+    if rank == 0:
+        torch.save({"gradients": gradients, "loss": loss / 2}, f"{folder}/gathered.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("last_is_filler", [False, True])
+def test_gradients_of_the_gathered_losses_are_those_of_one_process(
+    towers, make_model, processor, tmp_path, last_is_filler
+):
+    from conftest import make_groups
+
+    group_ids = torch.arange(8)
+    if last_is_filler:
+        group_ids[-1] = -100
+    port = 29600 + os.getpid() % 1000
+    torch.multiprocessing.spawn(_gradients, (port, str(tmp_path), group_ids, towers), nprocs=2)
+    gathered = torch.load(tmp_path / "gathered.pt")
+    model = make_model().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    groups = make_groups(8)
+    inputs = processor(images=groups["image"][:], text=[c[0] for c in groups["captions"]], return_tensors="pt")
+    kept = group_ids >= 0
+    output = model(**{name: value[kept] for name, value in inputs.items()}, group_ids=group_ids[kept])
+    output.loss.backward()
+    torch.testing.assert_close(gathered["loss"], output.loss.detach(), atol=1e-5, rtol=1e-5)
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert expected.keys() == gathered["gradients"].keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gathered["gradients"][name], gradient, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,103 @@
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import icone_hf
+
+PACKAGE = Path(icone_hf.__file__).parent
+MODEL_ROOM = {"configuration_icone", "modeling_icone", "processing_icone", "losses", "encoders"}
+# Each room may import those to its right.
+LAYERS = (
+    ("figures", "trainer", "arguments"),
+    ("feature_cache",),
+    ("encoding",),
+    ("stages", "batching", "groups", "retrieval"),
+    ("scenes",),
+    ("processing_icone", "modeling_icone"),
+    ("configuration_icone",),
+    ("encoders", "losses"),
+)
+
+
+def imports_of(name):
+    return set(re.findall(r"^from \.(\w+) import", (PACKAGE / f"{name}.py").read_text(), re.MULTILINE))
+
+
+def test_imports_point_one_way():
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert modules == set(level)
+    for module in modules:
+        assert all(level[other] > level[module] for other in imports_of(module)), module
+
+
+def test_the_model_knows_nothing_above_it_and_losses_and_retrieval_import_no_room():
+    for name in MODEL_ROOM:
+        assert imports_of(name) <= MODEL_ROOM
+        source = (PACKAGE / f"{name}.py").read_text()
+        assert not re.search(
+            r"^from __future__", source, re.MULTILINE
+        )  # transformers reads the types of the model's config
+        roots = set(re.findall(r"^(?:import|from) ([a-z_]+)", source, re.MULTILINE))
+        assert roots <= {"torch", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)
+    assert imports_of("losses") == imports_of("retrieval") == set()
+
+
+def test_public_names_exist_and_are_documented():
+    for name in icone_hf.__all__:
+        value = getattr(icone_hf, name)
+        assert value.__doc__ or isinstance(value, tuple), name
+    assert set(icone_hf.__all__) <= set(dir(icone_hf))
+    with pytest.raises(AttributeError, match="no attribute 'IConEmodel'"):
+        _ = icone_hf.IConEmodel
+
+
+def test_import_is_lazy():
+    code = "import sys, icone_hf; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import icone_hf, transformers",
+        "import transformers, icone_hf",
+        "from icone_hf import retrieval_metrics; import transformers; from icone_hf import IConEModel, IConEProcessor",
+        "from icone_hf import IConEModel; import transformers; from icone_hf import IConEProcessor",
+        "import icone_hf.modeling_icone, icone_hf.processing_icone",
+    ],
+)
+def test_auto_classes_know_icone(imports):
+    code = f"""{imports}
+from transformers import AutoConfig, AutoModel
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+import torch
+with torch.device("meta"):
+    print(type(AutoModel.from_config(AutoConfig.for_model("icone"))).__name__)
+print(PROCESSOR_MAPPING[AutoConfig.for_model("icone").__class__].__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["IConEModel", "IConEProcessor"]
+
+
+@pytest.mark.parametrize("name", ["configuration_icone", "modeling_icone", "retrieval"])
+def test_doctests(name):
+    module = importlib.import_module(f"icone_hf.{name}")
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed
+
+
+def test_no_network_code_of_third_parties_is_imported_at_run_time():
+    assert not [
+        path
+        for path in PACKAGE.glob("*.py")
+        if "efficientnet_lite_pytorch" in re.sub(r'"""[\s\S]*?"""', "", path.read_text())
+    ]
