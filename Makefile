@@ -27,8 +27,8 @@ quickstart: outputs/towers/minilm/config.json
 $(VENV)/quickstart: pyproject.toml constraints.txt
 	@echo "[1/4] Installing into $(VENV) (about 2 minutes, 2 GB)"
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
+	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt torch
+	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
 	touch $@
 
 outputs/towers/minilm/config.json: $(VENV)/quickstart
@@ -37,7 +37,7 @@ outputs/towers/minilm/config.json: $(VENV)/quickstart
 	touch $@
 
 $(VENV)/dev: $(VENV)/quickstart
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 test: $(VENV)/dev

@@ -10,6 +10,7 @@ The drawings are OpenMoji's (https://openmoji.org, CC BY-SA 4.0); whoever publis
 licence.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -23,6 +24,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 from PIL import Image
+from tqdm.auto import tqdm
 
 GROUNDS = {
     "white": (250, 250, 250),
@@ -213,7 +215,7 @@ def draw_scene(scene: Scene, image_size: int) -> Image.Image:
 
 
 def _rows(seed: int, split: str, num_groups: int, image_size: int, version: str) -> Iterator[dict[str, Any]]:
-    for index in range(num_groups):
+    for index in tqdm(range(num_groups), desc=f"Drawing {split} scenes", unit=" scenes"):
         scene = compose_scene(seed, split, index)
         yield {
             "image": draw_scene(scene, image_size),
@@ -273,15 +275,28 @@ def draw_scenes(split: str, num_groups: int, image_size: int = 160, seed: int = 
         ImportError: if the extra `icone_hf[scenes]` is not installed.
     """
     scene_objects()  # fail before the builder starts, whose own errors hide the cause
-    return Dataset.from_generator(
-        _rows,
-        features=FEATURES,
-        gen_kwargs={
-            "seed": seed,
-            "split": split,
-            "num_groups": num_groups,
-            "image_size": image_size,
-            "version": _version(),
-        },
-        split=datasets.NamedSplit(split),
-    )
+    # The builder's own progress bar does not know how many scenes there will be; ours does.
+    with _without_progress_bars():
+        return Dataset.from_generator(
+            _rows,
+            features=FEATURES,
+            gen_kwargs={
+                "seed": seed,
+                "split": split,
+                "num_groups": num_groups,
+                "image_size": image_size,
+                "version": _version(),
+            },
+            split=datasets.NamedSplit(split),
+        )
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    were_enabled = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_enabled:
+            datasets.enable_progress_bars()

@@ -305,8 +305,8 @@ class IConETrainer:
         num_pairs = sum(map(len, self.train_dataset["captions"]))
         logger.warning(
             f"Stage {index + 1} of {len(self.stages)}, {stage.name!r}: {stage.num_train_epochs:g} epochs of "
-            f"{num_pairs} pairs, loss = {stage.instance_weight:g} x instance + {stage.contrastive_weight:g} x contrastive, "
-            f"encoders {'trained' if stage.train_encoders else 'frozen'}."
+            f"{num_pairs} pairs, encoders {'trained' if stage.train_encoders else 'frozen'}, "
+            f"loss = {stage.instance_weight:g} x instance + {stage.contrastive_weight:g} x contrastive."
         )
         args = copy.deepcopy(self.args)
         args.output_dir = str(self.stage_folder(index))
