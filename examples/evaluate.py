@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser
 from icone_hf import encode_groups, fold_metrics, load_groups, retrieval_metrics
 from icone_hf.arguments import DataArguments
 from icone_hf.retrieval import metrics_table
-from icone_hf.trainer import write_metrics
+from icone_hf.run_folder import write_metrics
 
 
 @dataclass
@@ -46,7 +46,7 @@ def main() -> None:
 
     metrics = {args.split: retrieval_metrics(*embeds, chunk_size=args.chunk_size)}
     if args.folds:
-        metrics[f"{args.split}, mean of {args.folds} folds"] = fold_metrics(*embeds, args.folds, args.chunk_size)
+        metrics[f"{args.split}_mean_of_{args.folds}_folds"] = fold_metrics(*embeds, args.folds, args.chunk_size)
     if not PartialState().is_main_process:
         return
     print(metrics_table(metrics))

@@ -10,7 +10,7 @@ from icone_hf import IConEModel, IConEProcessor, IConETrainer, IConETrainingArgu
 from icone_hf.arguments import DataArguments, ModelArguments, RecipeArguments, parse_arguments
 from icone_hf.groups import MissingSplitError, check_disjoint
 from icone_hf.retrieval import metrics_table
-from icone_hf.trainer import write_metrics
+from icone_hf.run_folder import write_metrics
 
 
 def main() -> None:

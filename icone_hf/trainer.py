@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,6 @@ from datasets import Dataset
 from safetensors.torch import load_model
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .batching import GroupBatchSampler, GroupDataLoader, PairCollator, PairDataset
@@ -28,16 +27,15 @@ from .feature_cache import FeatureCache, digest_captions
 from .groups import check_captions, check_disjoint
 from .modeling_icone import IConEModel
 from .retrieval import retrieval_metrics
+from .run_folder import RunFolder
 from .stages import PAPER_STAGES, Stage
 
 logger = logging.get_logger(__name__)
 
-METRICS_FILE = "metrics.json"
-RECIPE_FILE = "recipe.json"
-STAGE_FILE = "stage.json"
 # The arguments that decide which numbers come out; a run is resumed only with the same ones.
 _DECISIVE_ARGUMENTS = (
     "seed",
+    "max_steps",
     "gradient_accumulation_steps",
     "optim",
     "weight_decay",
@@ -230,11 +228,11 @@ class IConETrainer:
     ):
         self.model = model
         self.args = args
-        self.output_dir = Path(str(args.output_dir))
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.processor = processor
         self.stages = tuple(stages)
+        self.folder = RunFolder(str(args.output_dir), [stage.name for stage in self.stages])
         self.callbacks = callbacks
         self._check()
         processor.limit_text_length(model.config.text_config)
@@ -262,9 +260,11 @@ class IConETrainer:
                 f"The classifier has {self.model.config.num_groups} classes, the training split "
                 f"{len(self.train_dataset)} groups: build or load the model with num_groups=len(train_dataset)."
             )
-        if self.args.load_best_model_at_end and self.args.save_strategy == "no":
+        strategies = self.args.to_dict()
+        if strategies["save_strategy"] == "no" or strategies["save_strategy"] != strategies["eval_strategy"]:
             raise ValueError(
-                'save_strategy="no" leaves no best epoch to go on with: save, or load_best_model_at_end=False.'
+                f"save_strategy={strategies['save_strategy']} and eval_strategy={strategies['eval_strategy']} must be "
+                "the same, and not no: every checkpoint is measured, and the best one gone on with."
             )
 
     # --- the run ---
@@ -285,23 +285,24 @@ class IConETrainer:
         Raises:
             ValueError: if the folder holds another run, or the checkpoint is none of this recipe's.
         """
-        first, checkpoint = self._resume_point(resume_from_checkpoint)
+        recipe = self.recipe()
+        first, checkpoint = self.folder.resume_point(resume_from_checkpoint, recipe)
         PartialState().wait_for_everyone()  # all have looked at the folder before one writes to it
-        self._write_recipe()
-        for index, stage in enumerate(self.stages):
-            folder = self.stage_folder(index)
-            if index < first:
-                if index == first - 1:
-                    self._load_best_of(folder)
-                logger.warning(f"Stage {index + 1} of {len(self.stages)}, {stage.name!r}, is done already.")
-                continue
-            self._run_stage(index, stage, checkpoint if index == first else None)
+        if PartialState().is_main_process:
+            self.folder.write_recipe(recipe)
+            self.folder.forget_after(first, checkpoint)
+        PartialState().wait_for_everyone()
+        for index, stage in enumerate(self.stages[:first]):
+            logger.warning(f"Stage {index + 1} of {len(self.stages)}, {stage.name!r}, is done already.")
+        if first:
+            best = self.folder.stage(first - 1) / self.folder.read_stage(first - 1)["best_checkpoint"]
+            load_model(self.model, best / SAFE_WEIGHTS_NAME)
+        for index in range(first, len(self.stages)):
+            self._run_stage(index, checkpoint if index == first else None)
         return self._finish(anew=first < len(self.stages))
 
-    def stage_folder(self, index: int) -> Path:
-        return self.output_dir / "stages" / f"{index}-{self.stages[index].name}"
-
-    def _run_stage(self, index: int, stage: Stage, checkpoint: str | None) -> None:
+    def _run_stage(self, index: int, checkpoint: Path | None) -> None:
+        stage = self.stages[index]
         num_pairs = sum(map(len, self.train_dataset["captions"]))
         logger.warning(
             f"Stage {index + 1} of {len(self.stages)}, {stage.name!r}: {stage.num_train_epochs:g} epochs of "
@@ -309,7 +310,7 @@ class IConETrainer:
             f"loss = {stage.instance_weight:g} x instance + {stage.contrastive_weight:g} x contrastive."
         )
         args = copy.deepcopy(self.args)
-        args.output_dir = str(self.stage_folder(index))
+        args.output_dir = str(self.folder.stage(index))
         args.learning_rate = stage.learning_rate
         args.num_train_epochs = stage.num_train_epochs
         args.seed = self.args.seed + index  # other batches in every stage
@@ -323,32 +324,28 @@ class IConETrainer:
             eval_dataset = self._cache("validation", self.eval_dataset)
         callbacks = copy.deepcopy(self.callbacks)
         trainer = StageTrainer(self.model, args, stage, train_dataset, eval_dataset, self.processor, callbacks)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # Mixed precision wraps forward; the next stage's accelerator must find it as it was.
         self.model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         if trainer.is_world_process_zero():
             best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
-            evaluations = [entry for entry in trainer.state.log_history if "eval_rsum" in entry]
-            chosen = (
-                max(evaluations, key=lambda entry: entry["eval_rsum"])
-                if best
-                else evaluations[-1]
-                if evaluations
-                else {}
-            )
+            kept = Path(best) if best else self.folder.last_checkpoint(index)
+            # The metrics of the weights that are kept: logged at the step that names the checkpoint.
+            step = int(kept.name.rsplit("-", 1)[1]) if kept else None
+            logged = [entry for entry in trainer.state.log_history if "eval_rsum" in entry and entry["step"] == step]
             result = {
                 "stage": asdict(stage),
-                "best_checkpoint": Path(best or get_last_checkpoint(args.output_dir) or ".").name,
-                "validation": {k.removeprefix("eval_"): v for k, v in chosen.items() if k.startswith("eval_")},
+                "best_checkpoint": kept.name if kept else None,
+                "validation": {k.removeprefix("eval_"): v for k, v in logged[-1].items() if k.startswith("eval_")},
                 "log_history": trainer.state.log_history,
             }
-            _write_json(self.stage_folder(index) / STAGE_FILE, result)
+            self.folder.write_stage(index, result)
         PartialState().wait_for_everyone()
 
     def _cache(self, split: str, groups: Dataset) -> FeatureCache:
         self.model.to(self.args.device)  # type: ignore[arg-type]
         return FeatureCache.build(
-            Path(self.args.feature_cache_dir or self.output_dir / "feature_cache") / split,
+            Path(self.args.feature_cache_dir or self.folder.path / "feature_cache") / split,
             self.model,
             self.processor,
             groups,
@@ -357,18 +354,13 @@ class IConETrainer:
         )
 
     def _finish(self, anew: bool) -> dict[str, Any]:
-        stages = [json.loads((self.stage_folder(i) / STAGE_FILE).read_text()) for i in range(len(self.stages))]
-        metrics = {
-            "validation": stages[-1]["validation"],
-            "stages": {result["stage"]["name"]: result["validation"] for result in stages},
-        }
-        path = self.output_dir / METRICS_FILE
-        if PartialState().is_main_process and (anew or not path.is_file()):
-            self.save_model(self.output_dir)
-            path.unlink(missing_ok=True)  # a test of an older model is no test of this one
-            write_metrics(self.output_dir, metrics)
+        results = [self.folder.read_stage(index) for index in range(len(self.stages))]
+        if PartialState().is_main_process and (anew or self.folder.read_metrics() is None):
+            self.save_model(self.folder.path)
+            stages = {result["stage"]["name"]: result["validation"] for result in results}
+            self.folder.replace_metrics({"validation": results[-1]["validation"], "stages": stages})
         PartialState().wait_for_everyone()
-        return json.loads(path.read_text())
+        return self.folder.read_metrics() or {}
 
     def save_model(self, output_dir: str | os.PathLike, with_classifier: bool = True) -> None:
         """Saves model and processor as one checkpoint folder."""
@@ -386,51 +378,6 @@ class IConETrainer:
             self.args.dataloader_num_workers,
         )
         return retrieval_metrics(*embeds)
-
-    # --- resuming ---
-
-    def _resume_point(self, resume_from_checkpoint: str | bool | None) -> tuple[int, str | None]:
-        """The first stage to run, and the checkpoint it goes on from."""
-        recipe_file = self.output_dir / RECIPE_FILE
-        if resume_from_checkpoint in (None, False):
-            if recipe_file.is_file():
-                raise ValueError(
-                    f"{self.output_dir} holds another run: pass resume_from_checkpoint=auto to go on with it, or "
-                    "another output_dir."
-                )
-            return 0, None
-        if recipe_file.is_file():
-            saved, wanted = json.loads(recipe_file.read_text())["decisive"], self.recipe()["decisive"]
-            differing = [
-                f"{name} was {saved.get(name)}, is {wanted[name]}" for name in wanted if saved.get(name) != wanted[name]
-            ]
-            if differing:
-                raise ValueError(
-                    f"{self.output_dir} holds a run of another recipe ({'; '.join(differing)}): resume it as it was, "
-                    "or start anew in another output_dir."
-                )
-        if resume_from_checkpoint in ("auto", True):
-            for index in range(len(self.stages)):
-                if not (self.stage_folder(index) / STAGE_FILE).is_file():
-                    folder = self.stage_folder(index)
-                    return index, get_last_checkpoint(str(folder)) if folder.is_dir() else None
-            return len(self.stages), None
-        checkpoint = Path(str(resume_from_checkpoint))
-        folders = [self.stage_folder(index).resolve() for index in range(len(self.stages))]
-        if checkpoint.resolve().parent not in folders or not (checkpoint / "trainer_state.json").is_file():
-            raise ValueError(
-                f"resume_from_checkpoint={str(checkpoint)!r} is no checkpoint of this run: give a folder "
-                f"{self.output_dir}/stages/*/checkpoint-*, or auto."
-            )
-        index = folders.index(checkpoint.resolve().parent)
-        for earlier in range(index):
-            if not (self.stage_folder(earlier) / STAGE_FILE).is_file():
-                raise ValueError(f"Stage {self.stages[earlier].name!r} is not done: resume it first, or pass auto.")
-        return index, str(checkpoint)
-
-    def _load_best_of(self, folder: Path) -> None:
-        result = json.loads((folder / STAGE_FILE).read_text())
-        load_model(self.model, folder / result["best_checkpoint"] / SAFE_WEIGHTS_NAME)
 
     def recipe(self) -> dict[str, Any]:
         """All that decides the numbers of this run (`decisive`), every argument, and the versions it runs on."""
@@ -458,26 +405,6 @@ class IConETrainer:
             },
         }
         return json.loads(json.dumps(recipe, default=str))  # as a file gives it back, so that two runs compare
-
-    def _write_recipe(self) -> None:
-        if PartialState().is_main_process:
-            _write_json(self.output_dir / RECIPE_FILE, self.recipe())
-        PartialState().wait_for_everyone()
-
-
-def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds metrics to `metrics.json` in a checkpoint folder; what it holds under other keys stays."""
-    path = Path(folder) / METRICS_FILE
-    merged = {**(json.loads(path.read_text()) if path.is_file() else {}), **metrics}
-    _write_json(path, merged)
-    return merged
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    unfinished.replace(path)
 
 
 def _without(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

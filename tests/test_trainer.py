@@ -1,5 +1,6 @@
 import json
 import logging as python_logging
+from dataclasses import fields
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from icone_hf import (
     encode_groups,
     retrieval_metrics,
 )
-from icone_hf.trainer import StageTrainer, write_metrics
+from icone_hf.run_folder import write_metrics
+from icone_hf.trainer import StageTrainer
 
 STAGES = (
     Stage("instance", 2, 1e-3, instance_weight=1, contrastive_weight=0, train_encoders=False),
@@ -53,7 +55,7 @@ def losses(trainer):
     """Every logged loss of the run, by stage and step."""
     found = {}
     for index, stage in enumerate(trainer.stages):
-        history = json.loads((trainer.stage_folder(index) / "stage.json").read_text())["log_history"]
+        history = json.loads((trainer.folder.stage(index) / "stage.json").read_text())["log_history"]
         found |= {(stage.name, entry["step"]): entry["loss"] for entry in history if "loss" in entry}
     return found
 
@@ -89,7 +91,7 @@ def test_a_run_leaves_a_checkpoint_metrics_and_recipe(make_trainer, tmp_path):
 def test_each_stage_keeps_its_best_epoch(make_trainer):
     trainer = make_trainer(stages=(Stage("joint", 6, 3e-2, 1, 1, True),))  # a rate that makes Rsum jump up and down
     metrics = trainer.train()
-    result = json.loads((trainer.stage_folder(0) / "stage.json").read_text())
+    result = json.loads((trainer.folder.stage(0) / "stage.json").read_text())
     sums = {e["step"]: e["eval_rsum"] for e in result["log_history"] if "eval_rsum" in e}
     assert len(sums) == 6
     best = max(sums.values())
@@ -181,7 +183,7 @@ def test_resuming_from_a_named_checkpoint(make_trainer, index):
     trainer.train()
     expected = losses(trainer)
     again = make_trainer()
-    again.train(resume_from_checkpoint=str(again.stage_folder(index) / "checkpoint-6"))
+    again.train(resume_from_checkpoint=str(again.folder.stage(index) / "checkpoint-6"))
     assert losses(again) == pytest.approx(expected, abs=1e-6)
 
 
@@ -199,8 +201,31 @@ def test_a_test_of_an_older_model_is_dropped(make_trainer, tmp_path):
     make_trainer().train()
     write_metrics(tmp_path / "run", {"test": {"rsum": 1.0}})
     trainer = make_trainer()
-    metrics = trainer.train(resume_from_checkpoint=str(trainer.stage_folder(1) / "checkpoint-6"))
+    metrics = trainer.train(resume_from_checkpoint=str(trainer.folder.stage(1) / "checkpoint-6"))
     assert "test" not in metrics
+
+
+def test_a_checkpoint_that_was_cut_in_writing_is_passed_over(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    expected = losses(trainer)
+    folder = trainer.folder.stage(1)
+    (folder / "stage.json").unlink()
+    (folder / "checkpoint-12" / "trainer_state.json").unlink()  # it is written last
+    again = make_trainer()
+    again.train(resume_from_checkpoint="auto")
+    assert losses(again) == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_came_after_a_named_checkpoint_is_done_again(make_trainer):
+    trainer = make_trainer()
+    metrics = trainer.train()
+    checkpoint = str(trainer.folder.stage(0) / "checkpoint-6")
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(callbacks=[StopAt("0-instance", 8)]).train(resume_from_checkpoint=checkpoint)
+    assert not trainer.folder.is_done(0)
+    assert not list(trainer.folder.stage(1).glob("checkpoint-*"))
+    assert make_trainer().train(resume_from_checkpoint="auto") == metrics
 
 
 def test_auto_starts_where_there_is_nothing(make_trainer):
@@ -230,7 +255,7 @@ def test_logs_hold_one_series_for_each_loss_and_stage(make_trainer):
     trainer = make_trainer(report_to="tensorboard")
     trainer.train()
     for index, expected in enumerate(({"instance_loss"}, {"instance_loss", "contrastive_loss"})):
-        (event_file,) = trainer.stage_folder(index).rglob("events.out.tfevents.*")
+        (event_file,) = trainer.folder.stage(index).rglob("events.out.tfevents.*")
         events = EventAccumulator(str(event_file)).Reload()
         tags = {tag.removeprefix("train/") for tag in events.Tags()["scalars"]}
         assert {tag for tag in tags if tag.endswith("_loss") and tag != "train_loss"} == expected
@@ -248,7 +273,7 @@ def test_each_stage_starts_its_own_schedule(make_trainer):
     trainer = make_trainer(warmup_steps=2)
     trainer.train()
     for index, stage in enumerate(STAGES):
-        history = json.loads((trainer.stage_folder(index) / "stage.json").read_text())["log_history"]
+        history = json.loads((trainer.folder.stage(index) / "stage.json").read_text())["log_history"]
         rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
         assert max(rates) == pytest.approx(stage.learning_rate)
         assert rates[0] < rates[1]
@@ -267,12 +292,24 @@ def test_a_shared_feature_cache_is_reused(make_trainer, tmp_path):
 def test_the_last_epoch_is_kept_on_request(make_trainer):
     trainer = make_trainer(stages=(Stage("joint", 3, 3e-2, 1, 1, True),), load_best_model_at_end=False)
     metrics = trainer.train()
-    history = json.loads((trainer.stage_folder(0) / "stage.json").read_text())["log_history"]
+    history = json.loads((trainer.folder.stage(0) / "stage.json").read_text())["log_history"]
     assert metrics["validation"]["rsum"] == [e["eval_rsum"] for e in history if "eval_rsum" in e][-1]
 
 
 def test_activation_checkpointing_as_a_training_argument(make_trainer):
-    assert make_trainer(stages=STAGES[1:], activation_checkpointing=True).train()["validation"]["rsum"] > 0
+    known = {field.name for field in fields(IConETrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    assert make_trainer(stages=STAGES[1:], **{name: True}).train()["validation"]["rsum"] > 0
+
+
+def test_mixed_precision_in_both_stages_leaves_a_plain_model(make_trainer, batch, tmp_path):
+    trainer = make_trainer(bf16=True)
+    metrics = trainer.train()
+    assert metrics["validation"]["rsum"] > 0
+    loaded = IConEModel.from_pretrained(tmp_path / "run").eval()
+    with torch.no_grad():  # no autocast is left in the trained model's forward
+        assert torch.equal(trainer.model.eval()(**batch).image_embeds, loaded(**batch).image_embeds)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -286,8 +323,8 @@ def test_activation_checkpointing_as_a_training_argument(make_trainer):
         ({"stages": ()}, "no stages"),
         ({"stages": STAGES[:1] * 2}, "must differ"),
         (
-            {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": True},
-            "save_strategy|eval_strategy|strategy",
+            {"save_strategy": "no", "load_best_model_at_end": False},
+            "save_strategy=no and eval_strategy=epoch must be the same",
         ),
     ],
 )

@@ -1,0 +1,138 @@
+"""What a run leaves on disk, and where an interrupted one goes on.
+
+OUTPUT_DIR/
+  config.json, model.safetensors, ...    the trained model and its processor
+  metrics.json                           retrieval metrics: validation, stages, test
+  recipe.json                            all that decides the numbers
+  feature_cache/                         frozen towers' outputs
+  stages/0-NAME/checkpoint-*/            transformers' checkpoints
+  stages/0-NAME/stage.json               there once the stage is done: its best epoch, metrics and logs
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.json"
+RECIPE_FILE = "recipe.json"
+STAGE_FILE = "stage.json"
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: `OUTPUT_DIR`; made when something is written.
+        stage_names: of the recipe's stages, in order.
+    """
+
+    def __init__(self, path: str | os.PathLike, stage_names: Sequence[str]):
+        self.path = Path(path)
+        self.stage_names = tuple(stage_names)
+
+    def stage(self, index: int) -> Path:
+        """The folder of a stage."""
+        return self.path / "stages" / f"{index}-{self.stage_names[index]}"
+
+    def is_done(self, index: int) -> bool:
+        """Whether a stage has run to its end."""
+        return (self.stage(index) / STAGE_FILE).is_file()
+
+    def read_stage(self, index: int) -> dict[str, Any]:
+        """What [`write_stage`] wrote."""
+        return json.loads((self.stage(index) / STAGE_FILE).read_text())
+
+    def write_stage(self, index: int, result: Mapping[str, Any]) -> None:
+        """Marks a stage as done."""
+        _write_json(self.stage(index) / STAGE_FILE, result)
+
+    def write_recipe(self, recipe: Mapping[str, Any]) -> None:
+        """Keeps the recipe, which a later run in this folder must share."""
+        _write_json(self.path / RECIPE_FILE, recipe)
+
+    def last_checkpoint(self, index: int) -> Path | None:
+        """The last checkpoint of a stage that was written to its end: the trainer's state is written last."""
+        complete = self.stage(index).glob("checkpoint-*/trainer_state.json")
+        steps = {int(path.parent.name.rsplit("-", 1)[1]): path.parent for path in complete}
+        return steps[max(steps)] if steps else None
+
+    def resume_point(
+        self, resume_from_checkpoint: str | bool | None, recipe: Mapping[str, Any]
+    ) -> tuple[int, Path | None]:
+        """The first stage to run, and the checkpoint that it goes on from.
+
+        Args:
+            resume_from_checkpoint: see [`IConETrainer.train`].
+            recipe: of the run that wants to go on; its `"decisive"` part must be that of the run in this folder.
+
+        Raises:
+            ValueError: if the folder holds another run, or the checkpoint is none of this one's.
+        """
+        recipe_file = self.path / RECIPE_FILE
+        if resume_from_checkpoint in (None, False):
+            if recipe_file.is_file():
+                raise ValueError(
+                    f"{self.path} holds another run: pass resume_from_checkpoint=auto to go on with it, or another "
+                    "output_dir."
+                )
+            return 0, None
+        if recipe_file.is_file():
+            saved, wanted = json.loads(recipe_file.read_text())["decisive"], recipe["decisive"]
+            differing = [f"{k} was {saved.get(k)}, is {wanted[k]}" for k in wanted if saved.get(k) != wanted[k]]
+            if differing:
+                raise ValueError(
+                    f"{self.path} holds a run of another recipe ({'; '.join(differing)}): resume it as it was, or "
+                    "start anew in another output_dir."
+                )
+        if resume_from_checkpoint in ("auto", True):
+            first = next((i for i in range(len(self.stage_names)) if not self.is_done(i)), len(self.stage_names))
+            return first, self.last_checkpoint(first) if first < len(self.stage_names) else None
+        checkpoint = Path(str(resume_from_checkpoint))
+        folders = [self.stage(index).resolve() for index in range(len(self.stage_names))]
+        if checkpoint.resolve().parent not in folders or not (checkpoint / "trainer_state.json").is_file():
+            raise ValueError(
+                f"resume_from_checkpoint={str(checkpoint)!r} is no checkpoint of this run: give a folder "
+                f"{self.path}/stages/*/checkpoint-*, or auto."
+            )
+        first = folders.index(checkpoint.resolve().parent)
+        for earlier in range(first):
+            if not self.is_done(earlier):
+                raise ValueError(f"Stage {self.stage_names[earlier]!r} is not done: resume it first, or pass auto.")
+        return first, checkpoint
+
+    def forget_after(self, first: int, checkpoint: Path | None) -> None:
+        """Removes what came after the point that a run goes on from, so that nothing stale is taken for its result."""
+        for index in range(first, len(self.stage_names)):
+            (self.stage(index) / STAGE_FILE).unlink(missing_ok=True)
+            kept = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None and index == first else -1
+            for later in self.stage(index).glob("checkpoint-*"):
+                if int(later.name.rsplit("-", 1)[1]) > kept:
+                    shutil.rmtree(later)
+
+    def read_metrics(self) -> dict[str, Any] | None:
+        """What `metrics.json` holds, if it is there."""
+        path = self.path / METRICS_FILE
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def replace_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Writes metrics of a newly trained model; a test of an older one goes, since it says nothing of this one."""
+        _write_json(self.path / METRICS_FILE, metrics)
+
+
+def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds metrics to `metrics.json` in a checkpoint folder; what it holds under other keys stays."""
+    run = RunFolder(folder, ())
+    merged = {**(run.read_metrics() or {}), **metrics}
+    run.replace_metrics(merged)
+    return merged
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """In one step: whoever is killed here leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.replace(path)
