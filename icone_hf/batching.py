@@ -19,8 +19,9 @@ from .losses import IGNORED_GROUP
 
 @dataclass(frozen=True)
 class Pair:
-    """One image/sentence pair: the group's row, the sentence's place in `captions`. A filler repeats a pair that no
-    loss sees.
+    """One image/sentence pair: the group's row and the sentence's place in `captions`.
+
+    A filler repeats a pair, and no loss sees it.
     """
 
     row: int

@@ -1,5 +1,4 @@
-"""Towers that transformers lacks: EfficientNet-Lite, a small convolutional image encoder without
-squeeze-and-excitation.
+"""Towers that transformers lacks: EfficientNet-Lite, a small convolutional image encoder.
 
 Architecture: M. Tan and Q. V. Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks" (2019),
 and the Lite variants of https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite: no

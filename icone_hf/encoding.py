@@ -1,6 +1,4 @@
-"""Runs a model over groups: the towers' pooled outputs batch by batch, and the embeddings that retrieval is measured
-on.
-"""
+"""Runs a model over groups: the towers' pooled outputs batch by batch, and the embeddings to rank."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence

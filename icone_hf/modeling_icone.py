@@ -54,9 +54,7 @@ class IConEOutput(ModelOutput):
 
 
 def _positions(last_hidden_state: Any) -> torch.Tensor:
-    """A tower's tokens as `(batch, positions, width)`, also where it returns a feature map `(batch, width, height,
-    width)`.
-    """
+    """A tower's tokens, or its feature map `(batch, channels, height, width)`, as `(batch, positions, channels)`."""
     return last_hidden_state.flatten(2).mT if last_hidden_state.ndim == 4 else last_hidden_state
 
 
@@ -68,8 +66,7 @@ class IConEModel(PreTrainedModel):
     `num_groups=0` has no classifier.
 
     In training mode a frozen tower (none of whose parameters requires a gradient) stays in eval mode, and batch norm
-    always does: its statistics are those of the pretrained tower, which keeps a batch of n on one process equal to n /
-    k on k.
+    always does: its statistics are those of the pretrained tower, so that k processes train as one.
 
     Example:
         >>> from transformers import BertConfig, CLIPVisionConfig
@@ -164,8 +161,7 @@ class IConEModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. With another `num_groups` than the checkpoint's the classifier starts fresh, which is
-        logged.
+        """As in transformers. With another `num_groups` than the checkpoint's, the classifier starts fresh: a log line.
 
         Raises:
             RuntimeError: if any other weight differs in shape, unless `ignore_mismatched_sizes=True` is passed.

@@ -97,8 +97,7 @@ class Scene:
 
 @functools.cache
 def scene_objects() -> tuple[SceneObject, ...]:
-    """Every drawing that a scene may hold, in a fixed order: animals, food, places, activities and things, no two of
-    one name.
+    """Every drawing that a scene may hold, in a fixed order, no two of one name.
 
     Raises:
         ImportError: if the extra `icone_hf[scenes]` is not installed.
@@ -158,9 +157,7 @@ def _place(rng: random.Random, chosen: list[SceneObject]) -> tuple[PlacedObject,
 
 
 def compose_scene(seed: int, split: str, index: int) -> Scene:
-    """Scene `index` of a split: a function of its arguments alone, so that any two sizes of a split share their first
-    scenes.
-    """
+    """Scene `index` of a split, by its arguments alone: any two sizes of a split share their first scenes."""
     rng = random.Random(f"{seed}/{split}/{index}")
     if index % 2 == 1 and rng.random() < 2 * NEAR_MISS_RATE:
         twin = compose_scene(seed, split, index - 1)
@@ -273,8 +270,7 @@ def _version() -> str:
 
 
 def draw_scenes(split: str, num_groups: int, image_size: int = 160, seed: int = 0) -> Dataset:
-    """Draws one split of scenes as a groups data set, with the objects and their boxes (left, top, right, bottom, in
-    pixels).
+    """Draws one split of scenes as groups, with the objects and their boxes (left, top, right, bottom, in pixels).
 
     The result is kept in the `datasets` cache: drawing the same split again reads it from there.
 

@@ -1,6 +1,4 @@
-"""Runs a recipe, a list of stages: one freshly built transformers Trainer for each, validated by Rsum, resumable
-anywhere.
-"""
+"""Runs a recipe: one freshly built transformers Trainer for each stage, validated by Rsum, resumable anywhere."""
 
 import copy
 import json
@@ -249,6 +247,7 @@ class IConETrainer:
                 raise ValueError(f"{name} lacks the columns {', '.join(sorted(lacking))}: load it with load_groups.")
             check_captions(groups, name)
         check_disjoint({"train": self.train_dataset, "validation": self.eval_dataset})
+        self.model.config.validate_architecture()  # a field may have been assigned since construction
         if not self.stages:
             raise ValueError("There are no stages to run.")
         names = [stage.name for stage in self.stages]
@@ -299,6 +298,7 @@ class IConETrainer:
             load_model(self.model, best / SAFE_WEIGHTS_NAME)
         for index in range(first, len(self.stages)):
             self._run_stage(index, checkpoint if index == first else None)
+        self.model.eval()  # as from_pretrained leaves it
         return self._finish(anew=first < len(self.stages))
 
     def _run_stage(self, index: int, checkpoint: Path | None) -> None:

@@ -77,6 +77,7 @@ def test_a_run_leaves_a_checkpoint_metrics_and_recipe(make_trainer, tmp_path):
     folder = tmp_path / "run"
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert set(metrics) == {"validation", "stages"}
+    assert not trainer.model.training  # what is used right after training has no dropout
     assert metrics["stages"]["joint"] == metrics["validation"]
     model, processor = IConEModel.from_pretrained(folder), IConEProcessor.from_pretrained(folder)
     again = retrieval_metrics(*encode_groups(model, processor, trainer.eval_dataset))
@@ -342,6 +343,13 @@ def test_bad_input_is_refused_before_any_work(make_trainer, make_model, tmp_path
 def test_a_stage_list_without_instance_loss_needs_no_classifier(make_trainer, make_model):
     trainer = make_trainer(stages=(Stage("contrastive", 1, 1e-3, 0, 1, True),), model=make_model(num_groups=0))
     assert trainer.train()["validation"]["rsum"] > 0
+
+
+def test_a_temperature_of_0_is_refused_also_if_it_was_assigned_later(make_trainer, make_model):
+    model = make_model(num_groups=16)
+    model.config.temperature = 0
+    with pytest.raises(ValueError, match="temperature=0 must be greater than 0"):
+        make_trainer(model=model)
 
 
 def test_an_unlimited_tokenizer_is_limited_to_the_text_tower(make_trainer, processor, caplog):
