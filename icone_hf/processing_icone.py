@@ -16,9 +16,9 @@ logger = logging.get_logger(__name__)
 class IConEProcessor(ProcessorMixin):
     """Turns pictures into `pixel_values` and sentences into `input_ids` and `attention_mask`.
 
-    Pictures are processed by the PIL backend, whether torchvision is installed or not, so that an embedding does not
-    depend on it. Sentences are padded to the longest of the call and cut at the tokenizer's `model_max_length`; the
-    first cut is logged.
+    Pictures are converted to RGB and processed by the PIL backend, whether torchvision is installed or not, so that an
+    embedding does not depend on it. Sentences are padded to the longest of the call and cut at the tokenizer's
+    `model_max_length`; the first cut is logged.
 
     Args:
         image_processor: any image processor of transformers.
@@ -26,7 +26,10 @@ class IConEProcessor(ProcessorMixin):
     """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
-        super().__init__(_with_pil_backend(image_processor), tokenizer, **kwargs)
+        image_processor = _with_pil_backend(image_processor)
+        if image_processor is not None:
+            image_processor.do_convert_rgb = True  # some default to not: COCO's grey pictures would not fit a batch
+        super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod
     def from_encoders(cls, vision: str | os.PathLike, text: str | os.PathLike) -> "IConEProcessor":

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import draw, tiny_text_config
 from PIL import Image
-from transformers import AutoProcessor, CLIPImageProcessorPil
+from transformers import AutoProcessor, CLIPImageProcessorPil, ViTImageProcessorPil
 
 from icone_hf import IConEProcessor
 from icone_hf.processing_icone import _with_pil_backend
@@ -34,8 +34,12 @@ def test_pixels_are_rescaled_and_normalised(processor):
     np.testing.assert_allclose(pixels, expected, atol=1e-5)
 
 
-def test_grey_pictures_are_converted(processor):
-    assert processor(images=[Image.new("L", (20, 30))], return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA"])
+@pytest.mark.parametrize("image_processor", [CLIPImageProcessorPil, ViTImageProcessorPil])
+def test_pictures_of_every_mode_fit_one_batch(processor, image_processor, mode):
+    processor = IConEProcessor(image_processor(size={"height": 32, "width": 32}), processor.tokenizer)
+    pictures = [Image.new("RGB", (20, 30)), Image.new(mode, (20, 30))]
+    assert processor(images=pictures, return_tensors="pt")["pixel_values"].shape[:2] == (2, 3)
 
 
 def test_round_trip_through_a_folder(processor, tmp_path):

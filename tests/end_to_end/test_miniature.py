@@ -81,7 +81,6 @@ def test_the_quickstart_in_miniature(workspace):
 
 
 def test_a_folder_without_test_split_is_validated_only(tmp_path, towers):
-    sys.path.insert(0, str(ROOT / "tests"))
     from conftest import make_groups
     from datasets import DatasetDict
 
@@ -101,3 +100,31 @@ def test_a_folder_without_test_split_is_validated_only(tmp_path, towers):
     output = launch(tmp_path, *command, *model)
     assert "data has no test split" in output
     assert set(json.loads((tmp_path / "out/metrics.json").read_text())) == {"validation", "stages"}
+
+
+def test_the_script_runs_on_two_processes(tmp_path, towers):
+    from conftest import make_groups
+    from datasets import DatasetDict
+
+    splits = {"train": make_groups(14), "validation": make_groups(6, start=14), "test": make_groups(5, start=20)}
+    DatasetDict(splits).save_to_disk(tmp_path / "data")
+    stages = (
+        Stage("one", 1, 1e-3, instance_weight=1, contrastive_weight=1, train_encoders=False),
+        Stage("two", 1, 1e-3, instance_weight=1, contrastive_weight=1, train_encoders=True),
+    )
+    model = ["--vision_model_name_or_path", towers[0], "--text_model_name_or_path", towers[1], "--projection_dim", "16"]
+    recipe = ["--stages", json.dumps([asdict(stage) for stage in stages]), "--per_device_train_batch_size", "4"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(ROOT / "examples/train.py"), "--source", "data", "--output_dir", "out", "--use_cpu", "true"]
+    output = launch(tmp_path, *torchrun, *script, *model, *recipe)
+    assert "Process 1 of 2" in output
+    assert "Process 2 of 2" in output
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert set(metrics) == {"validation", "stages", "test"}
+    recipe_file = json.loads((tmp_path / "out/recipe.json").read_text())
+    assert recipe_file["decisive"]["global_train_batch_size"] == 8
+
+    # One process measures what two measured, each its share.
+    checkpoint = str(tmp_path / "out")
+    launch(tmp_path, sys.executable, str(ROOT / "examples/evaluate.py"), checkpoint, "data", "--split", "test")
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["test"] == pytest.approx(metrics["test"], abs=1e-6)
