@@ -249,8 +249,9 @@ def _load_columns(
     if id_column is not None:
         keys = [str(key) for key in table[id_column]]
     else:
-        keys = [
-            str(row) if embedded else path for row, (path, embedded) in enumerate(zip(paths, is_embedded, strict=True))
+        keys = [  # a bare row number would name a picture of every split
+            f"{split}-{row}" if embedded else path
+            for row, (path, embedded) in enumerate(zip(paths, is_embedded, strict=True))
         ]
     captions: dict[str, list[str]] = defaultdict(list)
     first_row: dict[str, int] = {}

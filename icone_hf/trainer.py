@@ -317,9 +317,11 @@ class IConETrainer:
         self.model.set_encoders_trainable(stage.train_encoders)
         if self.model.classifier is not None:
             self.model.classifier.requires_grad_(stage.instance_weight > 0)
-        train_dataset: PairDataset | FeatureCache = PairDataset(self.train_dataset)
-        eval_dataset: Dataset | FeatureCache = self.eval_dataset
-        if not stage.train_encoders:
+        train_dataset: PairDataset | FeatureCache
+        eval_dataset: Dataset | FeatureCache
+        if stage.train_encoders:
+            train_dataset, eval_dataset = PairDataset(self.train_dataset), self.eval_dataset
+        else:
             train_dataset = self._cache("train", self.train_dataset)
             eval_dataset = self._cache("validation", self.eval_dataset)
         callbacks = copy.deepcopy(self.callbacks)
@@ -327,12 +329,13 @@ class IConETrainer:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # Mixed precision wraps forward; the next stage's accelerator must find it as it was.
         self.model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
+        kept = Path(best) if best else self.folder.last_checkpoint(index)
+        # The metrics of the weights that are kept: logged at the step that names the checkpoint (transformers measures
+        # the last step in any case).
+        step = int(kept.name.rsplit("-", 1)[1]) if kept else None
+        logged = [entry for entry in trainer.state.log_history if "eval_rsum" in entry and entry["step"] == step]
         if trainer.is_world_process_zero():
-            best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
-            kept = Path(best) if best else self.folder.last_checkpoint(index)
-            # The metrics of the weights that are kept: logged at the step that names the checkpoint.
-            step = int(kept.name.rsplit("-", 1)[1]) if kept else None
-            logged = [entry for entry in trainer.state.log_history if "eval_rsum" in entry and entry["step"] == step]
             result = {
                 "stage": asdict(stage),
                 "best_checkpoint": kept.name if kept else None,

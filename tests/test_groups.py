@@ -193,6 +193,13 @@ def test_parquet_folder_with_a_string_column_and_extra_columns(tmp_path):
     assert groups["width"][:] == [40] * 4
 
 
+def test_embedded_pictures_without_ids_are_not_taken_for_those_of_another_split(tmp_path):
+    anonymous = make_groups(4).remove_columns("image_id")
+    anonymous.to_parquet(tmp_path / "train-00000.parquet")
+    anonymous.to_parquet(tmp_path / "validation-00000.parquet")
+    check_disjoint({split: load_groups(tmp_path, split) for split in ("train", "validation")})
+
+
 def test_karpathys_nested_sentences_in_a_column(tmp_path):
     rows = {"image": [draw("red", "blue")], "sentences": [[{"raw": "one"}, {"raw": "two"}]]}
     Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path)

@@ -297,6 +297,13 @@ def test_the_last_epoch_is_kept_on_request(make_trainer):
     assert metrics["validation"]["rsum"] == [e["eval_rsum"] for e in history if "eval_rsum" in e][-1]
 
 
+def test_a_last_checkpoint_between_two_evaluations_is_measured(make_trainer):
+    steps = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 4, "eval_steps": 5}
+    trainer = make_trainer(stages=STAGES[1:], load_best_model_at_end=False, **steps)
+    metrics = trainer.train()
+    assert trainer.evaluate()["rsum"] == pytest.approx(metrics["validation"]["rsum"], abs=1e-6)
+
+
 def test_activation_checkpointing_as_a_training_argument(make_trainer):
     known = {field.name for field in fields(IConETrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
