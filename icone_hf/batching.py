@@ -1,10 +1,11 @@
 """What a batch holds: the sampler that keeps a group to one place in it, the pairs, and the collator.
 
-Two sentences of one picture in one batch would each be the other's false negative. We keep them apart rather than mask
-them: every row then has the same number of negatives, and no row's forward pass is spent on a pair that no loss uses.
+Two sentences of one picture in one batch would each be the other's false negative. Unless a loss takes several
+positives, we keep them apart rather than mask them: every row then has the same number of negatives, and no row's
+forward pass is spent on a pair that no loss uses.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler
 
 from .losses import IGNORED_GROUP
@@ -33,6 +35,29 @@ class Pair:
         return IGNORED_GROUP if self.is_filler else self.row
 
 
+def neighbour_order(vectors: torch.Tensor, run: int, rng: np.random.Generator) -> np.ndarray:
+    """An order of groups made of runs of neighbours: `(groups,)` row numbers, each once.
+
+    A run is a group drawn at random and the `run - 1` nearest, by cosine, of those that no earlier run has taken.
+
+    Args:
+        vectors: `(groups, dim)`, L2-normalised.
+        run: groups in a run; the last may be shorter.
+        rng: draws the groups that runs begin with.
+    """
+    is_free = torch.ones(len(vectors), dtype=torch.bool)
+    order: list[torch.Tensor] = []
+    for first in rng.permutation(len(vectors)).tolist():
+        if not is_free[first]:
+            continue
+        similarity = (vectors @ vectors[first]).masked_fill(~is_free, float("-inf"))
+        similarity[first] = float("inf")
+        chosen = similarity.topk(min(run, int(is_free.sum()))).indices
+        is_free[chosen] = False
+        order.append(chosen)
+    return torch.cat(order).numpy()
+
+
 class GroupBatchSampler(Sampler[list[Pair]]):
     """Batches of pairs in which no group stands twice; one epoch visits every pair once.
 
@@ -41,25 +66,43 @@ class GroupBatchSampler(Sampler[list[Pair]]):
     group after group in random order, onto the batches like cards: every pass goes over all batches once, in a random
     order of its own, and a group that lies across two passes does not meet its own batches in the second.
 
-    The global batches depend on the seed and the epoch alone. Each of `num_ranks` processes yields its contiguous
-    share; a batch that they do not divide is filled up with fillers, so that every rank has as many rows and every
-    loss still counts each pair once.
+    With `pairs_per_group` the cards are hands of that many sentences of one group (its last hand may be smaller), for
+    losses that know several positives. With `class_vectors` a batch is made of runs of neighbouring groups, whose
+    sentences are each other's hardest negatives: the k-th hands of all groups are batched together, run after run.
+
+    The global batches depend on the seed, the epoch and `class_vectors` alone. Each of `num_ranks` processes yields its
+    contiguous share; a batch that they do not divide is filled up with fillers, so that every rank has as many rows and
+    every loss still counts each pair once.
 
     Args:
         captions_per_group: number of sentences of each group, by row.
         batch_size: pairs in a global batch, over all ranks, at most.
         seed: of the shuffling.
         rank, num_ranks: which share is yielded.
+        pairs_per_group: sentences of a group in a batch, at most.
+        class_vectors: called when an epoch begins, returns `(groups, dim)`; see [`neighbour_order`].
+        neighbour_run: length of a run of neighbours.
 
     Raises:
-        ValueError: if `batch_size` is not a multiple of `num_ranks`, or a group has no sentence.
+        ValueError: if `batch_size` is not a multiple of `num_ranks` or below `pairs_per_group`, or a group has no
+            sentence.
     """
 
     def __init__(
-        self, captions_per_group: Sequence[int], batch_size: int, seed: int = 0, rank: int = 0, num_ranks: int = 1
+        self,
+        captions_per_group: Sequence[int],
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
+        pairs_per_group: int = 1,
+        class_vectors: Callable[[], torch.Tensor] | None = None,
+        neighbour_run: int = 32,
     ):
         if batch_size < 1 or batch_size % num_ranks:
             raise ValueError(f"batch_size={batch_size} must be a positive multiple of the {num_ranks} processes.")
+        if not 1 <= pairs_per_group <= batch_size:
+            raise ValueError(f"pairs_per_group={pairs_per_group} must be between 1 and batch_size={batch_size}.")
         self.captions_per_group = np.asarray(captions_per_group, dtype=np.int64)
         if not self.captions_per_group.size or self.captions_per_group.min() < 1:
             raise ValueError("There must be groups, and each needs a sentence.")
@@ -67,36 +110,44 @@ class GroupBatchSampler(Sampler[list[Pair]]):
         self.seed = seed
         self.rank = rank
         self.num_ranks = num_ranks
+        self.pairs_per_group = pairs_per_group
+        self.class_vectors = class_vectors
+        self.neighbour_run = neighbour_run
         self.epoch = 0
+        self._hands_per_group = -(-self.captions_per_group // pairs_per_group)
+        self._hands_per_batch = batch_size // pairs_per_group
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        num_pairs = int(self.captions_per_group.sum())
-        return max(-(-num_pairs // self.batch_size), int(self.captions_per_group.max()))
+        most = int(self._hands_per_group.max())
+        if self.class_vectors is None:
+            return max(-(-int(self._hands_per_group.sum()) // self._hands_per_batch), most)
+        passes = ((self._hands_per_group > k).sum() for k in range(most))
+        return sum(-(-int(groups) // self._hands_per_batch) for groups in passes)
 
     def global_batches(self) -> Iterator[list[Pair]]:
         """The epoch's batches over all ranks, without fillers."""
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.captions_per_group))
-        counts = self.captions_per_group[order]
-        rows = np.repeat(order, counts)
-        captions = np.concatenate([rng.permutation(count) for count in counts])
-        batch_of = self._deal(counts, rng)
-        # A stable sort by batch: the pairs of a batch stand in the order of their groups, which is random.
-        position = np.argsort(batch_of, kind="stable")
-        for chosen in np.split(position, np.cumsum(np.bincount(batch_of, minlength=len(self)))[:-1]):
-            yield [Pair(int(rows[i]), int(captions[i])) for i in chosen]
+        hands = {
+            int(row): np.array_split(rng.permutation(self.captions_per_group[row]), self._hands_per_group[row])
+            for row in order
+        }
+        dealt = self._deal(order, rng) if self.class_vectors is None else self._line_up(rng)
+        for batch in dealt:
+            yield [Pair(row, int(caption)) for row, hand in batch for caption in hands[row][hand]]
 
-    def _deal(self, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The batch of every pair, for groups of `counts` sentences in their order."""
-        num_batches, num_pairs = len(self), int(counts.sum())
+    def _deal(self, order: np.ndarray, rng: np.random.Generator) -> Iterator[list[tuple[int, int]]]:
+        """The (group, hand) pairs of each batch, for groups in random `order`."""
+        counts = self._hands_per_group[order]
+        num_batches, num_hands = len(self), int(counts.sum())
         group_ends = np.cumsum(counts)
         passes = [rng.permutation(num_batches)]
-        for start in range(num_batches, num_pairs, num_batches):
+        for start in range(num_batches, num_hands, num_batches):
             one = rng.permutation(num_batches)
-            # The group that lies across the boundary: `before` of its sentences are dealt, `after` are to come.
+            # The group that lies across the boundary: `before` of its hands are dealt, `after` are to come.
             group = int(np.searchsorted(group_ends, start, side="right"))
             before = start - int(group_ends[group] - counts[group])
             after = int(group_ends[group]) - start
@@ -106,7 +157,25 @@ class GroupBatchSampler(Sampler[list[Pair]]):
             free = after + np.flatnonzero(~is_taken[after:])[: len(clash)]
             one[clash], one[free] = one[free], one[clash]
             passes.append(one)
-        return np.concatenate(passes)[:num_pairs]
+        batch_of = np.concatenate(passes)[:num_hands]
+        rows = np.repeat(order, counts)
+        hands = np.arange(num_hands) - np.repeat(group_ends - counts, counts)
+        # A stable sort by batch: a batch's hands stand in the order of their groups, which is random.
+        position = np.argsort(batch_of, kind="stable")
+        for chosen in np.split(position, np.cumsum(np.bincount(batch_of, minlength=num_batches))[:-1]):
+            yield [(int(rows[i]), int(hands[i])) for i in chosen]
+
+    def _line_up(self, rng: np.random.Generator) -> Iterator[list[tuple[int, int]]]:
+        """The (group, hand) pairs of each batch, neighbours together; the batches in random order."""
+        vectors = F.normalize(self.class_vectors().detach().float().cpu(), dim=-1)  # type: ignore[misc]
+        batches = []
+        for hand in range(int(self._hands_per_group.max())):
+            rows = np.flatnonzero(self._hands_per_group > hand)
+            line = rows[neighbour_order(vectors[torch.from_numpy(rows)], self.neighbour_run, rng)]
+            parts = np.array_split(line, -(-len(line) // self._hands_per_batch))
+            batches += [[(int(row), hand) for row in part] for part in parts]
+        for i in rng.permutation(len(batches)):
+            yield batches[i]
 
     def __iter__(self) -> Iterator[list[Pair]]:
         for batch in self.global_batches():

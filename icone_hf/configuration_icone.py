@@ -10,6 +10,7 @@ from .encoders import EfficientNetLiteConfig  # noqa: F401  (registers a tower t
 
 POOLINGS = ("pooler", "cls", "mean")
 INSTANCE_LOGITS = ("dot", "cosine")
+CONTRASTIVE_LOSSES = ("infonce", "sigmoid", "max_hinge", "sum_hinge")
 
 
 def tower_width(config: Any) -> int:
@@ -40,7 +41,14 @@ class IConEConfig(PreTrainedConfig):
         projection_dim: dimensions of the common space; the paper's class vectors have 2048.
         num_groups: classes of the shared classifier, one for each image/text group of the training split. 0: no
             classifier, a model for retrieval alone.
-        temperature: tau of equations (6)-(7).
+        temperature: tau of equations (6)-(7), and of the sigmoid loss.
+        learn_temperature: trains the temperature, from `temperature` on, as CLIP does (never below 0.01).
+        contrastive_loss: what holds a batch's images against its sentences, weighted by lambda_2: `"infonce"`, the
+            paper's equations (6)-(8); `"sigmoid"`, SigLIP's, with a bias that is learned; `"max_hinge"` and
+            `"sum_hinge"`, VSE++'s.
+        margin: of the hinges.
+        several_positives: with `"infonce"` or `"sigmoid"`, other pairs of the same group in a batch are positives too.
+            Otherwise no loss sees them. See `pairs_per_group` of [`IConETrainingArguments`].
         instance_logits: `"dot"`, the paper's equations (1) and (3), or `"cosine"`: features and class vectors
             normalised.
         instance_temperature: divides the `"cosine"` logits. `None`: the same as `temperature`.
@@ -71,6 +79,10 @@ class IConEConfig(PreTrainedConfig):
     projection_dim: int = 2048
     num_groups: int = 0
     temperature: float | int = 0.05
+    learn_temperature: bool = False
+    contrastive_loss: str = "infonce"
+    margin: float | int = 0.2
+    several_positives: bool = False
     instance_logits: str = "dot"
     instance_temperature: float | int | None = None
     vision_pooling: str = "pooler"
@@ -91,8 +103,16 @@ class IConEConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be greater than 0: similarities are divided by it.")
-        if self.instance_logits not in INSTANCE_LOGITS:
-            raise ValueError(f"instance_logits={self.instance_logits!r} must be one of {', '.join(INSTANCE_LOGITS)}.")
+        if not self.margin > 0:
+            raise ValueError(f"margin={self.margin} must be greater than 0.")
+        for name, choices in (("instance_logits", INSTANCE_LOGITS), ("contrastive_loss", CONTRASTIVE_LOSSES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
+        if self.contrastive_loss.endswith("hinge") and (self.several_positives or self.learn_temperature):
+            raise ValueError(
+                f"contrastive_loss={self.contrastive_loss!r} ranks one positive, without a temperature: set "
+                "several_positives and learn_temperature to False."
+            )
         for name in ("vision_pooling", "text_pooling"):
             if getattr(self, name) not in POOLINGS:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(POOLINGS)}.")

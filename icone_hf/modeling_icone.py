@@ -3,13 +3,12 @@
 # No `from __future__ import annotations` here: transformers reads the real types of `config: IConEConfig`.
 import copy
 import difflib
+import math
 import os
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
-import torch.distributed
-import torch.distributed.nn
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -18,9 +17,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_icone import IConEConfig, tower_width
-from .losses import IGNORED_GROUP, contrastive_loss, instance_loss
+from .objective import check_pairs, contrastive_objective, count_ranks, instance_objective
 
 logger = logging.get_logger(__name__)
+
+LOWEST_TEMPERATURE = 0.01  # CLIP's bound for a learned temperature
+SIGMOID_BIAS = -10.0  # SigLIP's start
 
 
 @dataclass
@@ -31,7 +33,7 @@ class IConEOutput(ModelOutput):
         loss: scalar, `instance_weight * instance_loss + contrastive_weight * contrastive_loss`, equation (9).
         instance_loss: scalar, equation (5). `None` if its weight is 0.
         contrastive_loss: scalar, equation (8). `None` if its weight is 0.
-        logits_per_image: `(num_images, num_sentences)`, cosine similarities divided by the temperature.
+        logits_per_image: `(num_images, num_sentences)`, cosine similarities divided by `model.temperature`.
         logits_per_text: its transpose.
         image_embeds: `(num_images, projection_dim)`, L2-normalised.
         text_embeds: `(num_sentences, projection_dim)`, L2-normalised.
@@ -103,11 +105,18 @@ class IConEModel(PreTrainedModel):
         self.visual_projection = nn.Linear(tower_width(config.vision_config), config.projection_dim, bias=False)
         self.text_projection = nn.Linear(tower_width(config.text_config), config.projection_dim, bias=False)
         self.classifier = nn.Linear(config.projection_dim, config.num_groups, bias=False) if config.num_groups else None
+        self.logit_scale = nn.Parameter(torch.empty(())) if config.learn_temperature else None
+        self.logit_bias = nn.Parameter(torch.empty(())) if config.contrastive_loss == "sigmoid" else None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self.visual_projection or module is self.text_projection:
             init.normal_(module.weight, std=module.in_features**-0.5)
+        elif module is self:
+            if self.logit_scale is not None:
+                init.constant_(self.logit_scale, -math.log(self.config.temperature))
+            if self.logit_bias is not None:
+                init.constant_(self.logit_bias, SIGMOID_BIAS)
         else:
             super()._init_weights(module)
 
@@ -198,6 +207,13 @@ class IConEModel(PreTrainedModel):
             super().save_pretrained(save_directory, state_dict=kept, **kwargs)
         finally:
             self.config.num_groups = num_groups
+
+    @property
+    def temperature(self) -> float | torch.Tensor:
+        """What cosines are divided by: `config.temperature`, or the learned one, a scalar tensor."""
+        if self.logit_scale is None:
+            return self.config.temperature
+        return torch.exp(-self.logit_scale).clamp(min=LOWEST_TEMPERATURE)
 
     # --- training modes ---
 
@@ -366,17 +382,24 @@ class IConEModel(PreTrainedModel):
         text_embeds: Any = None if text_features is None else F.normalize(text_features, dim=-1)
         logits_per_text = logits_per_image = None
         if image_embeds is not None and text_embeds is not None:
-            logits_per_text = text_embeds @ image_embeds.T / self.config.temperature
+            logits_per_text = text_embeds @ image_embeds.T / self.temperature
             logits_per_image = logits_per_text.T
         loss: Any = None
         instance: Any = None
         contrastive: Any = None
         if return_loss or (return_loss is None and group_ids is not None):
-            self._check_loss_inputs(image_features, text_features, group_ids, instance_weight, contrastive_weight)
+            check_pairs(self.config, image_features, text_features, group_ids, instance_weight, contrastive_weight)
+            num_ranks = count_ranks() if self.training else 1
             if instance_weight:
-                instance = self._instance_loss(image_features, text_features, cast(torch.Tensor, group_ids))
+                class_vectors = cast(nn.Linear, self.classifier).weight
+                known_groups = cast(torch.Tensor, group_ids)
+                instance = instance_objective(
+                    self.config, class_vectors, image_features, text_features, known_groups, num_ranks
+                )
             if contrastive_weight:
-                contrastive = self._contrastive_loss(image_embeds, text_embeds, group_ids)
+                contrastive = contrastive_objective(
+                    self.config, self.temperature, self.logit_bias, image_embeds, text_embeds, group_ids, num_ranks
+                )
             weighted = ((instance_weight, instance), (contrastive_weight, contrastive))
             loss = sum(weight * part for weight, part in weighted if part is not None)
         return IConEOutput(
@@ -390,81 +413,6 @@ class IConEModel(PreTrainedModel):
             vision_model_output=vision_output,
             text_model_output=text_output,
         )
-
-    def _check_loss_inputs(
-        self,
-        image_features: torch.Tensor | None,
-        text_features: torch.Tensor | None,
-        group_ids: torch.Tensor | None,
-        instance_weight: float,
-        contrastive_weight: float,
-    ) -> None:
-        if not instance_weight and not contrastive_weight:
-            raise ValueError("instance_weight and contrastive_weight are both 0: there is no loss to compute.")
-        if image_features is None or text_features is None:
-            raise ValueError("The losses need pairs: pass pixel_values and input_ids, or return_loss=False.")
-        if len(image_features) != len(text_features):
-            raise ValueError(
-                f"The losses need pairs, but there are {len(image_features)} images and {len(text_features)} sentences."
-            )
-        if group_ids is None:
-            if instance_weight:
-                raise ValueError("The instance loss needs group_ids: pass them, or instance_weight=0.")
-            return
-        if group_ids.shape != image_features.shape[:1]:
-            raise ValueError(
-                f"group_ids is {tuple(group_ids.shape)}, one for each of {len(image_features)} pairs is needed."
-            )
-        if instance_weight and self.classifier is None:
-            raise ValueError(
-                "The instance loss needs the classifier, and this model has none (num_groups=0): build or load it with "
-                "num_groups=, or pass instance_weight=0."
-            )
-        # On an accelerator this check would wait for the device at every step; IConETrainer checks the data beforehand.
-        if instance_weight and group_ids.device.type == "cpu":
-            valid = ((group_ids >= 0) & (group_ids < self.config.num_groups)) | (group_ids == IGNORED_GROUP)
-            if not valid.all():
-                raise ValueError(
-                    f"group_ids holds {group_ids[~valid][0].item()}, but the classifier's classes are "
-                    f"0..{self.config.num_groups - 1} (num_groups={self.config.num_groups})."
-                )
-
-    @property
-    def _num_ranks(self) -> int:
-        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return torch.distributed.get_world_size() if self.training and is_distributed else 1
-
-    def _instance_loss(
-        self, image_features: torch.Tensor, text_features: torch.Tensor, group_ids: torch.Tensor
-    ) -> torch.Tensor:
-        classifier = cast(nn.Linear, self.classifier)
-        temperature = self.config.instance_temperature or self.config.temperature
-        image_loss, text_loss = (
-            instance_loss(
-                features, classifier.weight, group_ids, self.config.instance_logits, temperature, reduction="sum"
-            )
-            for features in (image_features, text_features)
-        )
-        # Each rank classifies its own rows. Dividing by the rows of all ranks, and multiplying by the ranks that the
-        # gradients are averaged over, makes an uneven last batch exact too.
-        num_rows = (group_ids != IGNORED_GROUP).sum()
-        if self._num_ranks > 1:
-            torch.distributed.all_reduce(num_rows)
-        return (image_loss + text_loss) * self._num_ranks / num_rows
-
-    def _contrastive_loss(
-        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, group_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        if self._num_ranks > 1:
-            image_embeds, text_embeds = (
-                torch.cat(torch.distributed.nn.functional.all_gather(embeds.contiguous()))
-                for embeds in (image_embeds, text_embeds)
-            )
-            if group_ids is not None:
-                gathered = [torch.empty_like(group_ids) for _ in range(self._num_ranks)]
-                torch.distributed.all_gather(gathered, group_ids.contiguous())
-                group_ids = torch.cat(gathered)
-        return contrastive_loss(image_embeds, text_embeds, self.config.temperature, group_ids)
 
 
 def _load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, options: dict[str, Any]) -> PreTrainedModel:

@@ -8,7 +8,14 @@ from datasets import Dataset, Features, Image, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icone_hf.batching import GroupBatchSampler, GroupDataLoader, PairCollator, PairDataset, read_group
+from icone_hf.batching import (
+    GroupBatchSampler,
+    GroupDataLoader,
+    PairCollator,
+    PairDataset,
+    neighbour_order,
+    read_group,
+)
 from icone_hf.losses import IGNORED_GROUP
 
 counts_of_groups = st.lists(st.integers(1, 8), min_size=1, max_size=40) | st.lists(st.just(5), min_size=1, max_size=60)
@@ -69,10 +76,57 @@ def test_batches_are_mixed_well():
     assert sum(meetings.values()) / (400 * 399 / 2) == pytest.approx(expected, rel=0.05)
 
 
+@given(counts_of_groups, st.integers(4, 20), st.integers(1, 4), st.booleans(), st.integers(0, 1000))
+@settings(max_examples=100, deadline=None)
+def test_hands_of_a_group_stay_together(counts, batch_size, pairs_per_group, neighbours, seed):
+    vectors = torch.randn(len(counts), 4, generator=torch.Generator().manual_seed(seed))
+    class_vectors = (lambda: vectors) if neighbours else None
+    sampler = GroupBatchSampler(
+        counts, batch_size, seed, pairs_per_group=pairs_per_group, class_vectors=class_vectors, neighbour_run=3
+    )
+    batches = list(sampler.global_batches())
+    assert len(batches) == len(sampler)
+    pairs = sorted((pair.row, pair.caption) for batch in batches for pair in batch)
+    assert pairs == [(row, caption) for row, count in enumerate(counts) for caption in range(count)]
+    for batch in batches:
+        assert 0 < len(batch) <= batch_size
+        of_group = collections.Counter(pair.row for pair in batch)
+        for row, together in of_group.items():
+            hands = -(-counts[row] // pairs_per_group)
+            assert counts[row] // hands <= together <= -(-counts[row] // hands)
+
+
+def test_neighbours_share_batches():
+    """Groups of ten clear clusters: runs of a cluster's size are the clusters."""
+    centres = torch.randn(10, 16) * 10
+    vectors = torch.nn.functional.normalize(centres.repeat_interleave(8, 0) + torch.randn(80, 16) * 0.01, dim=-1)
+    order = neighbour_order(vectors, 8, np.random.default_rng(0))
+    assert sorted(order) == list(range(80))
+    assert all(len({row // 8 for row in order[i : i + 8]}) == 1 for i in range(0, 80, 8))
+    sampler = GroupBatchSampler([5] * 80, 16, class_vectors=lambda: vectors, neighbour_run=8)
+    assert all(len({pair.row // 8 for pair in batch}) == 2 for batch in sampler.global_batches())
+
+
+def test_each_run_begins_with_its_nearest():
+    vectors = torch.nn.functional.normalize(torch.randn(30, 5), dim=-1)
+    order, free = neighbour_order(vectors, 7, np.random.default_rng(1)), set(range(30))
+    for start in range(0, 30, 7):
+        run = order[start : start + 7].tolist()
+        cosines = vectors.numpy() @ vectors[run[0]].numpy()
+        assert run == sorted(free, key=lambda row: (row != run[0], -cosines[row]))[: len(run)]
+        free -= set(run)
+
+
 @pytest.mark.parametrize(("batch_size", "num_ranks"), [(5, 2), (0, 1)])
 def test_batches_that_ranks_cannot_share_are_refused(batch_size, num_ranks):
     with pytest.raises(ValueError, match=f"batch_size={batch_size}"):
         GroupBatchSampler([5, 5], batch_size, num_ranks=num_ranks)
+
+
+@pytest.mark.parametrize("pairs_per_group", [0, 9])
+def test_hands_that_fit_no_batch_are_refused(pairs_per_group):
+    with pytest.raises(ValueError, match=f"pairs_per_group={pairs_per_group}"):
+        GroupBatchSampler([5, 5], 8, pairs_per_group=pairs_per_group)
 
 
 @pytest.mark.parametrize("counts", [[], [2, 0]])

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icone_hf.losses import IGNORED_GROUP, contrastive_loss, instance_loss
+from icone_hf.losses import IGNORED_GROUP, contrastive_loss, hinge_loss, instance_loss, sigmoid_loss
 
 
 def log_softmax(x):
@@ -155,3 +155,102 @@ def test_gradients_are_those_of_finite_differences():
     groups = torch.tensor([0, 4, 2])
     loss = lambda a, w: instance_loss(a, w, groups, "cosine", 0.5).double()  # noqa: E731
     assert torch.autograd.gradcheck(loss, (images, classes), eps=1e-3, atol=1e-2, rtol=1e-2)
+
+
+GROUPS = np.array([0, 1, 0, 2, 1, 0])
+
+
+def numpy_hinges(images, texts, margin, groups, aggregate):
+    """VSE++'s equations (5) and (6), pair by pair; the mean over the batch."""
+    s, size, total = unit(images) @ unit(texts).T, len(images), 0.0
+    for i in range(size):
+        others = [j for j in range(size) if groups[j] != groups[i]]
+        total += aggregate([max(0, margin - s[i, i] + s[i, j]) for j in others])
+        total += aggregate([max(0, margin - s[i, i] + s[j, i]) for j in others])
+    return total / size
+
+
+@pytest.mark.parametrize("margin", [0.2, 1.0])
+@pytest.mark.parametrize(("hardest", "aggregate"), [(True, max), (False, sum)])
+@pytest.mark.parametrize("groups", [np.arange(6), GROUPS])
+def test_hinge_loss_is_vsepps(margin, hardest, aggregate, groups):
+    images, texts = normal(6, 4), normal(6, 4, seed=1)
+    ours = hinge_loss(normalized(images), normalized(texts), margin, torch.tensor(groups), hardest)
+    assert ours.item() == pytest.approx(numpy_hinges(images, texts, margin, groups, aggregate), rel=1e-5)
+
+
+def test_sigmoid_loss_is_siglips_algorithm_1():
+    images, texts = normal(6, 4), normal(6, 4, seed=1)
+    logits = unit(images) @ unit(texts).T / 0.1 - 3.0
+    labels = 2 * np.eye(6) - 1
+    expected = np.log1p(np.exp(-labels * logits)).sum() / 6
+    assert sigmoid_loss(normalized(images), normalized(texts), 0.1, -3.0).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_sigmoid_loss_of_groups(several):
+    images, texts = normal(6, 4), normal(6, 4, seed=1)
+    logits, expected = unit(images) @ unit(texts).T / 0.1 - 3.0, 0.0
+    for i in range(6):
+        for j in range(6):
+            if i == j or (several and GROUPS[i] == GROUPS[j]):
+                expected += np.log1p(np.exp(-logits[i, j])) / 6
+            elif GROUPS[i] != GROUPS[j]:
+                expected += np.log1p(np.exp(logits[i, j])) / 6
+    ours = sigmoid_loss(normalized(images), normalized(texts), 0.1, -3.0, torch.tensor(GROUPS), several)
+    assert ours.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_positives_are_supervised_contrasts():
+    """Khosla et al., equation 2, with the other modality's embeddings as the contrasts."""
+    images, texts = normal(6, 4), normal(6, 4, seed=1)
+    expected = 0.0
+    for anchors, items in ((unit(images), unit(texts)), (unit(texts), unit(images))):
+        probabilities = np.exp(log_softmax(anchors @ items.T / 0.1))
+        for i in range(6):
+            own = [p for p in range(6) if GROUPS[p] == GROUPS[i]]
+            expected -= np.log(probabilities[i, own]).mean() / 6
+    ours = contrastive_loss(normalized(images), normalized(texts), 0.1, torch.tensor(GROUPS), several_positives=True)
+    assert ours.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_positives_of_distinct_groups_are_plain_info_nce():
+    images, texts = normalized(normal(5, 4)), normalized(normal(5, 4, seed=1))
+    several = contrastive_loss(images, texts, 0.05, torch.arange(5), several_positives=True)
+    assert several.item() == pytest.approx(contrastive_loss(images, texts, 0.05).item(), rel=1e-6)
+    with pytest.raises(ValueError, match="group_ids"):
+        contrastive_loss(images, texts, several_positives=True)
+
+
+LOSSES = {
+    "several": lambda i, t, g: contrastive_loss(i, t, 0.1, g, several_positives=True),
+    "max": lambda i, t, g: hinge_loss(i, t, 3.0, g, hardest=True),
+    "sum": lambda i, t, g: hinge_loss(i, t, 3.0, g, hardest=False),
+    "sigmoid": lambda i, t, g: sigmoid_loss(i, t, 0.1, -3.0, g),
+    "sigmoid, several": lambda i, t, g: sigmoid_loss(i, t, 0.1, -3.0, g, several_positives=True),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_no_loss_sees_fillers(loss):
+    images, texts = (normalized(normal(6, 4, seed=s)).float().requires_grad_() for s in (0, 1))
+    groups = torch.tensor([0, 1, IGNORED_GROUP, 0, 3, IGNORED_GROUP])
+    kept = groups != IGNORED_GROUP
+    value = loss(images, texts, groups)
+    assert value.item() == pytest.approx(loss(images[kept], texts[kept], groups[kept]).item(), rel=1e-5)
+    value.backward()
+    for gradient in (images.grad, texts.grad):
+        assert gradient.isfinite().all()
+        assert gradient[~kept].abs().sum() == 0
+        assert (gradient[kept].abs().sum(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@given(size=st.integers(2, 10), seed=st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_the_order_of_a_batch_does_not_matter(loss, size, seed):
+    rng = np.random.default_rng(seed)
+    images, texts = (normalized(normal(size, 5, seed=seed + i)) for i in (0, 1))
+    groups, order = torch.tensor(rng.integers(0, 4, size)), torch.tensor(rng.permutation(size))
+    before, after = loss(images, texts, groups), loss(images[order], texts[order], groups[order])
+    assert after.item() == pytest.approx(before.item(), rel=1e-4, abs=1e-6)

@@ -10,7 +10,7 @@ import pytest
 import icone_hf
 
 PACKAGE = Path(icone_hf.__file__).parent
-MODEL_ROOM = {"configuration_icone", "modeling_icone", "processing_icone", "losses", "encoders"}
+MODEL_ROOM = {"configuration_icone", "modeling_icone", "processing_icone", "losses", "objective", "encoders"}
 # Each room may import those to its right.
 LAYERS = (
     ("figures", "trainer", "arguments"),
@@ -19,7 +19,7 @@ LAYERS = (
     ("stages", "batching", "groups", "retrieval"),
     ("scenes",),
     ("processing_icone", "modeling_icone"),
-    ("configuration_icone",),
+    ("configuration_icone", "objective"),
     ("encoders", "losses"),
 )
 

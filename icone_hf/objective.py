@@ -1,0 +1,129 @@
+"""Both terms of equation (9) for a batch of pairs, of which each process may hold a share."""
+
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.distributed.nn
+
+from .losses import IGNORED_GROUP, contrastive_loss, hinge_loss, instance_loss, sigmoid_loss
+
+
+def count_ranks() -> int:
+    """Processes that train together."""
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_distributed else 1
+
+
+def check_pairs(
+    config: Any,
+    image_features: torch.Tensor | None,
+    text_features: torch.Tensor | None,
+    group_ids: torch.Tensor | None,
+    instance_weight: float,
+    contrastive_weight: float,
+) -> None:
+    """Refuses inputs that the losses of `config`, an [`IConEConfig`], cannot be computed from.
+
+    Raises:
+        ValueError: naming what is missing or out of range.
+    """
+    if not instance_weight and not contrastive_weight:
+        raise ValueError("instance_weight and contrastive_weight are both 0: there is no loss to compute.")
+    if image_features is None or text_features is None:
+        raise ValueError("The losses need pairs: pass pixel_values and input_ids, or return_loss=False.")
+    if len(image_features) != len(text_features):
+        raise ValueError(
+            f"The losses need pairs, but there are {len(image_features)} images and {len(text_features)} sentences."
+        )
+    if group_ids is None:
+        if instance_weight:
+            raise ValueError("The instance loss needs group_ids: pass them, or instance_weight=0.")
+        return
+    if group_ids.shape != image_features.shape[:1]:
+        raise ValueError(
+            f"group_ids is {tuple(group_ids.shape)}, one for each of {len(image_features)} pairs is needed."
+        )
+    if instance_weight and not config.num_groups:
+        raise ValueError(
+            "The instance loss needs the classifier, and this model has none (num_groups=0): build or load it with "
+            "num_groups=, or pass instance_weight=0."
+        )
+    # On an accelerator this check would wait for the device at every step; IConETrainer checks the data beforehand.
+    if instance_weight and group_ids.device.type == "cpu":
+        valid = ((group_ids >= 0) & (group_ids < config.num_groups)) | (group_ids == IGNORED_GROUP)
+        if not valid.all():
+            raise ValueError(
+                f"group_ids holds {group_ids[~valid][0].item()}, but the classifier's classes are "
+                f"0..{config.num_groups - 1} (num_groups={config.num_groups})."
+            )
+
+
+def instance_objective(
+    config: Any,
+    class_vectors: torch.Tensor,
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    group_ids: torch.Tensor,
+    num_ranks: int = 1,
+) -> torch.Tensor:
+    """Equation (5): the instance loss of the images plus that of the sentences, a scalar.
+
+    Each rank classifies its own rows. Dividing by the rows of all ranks, and multiplying by the ranks that the
+    gradients are averaged over, makes an uneven last batch exact too.
+
+    Args:
+        config: an [`IConEConfig`].
+        class_vectors: `(num_groups, dim)`, the shared classifier's weight.
+        image_features, text_features: `(batch, dim)`, projected, not normalised.
+        group_ids: `(batch,)`, or [`IGNORED_GROUP`].
+        num_ranks: processes that hold a share of the batch.
+    """
+    temperature = config.instance_temperature or config.temperature
+    image_loss, text_loss = (
+        instance_loss(features, class_vectors, group_ids, config.instance_logits, temperature, reduction="sum")
+        for features in (image_features, text_features)
+    )
+    num_rows = (group_ids != IGNORED_GROUP).sum()
+    if num_ranks > 1:
+        torch.distributed.all_reduce(num_rows)
+    return (image_loss + text_loss) * num_ranks / num_rows
+
+
+def contrastive_objective(
+    config: Any,
+    temperature: float | torch.Tensor,
+    bias: torch.Tensor | None,
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    group_ids: torch.Tensor | None,
+    num_ranks: int = 1,
+) -> torch.Tensor:
+    """Equation (8), or the loss that `config.contrastive_loss` puts in its place: a scalar.
+
+    It is that of the batch over all ranks, whose rows are gathered with their gradient.
+
+    Args:
+        config: an [`IConEConfig`].
+        temperature: divides the cosines (`"infonce"`, `"sigmoid"`).
+        bias: scalar, for `"sigmoid"`.
+        image_embeds, text_embeds: `(batch, dim)`, L2-normalised.
+        group_ids: `(batch,)`, or `None` if all pairs are of different groups.
+        num_ranks: processes that hold a share of the batch.
+    """
+    if num_ranks > 1:
+        image_embeds, text_embeds = (
+            torch.cat(torch.distributed.nn.functional.all_gather(embeds.contiguous()))
+            for embeds in (image_embeds, text_embeds)
+        )
+        if group_ids is not None:
+            gathered = [torch.empty_like(group_ids) for _ in range(num_ranks)]
+            torch.distributed.all_gather(gathered, group_ids.contiguous())
+            group_ids = torch.cat(gathered)
+    if config.contrastive_loss == "infonce":
+        return contrastive_loss(image_embeds, text_embeds, temperature, group_ids, config.several_positives)
+    if config.contrastive_loss == "sigmoid":
+        assert bias is not None
+        return sigmoid_loss(image_embeds, text_embeds, temperature, bias, group_ids, config.several_positives)
+    hardest = config.contrastive_loss == "max_hinge"
+    return hinge_loss(image_embeds, text_embeds, config.margin, group_ids, hardest)
