@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .retrieval import fold_metrics, retrieval_metrics, retrieval_ranks
     from .scenes import draw_scenes
     from .stages import PAPER_STAGES, Stage
-    from .trainer import IConETrainer, IConETrainingArguments
+    from .trainer import IConETrainer
+    from .training_args import IConETrainingArguments
 
 _MODULE_OF = {
     "EfficientNetLiteConfig": "encoders",
@@ -38,7 +39,7 @@ _MODULE_OF = {
     "IConEOutput": "modeling_icone",
     "IConEProcessor": "processing_icone",
     "IConETrainer": "trainer",
-    "IConETrainingArguments": "trainer",
+    "IConETrainingArguments": "training_args",
     "PAPER_STAGES": "stages",
     "PairCollator": "batching",
     "PairDataset": "batching",

@@ -26,7 +26,15 @@ class ModelArguments:
         default="google-bert/bert-base-uncased", metadata={"help": "Hub id or folder of the text tower."}
     )
     projection_dim: int = field(default=2048, metadata={"help": "Dimensions of the common space."})
-    temperature: float = field(default=0.05, metadata={"help": "Temperature of InfoNCE."})
+    temperature: float = field(default=0.05, metadata={"help": "Temperature of InfoNCE and of the sigmoid loss."})
+    learn_temperature: bool = field(default=False, metadata={"help": "Train the temperature, as CLIP does."})
+    contrastive_loss: str = field(
+        default="infonce", metadata={"help": "infonce (the paper), sigmoid (SigLIP), max_hinge or sum_hinge (VSE++)."}
+    )
+    margin: float = field(default=0.2, metadata={"help": "Margin of the hinges."})
+    several_positives: bool = field(
+        default=False, metadata={"help": "Pairs of one group in a batch are positives too; see pairs_per_group."}
+    )
     instance_logits: str = field(default="dot", metadata={"help": "dot, as the paper prints it, or cosine."})
     instance_temperature: float | None = field(
         default=None, metadata={"help": "Temperature of cosine instance logits. Default: temperature."}

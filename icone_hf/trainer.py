@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,180 +16,21 @@ from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_model
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .batching import GroupBatchSampler, GroupDataLoader, PairCollator, PairDataset
+from .batching import PairDataset
 from .encoding import GroupEmbeddings, encode_groups
 from .feature_cache import FeatureCache, digest_captions
 from .groups import check_captions, check_disjoint
 from .modeling_icone import IConEModel
 from .retrieval import retrieval_metrics
 from .run_folder import RunFolder
+from .stage_trainer import StageTrainer, embed_cached
 from .stages import PAPER_STAGES, Stage
+from .training_args import CLASS_VECTORS, DECISIVE_ARGUMENTS, IConETrainingArguments
 
 logger = logging.get_logger(__name__)
-
-# The arguments that decide which numbers come out; a run is resumed only with the same ones.
-_DECISIVE_ARGUMENTS = (
-    "seed",
-    "max_steps",
-    "gradient_accumulation_steps",
-    "optim",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "bf16",
-    "fp16",
-)
-
-
-@dataclass
-class IConETrainingArguments(TrainingArguments):
-    """transformers' arguments with this project's defaults. A stage sets `learning_rate` and `num_train_epochs` itself.
-
-    The batch that InfoNCE takes its negatives from is `per_device_train_batch_size` times the number of processes (the
-    paper: 128); gradient accumulation adds no negatives. The optimizer is Adam (AdamW without weight decay), the
-    schedule a cosine after a warm-up of 5% of the steps. The epoch with the best validation Rsum is kept.
-    """
-
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Image/sentence pairs a process and step."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures, or sentences, encoded at a time."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The same schedule in every stage."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of a stage's steps."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to measure the validation Rsum."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save; must match eval_strategy."})
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints kept a stage; the best one always is."}
-    )
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go on with the stage's best epoch."})
-    metric_for_best_model: str | None = field(default="rsum", metadata={"help": "Picks a stage's best epoch."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should grow."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: groups become pairs later."})
-    feature_cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where frozen towers' outputs are kept. Default: OUTPUT_DIR/feature_cache. Runs may share one."
-        },
-    )
-
-
-class StageTrainer(Trainer):
-    """transformers' Trainer for one stage: batches of groups, the stage's loss weights, validation by retrieval."""
-
-    def __init__(
-        self,
-        model: IConEModel,
-        args: IConETrainingArguments,
-        stage: Stage,
-        train_dataset: PairDataset | FeatureCache,
-        eval_dataset: Dataset | FeatureCache,
-        processor: Any,
-        callbacks: list[TrainerCallback] | None = None,
-    ):
-        self.stage = stage
-        self.pairs = train_dataset
-        self._loss_sums: dict[str, torch.Tensor] = {}
-        self._loss_steps = 0
-        super().__init__(
-            model,
-            args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processor,
-            callbacks=callbacks,
-        )
-
-    def get_train_dataloader(self) -> GroupDataLoader:
-        sampler = GroupBatchSampler(
-            self.pairs.captions_per_group,
-            self.args.per_device_train_batch_size * self.args.world_size,
-            seed=self.args.seed,
-            rank=self.args.process_index,
-            num_ranks=self.args.world_size,
-        )
-        is_cached = isinstance(self.pairs, FeatureCache)
-        # The cache hands out whole batches from mapped memory: worker processes would only copy them.
-        num_workers = 0 if is_cached else self.args.dataloader_num_workers
-        return GroupDataLoader(
-            self.pairs,
-            batch_sampler=sampler,
-            collate_fn=_as_it_is if is_cached else PairCollator(self.processing_class),
-            num_workers=num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-            persistent_workers=self.args.dataloader_persistent_workers and num_workers > 0,
-        )
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        output = model(
-            **inputs,
-            instance_weight=self.stage.instance_weight,
-            contrastive_weight=self.stage.contrastive_weight,
-            return_loss=True,
-        )
-        for name in ("instance_loss", "contrastive_loss"):
-            if (loss := getattr(output, name)) is not None:
-                self._loss_sums[name] = self._loss_sums.get(name, 0) + loss.detach()
-        self._loss_steps += 1
-        return (output.loss, output) if return_outputs else output.loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._loss_steps:
-            for name, total in self._loss_sums.items():
-                logs[name] = self.accelerator.gather(total).mean().item() / self._loss_steps
-            self._loss_sums, self._loss_steps = {}, 0
-        super().log(logs, start_time)
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | FeatureCache | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Retrieval metrics of groups, or of their cached features: keys `{metric_key_prefix}_rsum` and so on."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        model = cast(IConEModel, self.model)
-        if isinstance(dataset, FeatureCache):
-            embeds = _embed_cached(model, dataset)
-        else:
-            embeds = encode_groups(
-                model,
-                self.processing_class,
-                dataset,
-                self.args.per_device_eval_batch_size,
-                self.args.dataloader_num_workers,
-            )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in retrieval_metrics(*embeds).items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-@torch.no_grad()
-def _embed_cached(model: IConEModel, cache: FeatureCache, chunk_size: int = 4096) -> GroupEmbeddings:
-    def project(features: Any, projection: torch.nn.Linear) -> torch.Tensor:
-        weight = projection.weight
-        chunks = (torch.tensor(features[i : i + chunk_size]) for i in range(0, len(features), chunk_size))
-        return torch.cat([F.normalize(projection(chunk.to(weight)), dim=-1).float().cpu() for chunk in chunks])
-
-    return GroupEmbeddings(
-        project(cache.image, model.visual_projection), project(cache.text, model.text_projection), cache.text_to_image
-    )
 
 
 class IConETrainer:
@@ -259,6 +100,18 @@ class IConETrainer:
                 f"The classifier has {self.model.config.num_groups} classes, the training split "
                 f"{len(self.train_dataset)} groups: build or load the model with num_groups=len(train_dataset)."
             )
+        if self.args.class_vectors not in CLASS_VECTORS:
+            raise ValueError(f"class_vectors={self.args.class_vectors!r} must be one of {', '.join(CLASS_VECTORS)}.")
+        if self.args.neighbour_run and not self.model.config.num_groups:
+            raise ValueError(
+                f"neighbour_run={self.args.neighbour_run} batches groups whose class vectors are near each other, but "
+                "this model has none (num_groups=0): build it with num_groups=len(train_dataset), or set it to 0."
+            )
+        if self.args.pairs_per_group > 1 and not self.model.config.several_positives:
+            raise ValueError(
+                f"pairs_per_group={self.args.pairs_per_group} puts sentences of one group into a batch, which no loss "
+                "would use: set several_positives in the model's config, or pairs_per_group to 1."
+            )
         strategies = self.args.to_dict()
         if strategies["save_strategy"] == "no" or strategies["save_strategy"] != strategies["eval_strategy"]:
             raise ValueError(
@@ -315,8 +168,13 @@ class IConETrainer:
         args.num_train_epochs = stage.num_train_epochs
         args.seed = self.args.seed + index  # other batches in every stage
         self.model.set_encoders_trainable(stage.train_encoders)
-        if self.model.classifier is not None:
-            self.model.classifier.requires_grad_(stage.instance_weight > 0)
+        for parameters, weight in (
+            (self.model.classifier, stage.instance_weight),
+            (self.model.logit_scale, stage.contrastive_weight),
+            (self.model.logit_bias, stage.contrastive_weight),
+        ):
+            if parameters is not None:  # DDP waits for the gradient of whatever requires one
+                parameters.requires_grad_(weight > 0)
         train_dataset: PairDataset | FeatureCache
         eval_dataset: Dataset | FeatureCache
         if stage.train_encoders:
@@ -324,6 +182,9 @@ class IConETrainer:
         else:
             train_dataset = self._cache("train", self.train_dataset)
             eval_dataset = self._cache("validation", self.eval_dataset)
+        is_first_use = stage.instance_weight > 0 and not any(s.instance_weight for s in self.stages[:index])
+        if self.args.class_vectors == "group_means" and is_first_use and checkpoint is None:
+            self._start_class_vectors(train_dataset)
         callbacks = copy.deepcopy(self.callbacks)
         trainer = StageTrainer(self.model, args, stage, train_dataset, eval_dataset, self.processor, callbacks)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -344,6 +205,17 @@ class IConETrainer:
             }
             self.folder.write_stage(index, result)
         PartialState().wait_for_everyone()
+
+    @torch.no_grad()
+    def _start_class_vectors(self, pairs: PairDataset | FeatureCache) -> None:
+        """Each class vector becomes the unit vector between its image's embedding and the mean of its sentences'."""
+        if isinstance(pairs, FeatureCache):
+            images, texts, text_to_image = embed_cached(self.model, pairs)
+        else:
+            images, texts, text_to_image = self._encode(self.train_dataset)
+        sums = torch.zeros_like(images).index_add_(0, text_to_image, texts)
+        vectors = F.normalize(images + F.normalize(sums, dim=-1), dim=-1)
+        cast(torch.nn.Linear, self.model.classifier).weight.copy_(vectors)
 
     def _cache(self, split: str, groups: Dataset) -> FeatureCache:
         self.model.to(self.args.device)  # type: ignore[arg-type]
@@ -372,15 +244,12 @@ class IConETrainer:
 
     def evaluate(self, groups: Dataset | None = None) -> dict[str, float]:
         """Retrieval metrics of the model as it is now, on `groups` or the validation groups."""
+        return retrieval_metrics(*self._encode(self.eval_dataset if groups is None else groups))
+
+    def _encode(self, groups: Dataset) -> GroupEmbeddings:
         self.model.to(self.args.device)  # type: ignore[arg-type]
-        embeds = encode_groups(
-            self.model,
-            self.processor,
-            self.eval_dataset if groups is None else groups,
-            self.args.per_device_eval_batch_size,
-            self.args.dataloader_num_workers,
-        )
-        return retrieval_metrics(*embeds)
+        batch_size, num_workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
+        return encode_groups(self.model, self.processor, groups, batch_size, num_workers)
 
     def recipe(self) -> dict[str, Any]:
         """All that decides the numbers of this run (`decisive`), every argument, and the versions it runs on."""
@@ -394,7 +263,7 @@ class IConETrainer:
                 "train_captions": digest_captions(self.train_dataset),
                 "validation_captions": digest_captions(self.eval_dataset),
                 "global_train_batch_size": self.args.per_device_train_batch_size * self.args.world_size,
-                **{name: arguments[name] for name in _DECISIVE_ARGUMENTS},
+                **{name: arguments[name] for name in DECISIVE_ARGUMENTS},
             },
             "arguments": {name: value for name, value in arguments.items() if "token" not in name},
             "environment": {

@@ -64,3 +64,17 @@ def test_width_of_convolutional_towers_is_their_last_stage():
 def test_a_tower_without_hidden_size_is_refused():
     with pytest.raises(ValueError, match="no hidden_size"):
         tower_width(PreTrainedConfig())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"contrastive_loss": "triplet"}, "contrastive_loss='triplet' must be one of infonce, sigmoid"),
+        ({"margin": 0}, "margin=0 must be greater than 0"),
+        ({"contrastive_loss": "max_hinge", "several_positives": True}, "ranks one positive"),
+        ({"contrastive_loss": "sum_hinge", "learn_temperature": True}, "without a temperature"),
+    ],
+)
+def test_losses_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        IConEConfig(**fields)

@@ -10,7 +10,7 @@ import icone_hf.feature_cache as feature_cache
 from icone_hf import FeatureCache
 from icone_hf.batching import Pair
 from icone_hf.encoding import encode_groups
-from icone_hf.trainer import _embed_cached
+from icone_hf.stage_trainer import embed_cached
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_cached_rows_are_the_towers_outputs(make_model, processor, groups, tmp_p
 
 def test_embeddings_from_the_cache_are_those_of_the_model(make_model, processor, groups, tmp_path):
     model = make_model()
-    cached = _embed_cached(model, FeatureCache.build(tmp_path, model, processor, groups), chunk_size=4)
+    cached = embed_cached(model, FeatureCache.build(tmp_path, model, processor, groups), chunk_size=4)
     for ours, direct in zip(cached, encode_groups(model, processor, groups, batch_size=5), strict=True):
         torch.testing.assert_close(ours, direct, atol=1e-5, rtol=1e-4)
 

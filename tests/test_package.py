@@ -14,7 +14,8 @@ MODEL_ROOM = {"configuration_icone", "modeling_icone", "processing_icone", "loss
 # Each room may import those to its right.
 LAYERS = (
     ("figures", "trainer", "arguments"),
-    ("feature_cache", "run_folder"),
+    ("stage_trainer",),
+    ("feature_cache", "run_folder", "training_args"),
     ("encoding",),
     ("stages", "batching", "groups", "retrieval"),
     ("scenes",),

@@ -18,7 +18,7 @@ from icone_hf import (
     retrieval_metrics,
 )
 from icone_hf.run_folder import write_metrics
-from icone_hf.trainer import StageTrainer
+from icone_hf.stage_trainer import StageTrainer
 
 STAGES = (
     Stage("instance", 2, 1e-3, instance_weight=1, contrastive_weight=0, train_encoders=False),
@@ -369,3 +369,47 @@ def test_an_unlimited_tokenizer_is_limited_to_the_text_tower(make_trainer, proce
 def test_write_metrics_keeps_other_splits(tmp_path):
     write_metrics(tmp_path, {"validation": {"rsum": 1.0}})
     assert write_metrics(tmp_path, {"test": {"rsum": 2.0}}) == {"validation": {"rsum": 1.0}, "test": {"rsum": 2.0}}
+
+
+def test_class_vectors_start_from_the_groups_means(make_trainer, make_model):
+    """The first stage that uses them starts from the mean of each group's embeddings, as the model embeds them then."""
+    stages = (
+        Stage("contrastive", 1, 1e-3, instance_weight=0, contrastive_weight=1, train_encoders=False),
+        Stage("both", 1, 1e-9, instance_weight=1, contrastive_weight=1, train_encoders=False),
+        Stage("again", 1, 1e-9, instance_weight=1, contrastive_weight=1, train_encoders=True),
+    )
+    train = make_groups(16, captions=[1, 2, 3, 4] * 4)
+    trainer = make_trainer(stages=stages, train=train, class_vectors="group_means")
+    trainer.train()
+    images, texts, text_to_image = encode_groups(trainer.model, trainer.processor, train)
+    for row in range(16):
+        sentences = texts[text_to_image == row].mean(0)
+        expected = images[row] + sentences / sentences.norm()
+        assert torch.allclose(trainer.model.classifier.weight[row], expected / expected.norm(), atol=1e-5)
+
+
+@pytest.mark.parametrize("neighbour_run", [0, 4])
+def test_several_positives_and_neighbours_train(make_trainer, make_model, neighbour_run):
+    model = make_model(num_groups=16, text_pooling="mean", several_positives=True, contrastive_loss="sigmoid")
+    trainer = make_trainer(model=model, pairs_per_group=2, neighbour_run=neighbour_run)
+    trainer.train()
+    assert all(value > 0 for value in losses(trainer).values())
+    assert len(losses(trainer)) == 2 * 2 * 8  # 16 groups of 3 sentences: hands of 2 and 1, four groups a batch
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_vectors": "mean"}, "class_vectors='mean' must be one of random, group_means"),
+        ({"pairs_per_group": 2}, "set several_positives"),
+    ],
+)
+def test_options_that_fit_nothing_are_refused(make_trainer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**arguments)
+
+
+def test_neighbours_need_class_vectors(make_trainer, make_model):
+    stages = (Stage("contrastive", 1, 1e-3, instance_weight=0, contrastive_weight=1, train_encoders=False),)
+    with pytest.raises(ValueError, match="neighbour_run=4 batches groups"):
+        make_trainer(stages=stages, model=make_model(num_groups=0), neighbour_run=4)

@@ -1,0 +1,69 @@
+"""Arguments of a run: transformers' own with this project's defaults, and a few more."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+CLASS_VECTORS = ("random", "group_means")
+
+# The arguments that decide which numbers come out; a run is resumed only with the same ones.
+DECISIVE_ARGUMENTS = (
+    "seed",
+    "max_steps",
+    "gradient_accumulation_steps",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "bf16",
+    "fp16",
+    "pairs_per_group",
+    "neighbour_run",
+    "class_vectors",
+)
+
+
+@dataclass
+class IConETrainingArguments(TrainingArguments):
+    """transformers' arguments with this project's defaults. A stage sets `learning_rate` and `num_train_epochs` itself.
+
+    The batch that InfoNCE takes its negatives from is `per_device_train_batch_size` times the number of processes (the
+    paper: 128); gradient accumulation adds no negatives. The optimizer is Adam (AdamW without weight decay), the
+    schedule a cosine after a warm-up of 5% of the steps. The epoch with the best validation Rsum is kept.
+    """
+
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Image/sentence pairs a process and step."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures, or sentences, encoded at a time."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The same schedule in every stage."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of a stage's steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to measure the validation Rsum."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save; must match eval_strategy."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept a stage; the best one always is."}
+    )
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go on with the stage's best epoch."})
+    metric_for_best_model: str | None = field(default="rsum", metadata={"help": "Picks a stage's best epoch."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should grow."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: groups become pairs later."})
+    pairs_per_group: int = field(
+        default=1, metadata={"help": "Sentences of a group in a batch; above 1 with several_positives."}
+    )
+    neighbour_run: int = field(
+        default=0,
+        metadata={"help": "Make batches of runs of this many groups whose class vectors are near. 0: at random."},
+    )
+    class_vectors: str = field(
+        default="random",
+        metadata={"help": "What they start from: random, or group_means of the embeddings when they are first used."},
+    )
+    feature_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where frozen towers' outputs are kept. Default: OUTPUT_DIR/feature_cache. Runs may share one."
+        },
+    )
