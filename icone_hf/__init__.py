@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .losses import contrastive_loss, instance_loss
     from .modeling_icone import IConEModel, IConEOutput
     from .processing_icone import IConEProcessor
-    from .retrieval import fold_metrics, retrieval_metrics, retrieval_ranks
+    from .retrieval import fold_metrics, retrieval_metrics, retrieval_ranks, sentence_metrics
     from .scenes import draw_scenes
     from .stages import PAPER_STAGES, Stage
     from .trainer import IConETrainer
@@ -52,6 +52,7 @@ _MODULE_OF = {
     "load_groups": "groups",
     "retrieval_metrics": "retrieval",
     "retrieval_ranks": "retrieval",
+    "sentence_metrics": "retrieval",
 }
 __all__ = sorted(_MODULE_OF)
 

@@ -126,14 +126,14 @@ def _check(image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image:
 
 
 def _summary(text_ranks: torch.Tensor, image_ranks: torch.Tensor) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for direction, ranks in (("t2i", text_ranks.double()), ("i2t", image_ranks.double())):
-        for k in RECALL_RANKS:
-            metrics[f"{direction}_r{k}"] = 100 * (ranks <= k).double().mean().item()
-        metrics[f"{direction}_medr"] = ranks.quantile(0.5).item()
-        metrics[f"{direction}_mnr"] = ranks.mean().item()
+    metrics = {**_of_ranks("t2i", text_ranks.double()), **_of_ranks("i2t", image_ranks.double())}
     metrics["rsum"] = sum(metrics[f"{direction}_r{k}"] for direction in ("t2i", "i2t") for k in RECALL_RANKS)
     return metrics
+
+
+def _of_ranks(direction: str, ranks: torch.Tensor) -> dict[str, float]:
+    recalls = {f"{direction}_r{k}": 100 * (ranks <= k).double().mean().item() for k in RECALL_RANKS}
+    return {**recalls, f"{direction}_medr": ranks.quantile(0.5).item(), f"{direction}_mnr": ranks.mean().item()}
 
 
 def retrieval_metrics(
@@ -183,6 +183,38 @@ def fold_metrics(
         images = image_embeds[fold * size : (fold + 1) * size]
         results.append(retrieval_metrics(images, text_embeds[texts], text_to_image[texts] - fold * size, chunk_size))
     return {name: sum(result[name] for result in results) / folds for name in results[0]}
+
+
+def sentence_metrics(
+    text_embeds: torch.Tensor, text_to_image: torch.Tensor, chunk_size: int | None = None
+) -> dict[str, float]:
+    """Retrieval among sentences: each sentence looks for the others of its group, itself left out.
+
+    Args:
+        text_embeds: `(sentences, dim)`, L2-normalised.
+        text_to_image: `(sentences,)`, each sentence's group.
+        chunk_size: queries ranked at a time, which bounds the memory.
+
+    Returns:
+        `t2t_r1`, `t2t_r5`, `t2t_r10` in percent, `t2t_medr` and `t2t_mnr`, of the rank of the best-ranked other
+        sentence of the group; ranks start at 1, ties count against the model. Sentences without another one are no
+        queries.
+
+    Raises:
+        ValueError: if no group has two sentences.
+    """
+    counts = torch.bincount(text_to_image)[text_to_image]
+    if not (counts > 1).any():
+        raise ValueError("No group has two sentences: there is nothing to find.")
+    ranks = torch.zeros_like(text_to_image)
+    for chunk in _chunks(len(text_embeds), len(text_embeds), chunk_size):
+        scores = text_embeds[chunk] @ text_embeds.T
+        rows = torch.arange(chunk.start, chunk.start + len(scores), device=scores.device)
+        scores[rows - chunk.start, rows] = -math.inf
+        same_group = text_to_image[rows][:, None] == text_to_image[None, :]
+        best = scores.masked_fill(~same_group, -math.inf).amax(dim=1, keepdim=True)
+        ranks[chunk] = ((scores >= best) & ~same_group).sum(dim=1) + 1
+    return _of_ranks("t2t", ranks[counts > 1].double())
 
 
 def metrics_table(rows: dict[str, dict[str, float]]) -> str:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icone_hf.retrieval import fold_metrics, metrics_table, retrieval_metrics, retrieval_ranks
+from icone_hf.retrieval import fold_metrics, metrics_table, retrieval_metrics, retrieval_ranks, sentence_metrics
 
 KEYS = {f"{d}_{m}" for d in ("t2i", "i2t") for m in ("r1", "r5", "r10", "medr", "mnr")} | {"rsum"}
 
@@ -178,3 +178,25 @@ def test_table_shows_every_metric():
     assert [float(cell) for cell in row.split("|")[2:-1]] == list(
         map(float, json.loads(json.dumps(list(metrics.values()))))
     )
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=8).filter(lambda c: max(c) > 1), st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_sentences_find_the_others_of_their_group(counts, seed):
+    rng = np.random.default_rng(seed)
+    group = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    embeds = rng.integers(-1, 2, (len(group), 3)).astype(np.float32)  # many ties
+    scores, ranks = embeds @ embeds.T, []
+    for i in range(len(group)):
+        own = [j for j in range(len(group)) if group[j] == group[i] and j != i]
+        if own:
+            best = max(scores[i, own])
+            ranks.append(1 + sum(scores[i, j] >= best for j in range(len(group)) if group[j] != group[i]))
+    ours = sentence_metrics(torch.tensor(embeds), torch.tensor(group), chunk_size=3)
+    assert ours["t2t_mnr"] == pytest.approx(np.mean(ranks))
+    assert ours["t2t_r1"] == pytest.approx(100 * np.mean(np.array(ranks) == 1))
+
+
+def test_single_sentences_have_nothing_to_find():
+    with pytest.raises(ValueError, match="two sentences"):
+        sentence_metrics(torch.eye(3), torch.arange(3))
