@@ -106,6 +106,13 @@ def encode_groups(
     )
 
 
+def group_means(embeds: GroupEmbeddings) -> torch.Tensor:
+    """`(groups, dim)`: the unit vector half-way between a group's image and the mean of its sentences."""
+    images, texts, text_to_image = embeds
+    sums = torch.zeros_like(images).index_add_(0, text_to_image, texts)
+    return F.normalize(images + F.normalize(sums, dim=-1), dim=-1)
+
+
 def _over_processes(rows: np.ndarray, embed: Callable[[np.ndarray], Iterator[torch.Tensor]]) -> torch.Tensor:
     """Embeds `rows`, each process every n-th of them; returns the embeddings by row number."""
     state = PartialState()

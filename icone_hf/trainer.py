@@ -15,12 +15,11 @@ import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_model
-from torch.nn import functional as F
 from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .batching import PairDataset
-from .encoding import GroupEmbeddings, encode_groups
+from .encoding import GroupEmbeddings, encode_groups, group_means
 from .feature_cache import FeatureCache, digest_captions
 from .groups import check_captions, check_disjoint
 from .modeling_icone import IConEModel
@@ -208,14 +207,11 @@ class IConETrainer:
 
     @torch.no_grad()
     def _start_class_vectors(self, pairs: PairDataset | FeatureCache) -> None:
-        """Each class vector becomes the unit vector between its image's embedding and the mean of its sentences'."""
         if isinstance(pairs, FeatureCache):
-            images, texts, text_to_image = embed_cached(self.model, pairs)
+            embeds = embed_cached(self.model, pairs)
         else:
-            images, texts, text_to_image = self._encode(self.train_dataset)
-        sums = torch.zeros_like(images).index_add_(0, text_to_image, texts)
-        vectors = F.normalize(images + F.normalize(sums, dim=-1), dim=-1)
-        cast(torch.nn.Linear, self.model.classifier).weight.copy_(vectors)
+            embeds = self._encode(self.train_dataset)
+        cast(torch.nn.Linear, self.model.classifier).weight.copy_(group_means(embeds))
 
     def _cache(self, split: str, groups: Dataset) -> FeatureCache:
         self.model.to(self.args.device)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""What the package is measured by: one file a claim, results/*.json what came out."""

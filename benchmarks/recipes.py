@@ -1,0 +1,238 @@
+"""Trains the recipes of recipes.yaml on equal terms, by the protocol of docs/recipes.md.
+
+    python -m benchmarks.recipes [--recipes infonce both] [--groups 3000] [--batches 16 128] [--part 1/2]
+    python -m benchmarks.recipes --report
+
+Heads on frozen towers. What results/recipes.json holds already is not run again. `--part i/n` takes every n-th cell, so
+that n processes can share the work; `--report` writes the tables of docs/recipes.md.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from datasets import Dataset
+from filelock import FileLock
+from transformers import get_scheduler, set_seed
+
+from benchmarks import recipes_report
+from icone_hf import (
+    FeatureCache,
+    GroupBatchSampler,
+    IConEModel,
+    IConEProcessor,
+    Stage,
+    load_groups,
+    retrieval_metrics,
+    sentence_metrics,
+)
+from icone_hf.encoding import group_means
+from icone_hf.stage_trainer import embed_cached
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "recipes.json"
+WORK = Path("outputs/recipes")
+TOWERS = "outputs/towers/efficientnet-lite0", "outputs/towers/minilm"
+EPOCHS = {1000: 8, 3000: 8, 10000: 3}  # by training groups
+TUNING_SEED = 100
+SEEDS = (0, 1, 2)
+NUM_VALIDATION, NUM_TEST = 500, 1000
+
+
+def expand(recipe: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every point of a recipe's grid: the recipe with one value in the place of each list."""
+    config, arguments = recipe.get("config", {}), recipe.get("arguments", {})
+    names = [("config", name) for name in config] + [("arguments", name) for name in arguments]
+    values = [*config.values(), *arguments.values(), recipe["learning_rate"]]
+    for chosen in itertools.product(*(value if isinstance(value, list) else [value] for value in values)):
+        point: dict[str, Any] = {"config": {}, "arguments": {}, "learning_rate": float(chosen[-1])}
+        for (kind, name), value in zip(names, chosen[:-1], strict=True):
+            point[kind][name] = value
+        yield point
+
+
+def scenes(split: str, num_groups: int) -> Dataset:
+    return load_groups("openmoji-scenes", split, num_groups=num_groups, image_size=160)
+
+
+def cache_folder(groups: int) -> Path:
+    return WORK / "features" / str(groups)
+
+
+def towers_model(num_groups: int, config: dict[str, Any]) -> IConEModel:
+    return IConEModel.from_encoders(*TOWERS, num_groups=num_groups, text_pooling="mean", projection_dim=512, **config)
+
+
+def prepare(groups: int) -> None:
+    """Fills the feature caches that all runs of a size read."""
+    processor, model = IConEProcessor.from_encoders(*TOWERS), towers_model(0, {})
+    processor.limit_text_length(model.config.text_config)
+    for split, count in (("train", groups), ("validation", NUM_VALIDATION), ("test", NUM_TEST)):
+        FeatureCache.build(cache_folder(groups) / split, model, processor, scenes(split, count))
+
+
+def open_cache(groups: int, split: str) -> FeatureCache:
+    """A cache that `prepare` has filled, read into memory."""
+    folder = cache_folder(groups) / split
+    cache = FeatureCache(folder, [5] * len(np.load(folder / "image.npy", mmap_mode="r")))
+    cache.image, cache.text = np.array(cache.image), np.array(cache.text)
+    return cache
+
+
+@torch.no_grad()
+def rsum_of(model: IConEModel, cache: FeatureCache) -> dict[str, float]:
+    return retrieval_metrics(*embed_cached(model, cache))
+
+
+def train_heads(
+    model: IConEModel,
+    stage: Stage,
+    caches: dict[str, FeatureCache],
+    batch: int,
+    seed: int,
+    pairs_per_group: int = 1,
+    neighbour_run: int = 0,
+) -> int:
+    """One stage, as `StageTrainer` runs it (a test compares their weights) without what a Trainer costs at each step.
+
+    The model is left with the weights of its best epoch.
+    """
+    classifier = model.classifier
+    sampler = GroupBatchSampler(
+        caches["train"].captions_per_group,
+        batch,
+        seed=seed,
+        pairs_per_group=pairs_per_group,
+        class_vectors=(lambda: classifier.weight) if neighbour_run and classifier is not None else None,
+        neighbour_run=neighbour_run,
+    )
+    model.set_encoders_trainable(False)
+    model.train()
+    heads = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    updates = math.ceil(stage.num_train_epochs * len(sampler))
+    optimizer = torch.optim.AdamW(heads.values(), lr=stage.learning_rate, weight_decay=0.0, fused=True)
+    schedule = get_scheduler("cosine", optimizer, math.ceil(0.05 * updates), updates)
+    best_rsum, best_heads, done, epoch = -1.0, {}, 0, 0
+    while done < updates:
+        sampler.set_epoch(epoch)
+        epoch += 1
+        for pairs in itertools.islice(sampler, updates - done):
+            output = model(
+                **caches["train"].__getitems__(pairs),
+                instance_weight=stage.instance_weight,
+                contrastive_weight=stage.contrastive_weight,
+            )
+            output.loss.backward()
+            torch.nn.utils.clip_grad_norm_(heads.values(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            done += 1
+        rsum = rsum_of(model, caches["validation"])["rsum"]
+        if rsum > best_rsum:
+            best_rsum, best_heads = rsum, {name: parameter.detach().clone() for name, parameter in heads.items()}
+    model.load_state_dict(best_heads, strict=False)
+    return updates
+
+
+def train(recipe: dict[str, Any], point: dict[str, Any], groups: int, batch: int, seed: int) -> dict[str, Any]:
+    """One run: its metrics on validation and test, updates and seconds."""
+    set_seed(seed)
+    model = towers_model(groups, point["config"])
+    caches = {split: open_cache(groups, split) for split in ("train", "validation", "test")}
+    arguments, updates, began = point["arguments"], 0, time.perf_counter()
+    for i, values in enumerate(recipe["stages"]):
+        values = dict(values)
+        epochs = EPOCHS[groups] * values.pop("share")
+        stage = Stage(f"stage{i}", epochs, point["learning_rate"], train_encoders=False, **values)
+        is_first_use = stage.instance_weight and not any(s["instance_weight"] for s in recipe["stages"][:i])
+        if is_first_use and arguments.get("class_vectors") == "group_means":
+            with torch.no_grad():
+                cast(torch.nn.Linear, model.classifier).weight.copy_(group_means(embed_cached(model, caches["train"])))
+        of_batches = {name: value for name, value in arguments.items() if name != "class_vectors"}
+        updates += train_heads(model, stage, caches, batch, seed + i, **of_batches)
+    seconds = time.perf_counter() - began
+    embeds = embed_cached(model, caches["test"])
+    return {
+        "validation": rsum_of(model, caches["validation"]),
+        "test": {**retrieval_metrics(*embeds), **sentence_metrics(embeds.text_embeds, embeds.text_to_image)},
+        "updates": updates,
+        "seconds": round(seconds, 1),
+    }
+
+
+def read_runs() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text())["runs"] if RESULTS.is_file() else []
+
+
+def add_run(run: dict[str, Any]) -> None:
+    with FileLock(str(WORK / "results.lock")):
+        content = {
+            "command": "python -m benchmarks.recipes",
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU; one thread a run",
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "runs": [*read_runs(), run],
+        }
+        unfinished = RESULTS.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.replace(RESULTS)
+
+
+def run_once(name: str, recipe: dict[str, Any], point: dict[str, Any], groups: int, batch: int, seed: int) -> Any:
+    """The run with these settings, from the results if it is there."""
+    settings = {"recipe": name, "groups": groups, "batch": batch, "seed": seed, "point": point}
+    for run in read_runs():
+        if all(run[key] == value for key, value in settings.items()):
+            return run
+    run = {**settings, **train(recipe, point, groups, batch, seed)}
+    if seed == TUNING_SEED:
+        del run["test"]  # looked at for the chosen values alone
+    add_run(run)
+    rsum = run["validation"]["rsum"]
+    print(f"{name}, {groups} groups, batch {batch}, seed {seed}, {point}: {rsum:.1f} ({run['seconds']} s)", flush=True)
+    return run
+
+
+def main() -> None:
+    recipes = yaml.safe_load((HERE / "recipes.yaml").read_text())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=list(recipes), choices=list(recipes))
+    parser.add_argument("--groups", nargs="+", type=int, default=[3000])
+    parser.add_argument("--batches", nargs="+", type=int, default=[16, 128])
+    parser.add_argument("--part", default="1/1", help="i/n: every n-th cell, from the i-th on.")
+    parser.add_argument("--report", action="store_true", help="Write the tables of docs/recipes.md, run nothing.")
+    options = parser.parse_args()
+    if options.report:
+        recipes_report.write(recipes, read_runs())
+        return
+    WORK.mkdir(parents=True, exist_ok=True)
+    part, parts = map(int, options.part.split("/"))
+    torch.set_num_threads(1)
+    for groups in options.groups:
+        with FileLock(str(WORK / "features.lock")):
+            prepare(groups)
+    cells = list(itertools.product(options.groups, options.recipes, options.batches))
+    for groups, name, batch in cells[part - 1 :: parts]:
+        recipe = recipes[name]
+        points = list(expand(recipe))
+        tuned = [run_once(name, recipe, point, groups, batch, TUNING_SEED) for point in points]
+        best = max(tuned, key=lambda run: run["validation"]["rsum"])["point"]
+        for seed in SEEDS:
+            run_once(name, recipe, best, groups, batch, seed)
+
+
+if __name__ == "__main__":
+    main()
