@@ -10,7 +10,7 @@ import pytest
 import icone_hf
 
 PACKAGE = Path(icone_hf.__file__).parent
-MODEL_ROOM = {"configuration_icone", "modeling_icone", "processing_icone", "losses", "encoders"}
+MODEL_ROOM = {"configuration_icone", "modeling_icone", "processing_icone", "losses", "encoders", "lora", "towers"}
 # Each room may import those to its right.
 LAYERS = (
     ("figures", "trainer", "arguments"),
@@ -20,7 +20,7 @@ LAYERS = (
     ("scenes",),
     ("processing_icone", "modeling_icone"),
     ("configuration_icone",),
-    ("encoders", "losses"),
+    ("encoders", "losses", "lora", "towers"),
 )
 
 
