@@ -1,6 +1,7 @@
 """LoRA in the towers, by peft: small trained matrices beside frozen weights (E. J. Hu et al., 2021)."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class LoraTowersMixin:
     config: Any
     vision_model: PreTrainedModel
     text_model: PreTrainedModel
+    training: bool
+    train: Callable[[bool], Any]
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """Puts LoRA adapters into both towers; `from_encoders(..., vision_lora={"r": 8})` puts them into one.
@@ -107,6 +110,7 @@ class LoraTowersMixin:
         for modality, tower in (("vision", self.vision_model), ("text", self.text_model)):
             add_lora(tower, settings, modality)
             setattr(self.config, f"{modality}_lora", settings)
+        self.train(self.training)  # new dropout is in training mode, whichever the model is in
 
     def add_configured_adapters(self) -> None:
         """Puts in what the config asks for and the towers do not have."""

@@ -17,7 +17,7 @@ LAYERS = (
     ("feature_cache", "run_folder"),
     ("encoding",),
     ("stages", "batching", "groups", "retrieval"),
-    ("scenes",),
+    ("scenes", "word_vectors"),
     ("processing_icone", "modeling_icone"),
     ("configuration_icone",),
     ("encoders", "losses", "lora", "towers"),
