@@ -12,6 +12,17 @@ from transformers.pytorch_utils import Conv1D
 ALL_LINEAR = "all-linear"
 
 
+def _lora_config() -> Any:
+    try:  # the only import of peft, and guarded: a checkpoint with this file as remote code must load without it
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError(
+            "LoRA adapters (vision_lora, text_lora in the config) need peft: pip install 'icone_hf[lora]'. A checkpoint "
+            "saved with merge_lora=True needs none."
+        ) from error
+    return LoraConfig
+
+
 def add_lora(tower: PreTrainedModel, settings: dict[str, Any], modality: str) -> None:
     """Puts adapters into a tower, in place; as they start, they change none of its outputs.
 
@@ -24,13 +35,6 @@ def add_lora(tower: PreTrainedModel, settings: dict[str, Any], modality: str) ->
         ImportError: if peft is missing.
         ValueError: if the tower has no linear layer and no other is named, or for `modules_to_save`.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError(
-            f"The {modality} tower has LoRA adapters (config.{modality}_lora), which need peft: pip install peft. A "
-            "checkpoint saved with merge_lora=True needs none."
-        ) from error
     settings = {"target_modules": ALL_LINEAR, **copy.deepcopy(settings)}
     if settings.get("modules_to_save"):
         raise ValueError(f"{modality}_lora has modules_to_save, which IConE has not: leave it out.")
@@ -40,7 +44,7 @@ def add_lora(tower: PreTrainedModel, settings: dict[str, Any], modality: str) ->
             f"The {modality} tower ({type(tower).__name__}) has no linear layer for LoRA: name other layers in "
             f"{modality}_lora's target_modules, or train this tower in full ({modality}_lora=None)."
         )
-    tower.add_adapter(LoraConfig(**settings))
+    tower.add_adapter(_lora_config()(**settings))
 
 
 def has_lora(tower: nn.Module) -> bool:
@@ -54,11 +58,10 @@ def lora_settings(adapter_config: Any) -> dict[str, Any]:
     Raises:
         TypeError: if it is another kind of adapter.
     """
-    from peft import LoraConfig
-
-    if not isinstance(adapter_config, LoraConfig):
+    lora_config = _lora_config()
+    if not isinstance(adapter_config, lora_config):
         raise TypeError(f"IConE's towers take peft's LoraConfig, not {type(adapter_config).__name__}.")
-    default = LoraConfig().to_dict()
+    default = lora_config().to_dict()
     ignored = ("base_model_name_or_path", "peft_version", "inference_mode")
     changed = {k: v for k, v in adapter_config.to_dict().items() if k not in ignored and v != default.get(k)}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}

@@ -162,7 +162,7 @@ except ImportError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install peft" in done.stdout
+    assert "pip install 'icone_hf[lora]'" in done.stdout
     loaded = IConEModel.from_pretrained(tmp_path / "adapted")
     assert torch.equal(loaded(**batch).text_embeds, model(**batch).text_embeds)
     assert torch.equal(loaded(**batch).image_embeds, model(**batch).image_embeds)

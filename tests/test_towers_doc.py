@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
 import torch
 from tower_kinds import VISION
 
@@ -50,8 +49,3 @@ def test_lora(towers, batch, tmp_path, monkeypatch):
 
 def test_no_block_goes_untested():
     assert len(BLOCKS) == 3
-
-
-@pytest.mark.parametrize("line", [line for line in DOC.read_text().splitlines() if line.startswith("|")])
-def test_every_table_row_has_its_cells(line):
-    assert line.count("|") in (3, 4)
