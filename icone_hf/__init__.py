@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .batching import GroupBatchSampler, PairCollator, PairDataset
     from .configuration_icone import IConEConfig
-    from .encoders import EfficientNetLiteConfig, EfficientNetLiteModel
+    from .encoders import EfficientNetLiteConfig, EfficientNetLiteModel, RecurrentTextConfig, RecurrentTextModel
     from .encoding import GroupEmbeddings, encode_groups
     from .feature_cache import FeatureCache
     from .groups import load_groups
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .stages import PAPER_STAGES, Stage
     from .trainer import IConETrainer
     from .training_args import IConETrainingArguments
+    from .word_vectors import recurrent_tower_from_bert, recurrent_tower_from_glove
 
 _MODULE_OF = {
     "EfficientNetLiteConfig": "encoders",
@@ -43,6 +44,8 @@ _MODULE_OF = {
     "PAPER_STAGES": "stages",
     "PairCollator": "batching",
     "PairDataset": "batching",
+    "RecurrentTextConfig": "encoders",
+    "RecurrentTextModel": "encoders",
     "Stage": "stages",
     "contrastive_loss": "losses",
     "draw_scenes": "scenes",
@@ -50,6 +53,8 @@ _MODULE_OF = {
     "fold_metrics": "retrieval",
     "instance_loss": "losses",
     "load_groups": "groups",
+    "recurrent_tower_from_bert": "word_vectors",
+    "recurrent_tower_from_glove": "word_vectors",
     "retrieval_metrics": "retrieval",
     "retrieval_ranks": "retrieval",
     "sentence_metrics": "retrieval",

@@ -39,12 +39,30 @@ class ModelArguments:
     instance_temperature: float | None = field(
         default=None, metadata={"help": "Temperature of cosine instance logits. Default: temperature."}
     )
-    vision_pooling: str = field(default="pooler", metadata={"help": "Global image feature: pooler, cls or mean."})
-    text_pooling: str = field(default="cls", metadata={"help": "Global sentence feature: pooler, cls or mean."})
+    vision_pooling: str | None = field(
+        default=None,
+        metadata={"help": "Global image feature: cls, mean, last, pooler. Default: by the tower's type."},
+    )
+    text_pooling: str | None = field(
+        default=None,
+        metadata={"help": "Global sentence feature, likewise. Default: by the tower's 1_Pooling file or its type."},
+    )
+    lora_rank: int = field(
+        default=0,
+        metadata={"help": "Train LoRA adapters of this rank in both towers' linear layers, not the towers. 0: none."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank} must be 0 (no adapters) or more.")
 
     def config(self) -> dict[str, Any]:
-        """The fields that [`IConEModel.from_encoders`] takes as keywords."""
-        return {name: value for name, value in asdict(self).items() if not name.endswith("name_or_path")}
+        """The fields that [`IConEModel.from_encoders`] takes as keywords. `lora_alpha` is twice the rank."""
+        values = {name: value for name, value in asdict(self).items() if not name.endswith("name_or_path")}
+        rank = values.pop("lora_rank")
+        for name in ("vision_lora", "text_lora"):
+            values[name] = {"r": rank, "lora_alpha": 2 * rank} if rank else None
+        return values
 
 
 @dataclass

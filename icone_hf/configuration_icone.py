@@ -6,9 +6,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .encoders import EfficientNetLiteConfig  # noqa: F401  (registers a tower that AutoConfig would not know)
+from .encoders import EfficientNetLiteConfig  # noqa: F401  (registers towers that AutoConfig would not know)
+from .towers import POOLINGS, guess_pooling
 
-POOLINGS = ("pooler", "cls", "mean")
 INSTANCE_LOGITS = ("dot", "cosine")
 CONTRASTIVE_LOSSES = ("infonce", "sigmoid", "max_hinge", "sum_hinge")
 
@@ -54,13 +54,16 @@ class IConEConfig(PreTrainedConfig):
         instance_temperature: divides the `"cosine"` logits. `None`: the same as `temperature`.
         vision_pooling: which output of the vision tower is "the global token". `"pooler"`: its `pooler_output` (CLIP's
             layer-normed class token, a convolutional network's global mean); `"cls"`: the last layer's first token;
-            `"mean"`: the mean over positions.
-        text_pooling: the same for the text tower; `"mean"` leaves padding out. The paper takes BERT's [CLS] token,
-            `"cls"`.
+            `"mean"`: the mean over positions; `"last"`: the last token. `None`: guessed from the tower's type, and
+            replaced by the guess.
+        text_pooling: the same for the text tower; padding is left out, on whichever side it is. The paper takes BERT's
+            [CLS] token, `"cls"`.
+        vision_lora, text_lora: keywords of peft's `LoraConfig` for a tower that has adapters, `None` for one that has
+            none; see [`IConEModel.add_adapter`].
         initializer_range: standard deviation of the classifier's initial weights.
 
     Raises:
-        ValueError: if a field's value is outside its range; the message names the field.
+        ValueError: if a field's value is outside its range or a pooling cannot be guessed; the message names the field.
 
     Example:
         >>> config = IConEConfig(text_config={"model_type": "bert", "num_hidden_layers": 6}, num_groups=29783)
@@ -85,12 +88,17 @@ class IConEConfig(PreTrainedConfig):
     several_positives: bool = False
     instance_logits: str = "dot"
     instance_temperature: float | int | None = None
-    vision_pooling: str = "pooler"
-    text_pooling: str = "cls"
+    vision_pooling: str | None = None
+    text_pooling: str | None = None
+    vision_lora: dict | None = None
+    text_lora: dict | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        for field, tower in (("vision_pooling", self.vision_config), ("text_pooling", self.text_config)):
+            if getattr(self, field) is None:
+                setattr(self, field, guess_pooling(tower, field))
         self.validate_architecture()  # here a plain ValueError; `@strict`, which calls it too, wraps it in its own
 
     def validate_architecture(self) -> None:

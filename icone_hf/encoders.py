@@ -1,8 +1,9 @@
-"""Towers that transformers lacks: EfficientNet-Lite, a small convolutional image encoder.
+"""Towers that transformers lacks: EfficientNet-Lite, a small convolutional image encoder, and a GRU or LSTM for text.
 
-Architecture: M. Tan and Q. V. Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks" (2019),
-and the Lite variants of https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite: no
-squeeze-and-excitation, ReLU6 in place of swish, stem and head of fixed width.
+EfficientNet-Lite's architecture: M. Tan and Q. V. Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural
+Networks" (2019), and the Lite variants of
+https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite: no squeeze-and-excitation, ReLU6 in
+place of swish, stem and head of fixed width.
 """
 
 import math
@@ -11,10 +12,20 @@ import re
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Siglip2TextConfig,
+    Siglip2TextModel,
+    SiglipTextConfig,
+    SiglipTextModel,
+)
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
+from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndNoAttention
 
 # (repeats, kernel, stride, expansion, channels out) of the seven stages of EfficientNet-B0, which every Lite variant
 # scales.
@@ -192,5 +203,111 @@ def convert_efficientnet_lite_weights(state_dict: dict[str, torch.Tensor]) -> di
     return converted
 
 
+@strict
+class RecurrentTextConfig(PreTrainedConfig):
+    """Configuration of [`RecurrentTextModel`].
+
+    Args:
+        cell: `"gru"` or `"lstm"`.
+        vocab_size: rows of the embedding table.
+        embedding_dim: width of a word vector.
+        hidden_size: width of the output, both directions together.
+        num_hidden_layers: recurrent layers, one on top of the other.
+        bidirectional: whether half of the output's width reads the sentence from its end.
+        pad_token_id: token whose vector starts at 0.
+        initializer_range: standard deviation of a new embedding table.
+
+    Raises:
+        ValueError: for another `cell`, or an odd `hidden_size` with two directions.
+    """
+
+    model_type = "recurrent_text"
+
+    cell: str = "gru"
+    vocab_size: int = 30522
+    embedding_dim: int = 300
+    hidden_size: int = 1024
+    num_hidden_layers: int = 1
+    bidirectional: bool = True
+    pad_token_id: int | None = 0
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: object) -> None:
+        super().__post_init__(**kwargs)
+        self.validate_architecture()  # here a plain ValueError; `@strict`, which calls it too, wraps it in its own
+
+    def validate_architecture(self) -> None:
+        """Checks what the field types cannot say, on construction and on saving."""
+        if self.cell not in ("gru", "lstm"):
+            raise ValueError(f"cell={self.cell!r} must be gru or lstm.")
+        if self.bidirectional and self.hidden_size % 2:
+            raise ValueError(f"hidden_size={self.hidden_size} must be even: each of two directions has half of it.")
+
+
+class RecurrentTextModel(PreTrainedModel):
+    """Word vectors and a GRU or LSTM over them; loads through `AutoModel` once `icone_hf` is imported.
+
+    `forward` returns `last_hidden_state` `(batch, tokens, hidden_size)`, the last layer's state at every token (0 at
+    padding), and `pooler_output` `(batch, hidden_size)`, the last state of each direction: of the forward one after the
+    last word, of the backward one after the first. Padding, on whichever side, is not read.
+    """
+
+    config: RecurrentTextConfig
+    config_class = RecurrentTextConfig
+    base_model_prefix = "recurrent_text"
+    main_input_name = "input_ids"
+    input_modalities = ["text"]  # noqa: RUF012
+
+    def __init__(self, config: RecurrentTextConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.embedding_dim, padding_idx=config.pad_token_id)
+        self.rnn = (nn.GRU if config.cell == "gru" else nn.LSTM)(
+            config.embedding_dim,
+            config.hidden_size // (1 + config.bidirectional),
+            config.num_hidden_layers,
+            batch_first=True,
+            bidirectional=config.bidirectional,
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.RNNBase):
+            for parameter in module.parameters():  # torch's own initialisation, which transformers skips
+                init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
+        else:
+            super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: object,  # token_type_ids, and what IConEModel passes to both towers, have no meaning here
+    ) -> BaseModelOutputWithPooling | tuple[torch.Tensor, ...]:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.int)
+        words_first = mask.argsort(dim=1, descending=True, stable=True)
+        lengths = mask.sum(dim=1).clamp(min=1).cpu()  # an empty sentence is one padding token
+        vectors = self.embeddings(input_ids.gather(1, words_first))
+        packed = pack_padded_sequence(vectors, lengths, batch_first=True, enforce_sorted=False)
+        states, last_states = self.rnn(packed)
+        states, _ = pad_packed_sequence(states, batch_first=True, total_length=input_ids.shape[1])
+        if self.config.cell == "lstm":
+            last_states = last_states[0]  # the hidden state, without the memory cell's
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=torch.zeros_like(states).scatter(1, words_first[..., None].expand_as(states), states),
+            pooler_output=torch.cat(list(last_states[-1 - self.config.bidirectional :]), dim=-1),
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
 AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig, exist_ok=True)
 AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel, exist_ok=True)
+AutoConfig.register("recurrent_text", RecurrentTextConfig, exist_ok=True)
+AutoModel.register(RecurrentTextConfig, RecurrentTextModel, exist_ok=True)
+# transformers has these, but AutoModel builds only SigLIP's vision tower alone.
+AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)
+AutoModel.register(Siglip2TextConfig, Siglip2TextModel, exist_ok=True)

@@ -55,7 +55,7 @@ def pool_images(
     with _eval_mode(model):
         for pixel_values in _progress(loader, len(rows), "pictures"):
             pixel_values = pixel_values.to(model.device, model.dtype, memory_format=torch.channels_last)
-            yield model.pool_image(model.vision_model(pixel_values=pixel_values, return_dict=True))
+            yield model.pool_image(model.run_vision_tower(pixel_values))
 
 
 @torch.no_grad()

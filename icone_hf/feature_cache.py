@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .batching import Pair
 from .encoding import by_length, captions_of, pool_images, pool_texts
+from .lora import merged_state_dict
 from .modeling_icone import IConEModel
 
 logger = logging.get_logger(__name__)
@@ -149,11 +150,11 @@ def digest_captions(groups: Dataset) -> str:
     return hashlib.sha256(json.dumps(groups["captions"][:]).encode()).hexdigest()
 
 
-def _digest_tower(tower: torch.nn.Module, pooling: str) -> str:
+def _digest_tower(tower: torch.nn.Module, pooling: str | None) -> str:
     digest = hashlib.sha256(f"{type(tower).__name__} {pooling}".encode())
-    for name, tensor in sorted(tower.state_dict().items()):
+    for name, tensor in sorted(merged_state_dict(tower).items()):  # adapters that change nothing yet are no change
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -11,13 +11,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_icone import IConEConfig, tower_width
+from .lora import LoraTowersMixin, merged_state_dict, set_trainable
 from .objective import check_pairs, contrastive_objective, count_ranks, instance_objective
+from .towers import load_tower, max_text_tokens, pool, pooled_positions, run_vision_tower, saved_pooling
 
 logger = logging.get_logger(__name__)
 
@@ -55,12 +57,7 @@ class IConEOutput(ModelOutput):
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in super().to_tuple())
 
 
-def _positions(last_hidden_state: Any) -> torch.Tensor:
-    """A tower's tokens, or its feature map `(batch, channels, height, width)`, as `(batch, positions, channels)`."""
-    return last_hidden_state.flatten(2).mT if last_hidden_state.ndim == 4 else last_hidden_state
-
-
-class IConEModel(PreTrainedModel):
+class IConEModel(LoraTowersMixin, PreTrainedModel):
     """Instance Contrastive Embedding for image-text retrieval.
 
     `visual_projection` and `text_projection` map the towers' pooled outputs into the common space;
@@ -108,6 +105,7 @@ class IConEModel(PreTrainedModel):
         self.logit_scale = nn.Parameter(torch.empty(())) if config.learn_temperature else None
         self.logit_bias = nn.Parameter(torch.empty(())) if config.contrastive_loss == "sigmoid" else None
         self.post_init()
+        self.add_configured_adapters()  # after post_init, which would start their zeros at random
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self.visual_projection or module is self.text_projection:
@@ -138,7 +136,8 @@ class IConEModel(PreTrainedModel):
         Args:
             vision: Hub id, local folder or module. Of a checkpoint with both towers (CLIP, SigLIP) the vision tower is
                 taken.
-            text: likewise for the text tower.
+            text: likewise for the text tower. The pooling that a sentence-transformers checkpoint states in its
+                `1_Pooling/config.json` is taken over, unless `text_pooling` is given.
             num_groups: classes of the shared classifier; see [`IConEConfig`].
             dtype: passed to the towers' `from_pretrained`, and used for the new parameters.
             attn_implementation: passed to the towers' `from_pretrained`.
@@ -146,7 +145,7 @@ class IConEModel(PreTrainedModel):
 
         Raises:
             TypeError: for a keyword that is no field of [`IConEConfig`].
-            ValueError: if a tower states no hidden size, or a field is out of range.
+            ValueError: if a tower states no hidden size, a pooling cannot be guessed, or a field is out of range.
         """
         known = [field.name for field in fields(IConEConfig)]
         for name in config:
@@ -156,8 +155,10 @@ class IConEModel(PreTrainedModel):
                 raise TypeError(f"from_encoders got {name!r}, which is no field of IConEConfig.{hint}")
         options = {"dtype": dtype, "attn_implementation": attn_implementation}
         options = {name: value for name, value in options.items() if value is not None}
-        vision_model = _load_tower(vision, "vision", options)
-        text_model = _load_tower(text, "text", options)
+        vision_model = load_tower(vision, "vision", options)
+        text_model = load_tower(text, "text", options)
+        if config.get("text_pooling") is None and not isinstance(text, PreTrainedModel):
+            config["text_pooling"] = saved_pooling(text)
         # Copies, since a config that becomes part of another one loses its attention implementation; the model itself
         # then puts the towers' own configs in their place.
         icone_config = IConEConfig(
@@ -174,6 +175,8 @@ class IConEModel(PreTrainedModel):
 
         Raises:
             RuntimeError: if any other weight differs in shape, unless `ignore_mismatched_sizes=True` is passed.
+            ValueError: if adapters are asked for that the checkpoint has not.
+            ImportError: if the checkpoint has adapters (`config.vision_lora`, `text_lora`) and peft is missing.
         """
         if kwargs.get("ignore_mismatched_sizes"):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -182,6 +185,11 @@ class IConEModel(PreTrainedModel):
             pretrained_model_name_or_path, *args, **kwargs, ignore_mismatched_sizes=True, output_loading_info=True
         )
         model, info = loaded
+        if any(".base_layer." in name for name in info["missing_keys"]):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no adapters, but vision_lora or text_lora was asked for: load it "
+                "without, then call model.add_adapter(LoraConfig(...))."
+            )
         for name, saved, wanted in sorted(info["mismatched_keys"]):
             if name != "classifier.weight":
                 raise RuntimeError(
@@ -194,19 +202,39 @@ class IConEModel(PreTrainedModel):
             )
         return (model, info) if return_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, with_classifier: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
-        """As in transformers. `with_classifier=False` leaves the class vectors out: searching needs none."""
-        if with_classifier or self.classifier is None:
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike,
+        with_classifier: bool = True,
+        merge_lora: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers, and always all weights, those of adapters too.
+
+        Args:
+            save_directory: of the checkpoint.
+            with_classifier: `False` leaves the class vectors out: searching needs none.
+            merge_lora: adds the adapters to the weights that they adapt: a plain checkpoint, which loads without peft.
+            kwargs: transformers' own.
+        """
+        self.record_adapters()
+        changed: dict[str, Any] = {} if with_classifier else {"num_groups": 0}
+        if merge_lora:
+            changed |= {"vision_lora": None, "text_lora": None}
+        if not changed:
             super().save_pretrained(save_directory, **kwargs)
             return
-        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
-        num_groups = self.config.num_groups
-        self.config.num_groups = 0
+        state_dict = merged_state_dict(self) if merge_lora else kwargs.pop("state_dict", None) or self.state_dict()
+        if not with_classifier:
+            state_dict = {name: value for name, value in state_dict.items() if not name.startswith("classifier.")}
+        before = {name: getattr(self.config, name) for name in changed}
         try:
-            kept = {name: value for name, value in state_dict.items() if not name.startswith("classifier.")}
-            super().save_pretrained(save_directory, state_dict=kept, **kwargs)
+            for name, value in changed.items():
+                setattr(self.config, name, value)
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
-            self.config.num_groups = num_groups
+            for name, value in before.items():
+                setattr(self.config, name, value)
 
     @property
     def temperature(self) -> float | torch.Tensor:
@@ -218,9 +246,12 @@ class IConEModel(PreTrainedModel):
     # --- training modes ---
 
     def set_encoders_trainable(self, trainable: bool) -> None:
-        """Freezes or thaws both towers; frozen towers go to eval mode at once and stay there."""
+        """Freezes or thaws both towers; frozen towers go to eval mode at once and stay there.
+
+        Of a tower with LoRA adapters these alone are thawed.
+        """
         for tower in (self.vision_model, self.text_model):
-            tower.requires_grad_(trainable)
+            set_trainable(tower, trainable)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "IConEModel":
@@ -242,7 +273,7 @@ class IConEModel(PreTrainedModel):
 
         The feature is not normalised: the instance loss uses it as it is. `kwargs` go to the tower.
         """
-        output = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+        output = self.run_vision_tower(pixel_values, **kwargs)
         output.pooler_output = self.visual_projection(self.pool_image(output))
         return output
 
@@ -266,44 +297,31 @@ class IConEModel(PreTrainedModel):
     def get_image_token_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Every position of the picture in the common space, `(batch, positions, projection_dim)`, not normalised.
 
-        Positions are the tower's tokens (a class token first, where it has one) or its feature map, row by row.
+        Positions are the tower's tokens (a class token first, where it has one; no register tokens) or its feature map,
+        row by row. Each goes through what makes the tower's pooled output of the whole, as if it were alone: a layer
+        norm, an attention head.
         """
-        tokens = _positions(self.vision_model(pixel_values=pixel_values, return_dict=True).last_hidden_state)
-        # CLIP and its kin normalise the class token after the last layer; the projection was trained on that scale.
-        if self.config.vision_pooling == "pooler" and hasattr(self.vision_model, "post_layernorm"):
-            tokens = cast(nn.Module, self.vision_model.post_layernorm)(tokens)
-        return self.visual_projection(tokens)
+        output = self.run_vision_tower(pixel_values)
+        return self.visual_projection(pooled_positions(self.vision_model, output, self.config.vision_pooling))
 
     def get_text_token_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Every token of the sentence in the common space, `(batch, tokens, projection_dim)`, not normalised."""
-        return self.text_projection(self._run_text_tower(input_ids, attention_mask).last_hidden_state)
+        output = self._run_text_tower(input_ids, attention_mask)
+        return self.text_projection(pooled_positions(self.text_model, output, self.config.text_pooling))
+
+    def run_vision_tower(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """What the vision tower returns for pictures `(batch, channels, height, width)`, whichever form it wants."""
+        return run_vision_tower(self.vision_model, pixel_values, **kwargs)
 
     def pool_image(self, output: BaseModelOutputWithPooling) -> torch.Tensor:
         """The vision tower's "global token" by `config.vision_pooling`, `(batch, width)`, before the projection."""
-        return self._pool(output, None, "vision_pooling")
+        return pool(self.config, "vision", output)
 
     def pool_text(self, output: BaseModelOutputWithPooling, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The text tower's "global token" by `config.text_pooling`, `(batch, width)`, before the projection."""
-        return self._pool(output, attention_mask, "text_pooling")
-
-    def _pool(
-        self, output: BaseModelOutputWithPooling, attention_mask: torch.Tensor | None, field: str
-    ) -> torch.Tensor:
-        pooling = getattr(self.config, field)
-        if pooling == "pooler":
-            pooled = getattr(output, "pooler_output", None)
-            if pooled is None:
-                raise ValueError(f'The tower has no pooler_output: set {field} to "cls" or "mean" in the config.')
-            return pooled.flatten(1)  # some convolutional towers return (batch, width, 1, 1)
-        tokens = _positions(output.last_hidden_state)
-        if pooling == "cls":
-            return tokens[:, 0]
-        if attention_mask is None:
-            return tokens.mean(dim=1)
-        mask = attention_mask[..., None].to(tokens.dtype)
-        return (tokens * mask).sum(dim=1) / mask.sum(dim=1)
+        return pool(self.config, "text", output, attention_mask)
 
     def _run_text_tower(
         self,
@@ -312,7 +330,7 @@ class IConEModel(PreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        longest = getattr(self.config.text_config, "max_position_embeddings", None)
+        longest = max_text_tokens(self.config.text_config)
         if longest and input_ids.shape[1] > longest:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} tokens, the text tower's positions end at {longest}. Tokenise "
@@ -413,22 +431,6 @@ class IConEModel(PreTrainedModel):
             vision_model_output=vision_output,
             text_model_output=text_output,
         )
-
-
-def _load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, options: dict[str, Any]) -> PreTrainedModel:
-    if isinstance(tower, PreTrainedModel):
-        return tower
-    if isinstance(tower, nn.Module):
-        raise TypeError(
-            f"The {modality} tower is a {type(tower).__name__}: a PreTrainedModel, which has a config, is needed."
-        )
-    model = AutoModel.from_pretrained(tower, **options)
-    # A checkpoint with both towers, such as CLIP's: take the one that was asked for.
-    return (
-        getattr(model, f"{modality}_model")
-        if hasattr(AutoConfig.from_pretrained(tower), f"{modality}_config")
-        else model
-    )
 
 
 AutoModel.register(IConEConfig, IConEModel, exist_ok=True)

@@ -234,8 +234,8 @@ class IConETrainer:
         return self.folder.read_metrics() or {}
 
     def save_model(self, output_dir: str | os.PathLike, with_classifier: bool = True) -> None:
-        """Saves model and processor as one checkpoint folder."""
-        self.model.save_pretrained(output_dir, with_classifier=with_classifier)
+        """Saves model and processor as one checkpoint folder, LoRA adapters merged into the towers' weights."""
+        self.model.save_pretrained(output_dir, with_classifier=with_classifier, merge_lora=True)
         self.processor.save_pretrained(output_dir)
 
     def evaluate(self, groups: Dataset | None = None) -> dict[str, float]:

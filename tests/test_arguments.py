@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from icone_hf import PAPER_STAGES, IConETrainingArguments, Stage, load_groups
+from icone_hf import PAPER_STAGES, IConEConfig, IConETrainingArguments, Stage, load_groups
 from icone_hf.arguments import DataArguments, ModelArguments, RecipeArguments, parse_arguments
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
@@ -95,6 +95,19 @@ def test_every_config_of_the_examples_parses(path):
     assert recipe.parse()
     assert training.output_dir.startswith("outputs/")
     assert model.config()["projection_dim"] == model.projection_dim
+    assert IConEConfig(**model.config()).vision_pooling == model.vision_pooling
+
+
+def test_poolings_are_guessed_unless_named(tmp_path):
+    model, *_ = parse_arguments(ALL, ["--output_dir", str(tmp_path), "--text_pooling", "mean"])
+    assert (model.vision_pooling, model.text_pooling) == (None, "mean")
+    assert IConEConfig(**model.config()).vision_pooling == "pooler"
+
+
+def test_a_negative_lora_rank_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(ALL, [write(tmp_path), "--lora_rank", "-1"])
+    assert "lora_rank=-1 must be 0 (no adapters) or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["flickr30k", "coco"])

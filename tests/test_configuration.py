@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from conftest import tiny_text_config, tiny_vision_config
 from transformers import AutoConfig, ConvNextConfig, PreTrainedConfig, ResNetConfig
@@ -14,6 +16,18 @@ def test_defaults_are_the_papers():
     assert (text.num_hidden_layers, text.hidden_size) == (12, 768)
     assert (config.projection_dim, config.temperature, config.instance_logits) == (2048, 0.05, "dot")
     assert config.num_groups == 0
+    assert (config.vision_pooling, config.text_pooling) == ("pooler", "cls")
+
+
+def test_poolings_are_guessed_once_and_then_kept(tmp_path):
+    config = IConEConfig(vision_config=ResNetConfig(), text_config={"model_type": "distilbert"})
+    assert (config.vision_pooling, config.text_pooling) == ("pooler", "mean")
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["vision_pooling"], saved["text_pooling"]) == ("pooler", "mean")
+    named = IConEConfig(text_config={"model_type": "distilbert"}, text_pooling="cls")  # as older checkpoints have it
+    named.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).text_pooling == "cls"
 
 
 def test_round_trip_through_a_folder(tmp_path):
