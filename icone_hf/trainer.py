@@ -207,10 +207,7 @@ class IConETrainer:
 
     @torch.no_grad()
     def _start_class_vectors(self, pairs: PairDataset | FeatureCache) -> None:
-        if isinstance(pairs, FeatureCache):
-            embeds = embed_cached(self.model, pairs)
-        else:
-            embeds = self._encode(self.train_dataset)
+        embeds = embed_cached(self.model, pairs) if isinstance(pairs, FeatureCache) else self.encode(self.train_dataset)
         cast(torch.nn.Linear, self.model.classifier).weight.copy_(group_means(embeds))
 
     def _cache(self, split: str, groups: Dataset) -> FeatureCache:
@@ -240,9 +237,10 @@ class IConETrainer:
 
     def evaluate(self, groups: Dataset | None = None) -> dict[str, float]:
         """Retrieval metrics of the model as it is now, on `groups` or the validation groups."""
-        return retrieval_metrics(*self._encode(self.eval_dataset if groups is None else groups))
+        return retrieval_metrics(*self.encode(self.eval_dataset if groups is None else groups))
 
-    def _encode(self, groups: Dataset) -> GroupEmbeddings:
+    def encode(self, groups: Dataset) -> GroupEmbeddings:
+        """All pictures and sentences of `groups`, embedded by the model as it is now; see [`encode_groups`]."""
         self.model.to(self.args.device)  # type: ignore[arg-type]
         batch_size, num_workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         return encode_groups(self.model, self.processor, groups, batch_size, num_workers)
