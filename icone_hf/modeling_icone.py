@@ -252,7 +252,12 @@ class IConEModel(PreTrainedModel):
 
         Positions are the tower's tokens (a class token first, where it has one) or its feature map, row by row.
         """
-        tokens = _positions(self.vision_model(pixel_values=pixel_values, return_dict=True).last_hidden_state)
+        output = self.vision_model(pixel_values=pixel_values, return_dict=True)
+        return self.project_positions(output.last_hidden_state)
+
+    def project_positions(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
+        """The vision tower's tokens or feature map in the common space, `(batch, positions, projection_dim)`."""
+        tokens = _positions(last_hidden_state)
         # CLIP and its kin normalise the class token after the last layer; the projection was trained on that scale.
         if self.config.vision_pooling == "pooler" and hasattr(self.vision_model, "post_layernorm"):
             tokens = cast(nn.Module, self.vision_model.post_layernorm)(tokens)

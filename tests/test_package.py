@@ -14,7 +14,7 @@ MODEL_ROOM = {"configuration_icone", "modeling_icone", "processing_icone", "loss
 # Each room may import those to its right.
 LAYERS = (
     ("figures", "trainer", "arguments"),
-    ("feature_cache", "run_folder"),
+    ("feature_cache", "run_folder", "heat_maps"),
     ("encoding",),
     ("stages", "batching", "groups", "retrieval"),
     ("scenes",),
