@@ -1,4 +1,4 @@
-"""Heat maps: the regions of a picture that answer to words of a sentence (the paper's Figure 10), and how often they hit.
+"""Heat maps: the regions of a picture that answer to words of a sentence (the paper's Figure 10), and how well.
 
 The paper shows such maps and does not say how it makes them. Ours explain one number, by how much some words of a
 sentence raise its cosine with the picture,
@@ -45,7 +45,7 @@ _BATCH = 32  # covered pictures a forward pass
 
 
 class View(NamedTuple):
-    """The rectangle that `pixel_values` show, in the picture's own pixels. It may reach beyond the picture (padding)."""
+    """The rectangle that `pixel_values` show, in the picture's own pixels; with padding it reaches beyond them."""
 
     left: float
     top: float
@@ -232,7 +232,7 @@ def field_of_view(processor: Any, width: int, height: int) -> View:
 
 
 def spread(grids: np.ndarray, view: View, width: int, height: int) -> np.ndarray:
-    """Grids of values `(maps, rows, columns)` that fill a view, as maps `(maps, height, width)` of the picture, float32.
+    """Grids `(maps, rows, columns)` that fill a view, as maps `(maps, height, width)` of the picture, float32.
 
     Linear between the centres of the cells. Beyond the outer cells' centres values are mirrored, so that a map can
     peak in its outer cells too; on a 5 x 5 grid that decides one hit in five. Outside the view: NaN.
@@ -356,7 +356,7 @@ def _channels(hidden: torch.Tensor) -> torch.Tensor:
 def _occlusion_map(
     model: IConEModel, pixel_values: torch.Tensor, directions: torch.Tensor, options: Any
 ) -> torch.Tensor:
-    """For each of 8 x 8 cells the mean fall of the score over the squares that cover it, filled with the mean colour."""
+    """For each of 8 x 8 cells the mean fall of the score over the squares, of the mean colour, that cover it."""
     side = round(OCCLUDER * STEPS)
     corners = [(row, column) for row in range(1 - side, STEPS) for column in range(1 - side, STEPS)]
     covers = torch.zeros(len(corners), STEPS, STEPS, device=pixel_values.device)
