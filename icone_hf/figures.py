@@ -60,7 +60,8 @@ def sweep_chart(
 ) -> Figure:
     """A measure over the values of a parameter, one line for each data set (Figure 3).
 
-    Lines are means over seeds, bands reach from the least to the greatest; a star and a number mark each line's peak.
+    Lines are means over seeds, bands reach from the least to the greatest; a star marks each line's peak, and its
+    number stands in the legend.
 
     Args:
         results: `{line: {value of the parameter: [measure, one for each seed]}}`.
@@ -80,13 +81,11 @@ def sweep_chart(
         means = [float(np.mean(points[value])) for value in values]
         lows, highs = ([float(end(points[value])) for value in values] for end in (min, max))
         axes.fill_between(values, lows, highs, color=color, alpha=0.2, linewidth=0)
-        axes.plot(values, means, color=color, marker=marker, markersize=3.5, linewidth=1.4, label=name)
         best = int(np.argmax(means))
+        # The peak's number stands in the legend: above the stars of two lines that peak together numbers would overlap.
+        label = f"{name}: {means[best]:.1f} at {values[best]:g}"
+        axes.plot(values, means, color=color, marker=marker, markersize=3.5, linewidth=1.4, label=label)
         axes.plot(values[best], means[best], "*", color=color, markersize=11, markeredgecolor="white", zorder=3)
-        axes.annotate(
-            f"{means[best]:.1f}", (values[best], highs[best]), (0, 5), textcoords="offset points", ha="center",
-            fontsize=8, color=color,
-        )  # fmt: skip
     if reference is not None:
         name, value = reference
         axes.axvline(value, color="0.45", linestyle=":", linewidth=1.2, zorder=0, label=f"{name}: {value:g}")
@@ -100,7 +99,7 @@ def sweep_chart(
     axes.set_xlabel(parameter, fontsize=9)
     axes.set_ylabel(measure, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
     return figure
 
 

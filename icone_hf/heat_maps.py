@@ -235,7 +235,7 @@ def spread(grids: np.ndarray, view: View, width: int, height: int) -> np.ndarray
     """Grids `(maps, rows, columns)` that fill a view, as maps `(maps, height, width)` of the picture, float32.
 
     Linear between the centres of the cells. Beyond the outer cells' centres values are mirrored, so that a map can
-    peak in its outer cells too; on a 5 x 5 grid that decides one hit in five. Outside the view: NaN.
+    peak in its outer cells too; on grids of 5 x 5 that decided one trial in seven. Outside the view: NaN.
     """
     rows = _interpolation(height, view.top, view.bottom, grids.shape[1])
     columns = _interpolation(width, view.left, view.right, grids.shape[2])

@@ -106,8 +106,8 @@ def test_lines_are_means_bands_the_extremes_and_stars_the_peaks():
     band = axes.collections[0].get_paths()[0].vertices
     assert {(x, y) for x, y in band.round(6)} == {(0.01, 1), (0.01, 2), (0.05, 8), (0.05, 9), (0.1, 5), (0.1, 7)}
     assert list(reference.get_xdata()) == [0.05, 0.05]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["scenes", "photos", "the paper's peak: 0.05"]
-    assert [text.get_text() for text in axes.texts] == ["8.5", "4.0"]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["scenes: 8.5 at 0.05", "photos: 4.0 at 0.01", "the paper's peak: 0.05"]
     assert axes.get_xscale() == "log"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.01", "0.05", "0.1"]
 
