@@ -46,8 +46,8 @@ def train(recipe: dict[str, Any], batch: int, seed: int, config: dict[str, Any])
         for split, count in SIZES.items()
     }
     stages = [
-        Stage(name, EPOCHS[name], RATES[name], *weights, train_encoders=name == "joint")
-        for name, weights in recipe["stages"].items()
+        Stage(name, EPOCHS[name], RATES[name], instance, contrastive, train_encoders=name == "joint")
+        for name, (instance, contrastive) in recipe["stages"].items()
     ]
     args = IConETrainingArguments(
         str(folder),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .encoding import GroupEmbeddings, encode_groups
     from .feature_cache import FeatureCache
     from .groups import load_groups
+    from .heat_maps import heat_map, heat_maps, pointing_game
     from .losses import contrastive_loss, instance_loss
     from .modeling_icone import IConEModel, IConEOutput
     from .processing_icone import IConEProcessor
@@ -51,8 +52,11 @@ _MODULE_OF = {
     "draw_scenes": "scenes",
     "encode_groups": "encoding",
     "fold_metrics": "retrieval",
+    "heat_map": "heat_maps",
+    "heat_maps": "heat_maps",
     "instance_loss": "losses",
     "load_groups": "groups",
+    "pointing_game": "heat_maps",
     "recurrent_tower_from_bert": "word_vectors",
     "recurrent_tower_from_glove": "word_vectors",
     "retrieval_metrics": "retrieval",

@@ -52,7 +52,7 @@ def pool_images(
 ) -> Iterator[torch.Tensor]:
     """The vision tower's pooled outputs `(batch, width)` of the pictures at `rows`, in their order."""
     loader = DataLoader(_Pictures(groups, processor, rows), batch_size, num_workers=num_workers)
-    with _eval_mode(model):
+    with eval_mode(model):
         for pixel_values in _progress(loader, len(rows), "pictures"):
             pixel_values = pixel_values.to(model.device, model.dtype, memory_format=torch.channels_last)
             yield model.pool_image(model.run_vision_tower(pixel_values))
@@ -62,7 +62,7 @@ def pool_images(
 def pool_texts(model: IConEModel, processor: Any, captions: Sequence[str], batch_size: int) -> Iterator[torch.Tensor]:
     """The text tower's pooled outputs `(batch, width)` of the sentences, in their order."""
     batches = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
-    with _eval_mode(model):
+    with eval_mode(model):
         for batch in _progress(batches, len(captions), "sentences"):
             inputs = processor(text=list(batch), return_tensors="pt").to(model.device)
             yield model.pool_text(model.text_model(**inputs, return_dict=True), inputs.get("attention_mask"))
@@ -127,7 +127,7 @@ def _over_processes(rows: np.ndarray, embed: Callable[[np.ndarray], Iterator[tor
 
 
 @contextlib.contextmanager
-def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode for a block, then back to the mode that the model was in."""
     was_training = model.training
     model.eval()

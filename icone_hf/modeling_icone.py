@@ -301,7 +301,10 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
         row by row. Each goes through what makes the tower's pooled output of the whole, as if it were alone: a layer
         norm, an attention head.
         """
-        output = self.run_vision_tower(pixel_values)
+        return self.project_positions(self.run_vision_tower(pixel_values))
+
+    def project_positions(self, output: BaseModelOutputWithPooling) -> torch.Tensor:
+        """The positions of the vision tower's output in the common space, as [`get_image_token_features`] does it."""
         return self.visual_projection(pooled_positions(self.vision_model, output, self.config.vision_pooling))
 
     def get_text_token_features(

@@ -25,7 +25,7 @@ MODEL_ROOM = {
 LAYERS = (
     ("figures", "trainer", "arguments"),
     ("stage_trainer",),
-    ("feature_cache", "run_folder", "training_args"),
+    ("feature_cache", "run_folder", "training_args", "heat_maps"),
     ("encoding",),
     ("stages", "batching", "groups", "retrieval"),
     ("scenes", "word_vectors"),
