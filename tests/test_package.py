@@ -13,7 +13,11 @@ PACKAGE = Path(icone_hf.__file__).parent
 MODEL_ROOM = {"configuration_icone", "modeling_icone", "processing_icone", "losses", "encoders"}
 # Each room may import those to its right.
 LAYERS = (
-    ("figures", "trainer", "arguments"),
+    ("__main__",),
+    ("cli",),
+    ("reproduce",),
+    ("report", "paper_figures"),
+    ("figures", "trainer", "arguments", "experiments", "offline_towers"),
     ("feature_cache", "run_folder"),
     ("encoding",),
     ("stages", "batching", "groups", "retrieval"),
