@@ -106,8 +106,8 @@ def reproduce(argv: Sequence[str]) -> None:
     if not todo:
         raise ValueError(f"There is nothing to run: {'; '.join(sorted(set(not_run.values())))}.")
     state.wait_for_everyone()  # all have looked at the folder before one writes to it
-    others = {name: why for name, why in results["not_run"].items() if name not in {run.name for run in plan.runs}}
-    results["not_run"] = others | {run.name: not_run[run.folder] for run in plan.runs if run.folder in not_run}
+    earlier = {name: why for name, why in results["not_run"].items() if name not in {run.name for run in plan.runs}}
+    results["not_run"] = earlier | {run.name: not_run[run.folder] for run in plan.runs if run.folder in not_run}
     data = _Data(plan, sources, folder / "towers")
     _report(folder, results)
     for position, run in enumerate(todo):

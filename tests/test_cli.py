@@ -121,9 +121,12 @@ def test_a_fault_of_the_programs_keeps_its_traceback(monkeypatch, checkpoint, so
 
 
 def test_scripts_and_module_are_the_command():
-    for command in (["-m", "icone_hf", "evaluate"], [str(ROOT / "examples" / "evaluate.py")]):
-        done = subprocess.run(
-            [sys.executable, *command, "x", "nowhere.json"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+    for command, message in (
+        (["-m", "icone_hf", "tran"], "icone: error: tran is no command"),
+        ([str(ROOT / "examples" / "evaluate.py"), "x", "nowhere.json"], "icone evaluate: error: nowhere.json does not"),
+    ):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 2
-        assert done.stderr.splitlines()[-1].startswith("icone evaluate: error: nowhere.json does not exist")
+        assert done.stderr.splitlines()[-1].startswith(message)
+    train = (ROOT / "examples" / "train.py").read_text()
+    assert 'main(["train", *sys.argv[1:]])' in train
