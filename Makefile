@@ -2,6 +2,8 @@
 # make test         the tests, in the same environment
 # make test-slow    the long tests too
 # make check        ruff and mypy
+# make smoke        every experiment of the paper on a handful of scenes, in minutes: that it runs from data to page
+# make reproduce    every experiment in miniature, and its page and pictures into docs/reproduction (about 40 minutes)
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -16,7 +18,7 @@ export MALLOC_MMAP_MAX_ := 0
 # Nothing is fetched from the model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-slow check clean
+.PHONY: quickstart test test-slow check smoke reproduce clean
 
 quickstart: outputs/towers/minilm/config.json
 	@echo "[3/4] Training both stages and testing: log and checkpoints in $(OUTPUT)"
@@ -52,6 +54,15 @@ check: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+smoke: $(VENV)/quickstart
+	$(VENV)/bin/icone reproduce all --smoke
+
+reproduce: $(VENV)/quickstart
+	$(VENV)/bin/icone reproduce all --miniature
+	mkdir -p docs/reproduction/figures
+	cp outputs/reproduction-miniature/README.md outputs/reproduction-miniature/results.json docs/reproduction/
+	cp outputs/reproduction-miniature/figures/* docs/reproduction/figures/
 
 clean:
 	rm -rf outputs

@@ -3,7 +3,7 @@
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -111,21 +111,37 @@ class RecipeArguments:
         return parse_stages(stages)
 
 
-def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Reads `[FILE.yaml] [--argument value ...]`; arguments win over the file, the file over the defaults.
+def parse_arguments(
+    dataclass_types: Sequence[type],
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    positionals: Mapping[str, dict[str, Any]] | None = None,
+    description: str | None = None,
+) -> tuple[Any, ...]:
+    """Reads `POSITIONAL... [FILE.yaml] [--argument value ...]`; arguments win over the file, it over the defaults.
 
     Args:
         dataclass_types: one instance of each is returned, in this order.
         argv: default: the command line.
+        prog: the command's name in messages. Default: the script's.
+        positionals: names of positional arguments and argparse's keywords for each. One that is a field of a dataclass
+            is found there, the others in a namespace that is returned last.
+        description: of the command, for `--help`.
 
     Raises:
         SystemExit: with a message, as argparse does, for a file that is missing or no mapping, an unknown key (the
             nearest known one is named) and everything that the dataclasses refuse.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(cast(Any, dataclass_types), usage="%(prog)s [FILE.yaml] [--argument value ...]")
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        path = Path(argv.pop(0))
+    positionals = positionals or {}
+    usage = " ".join(("%(prog)s", *map(str.upper, positionals), "[FILE.yaml] [--argument value ...]"))
+    parser = HfArgumentParser(cast(Any, dataclass_types), prog=prog, usage=usage, description=description)
+    for name, keywords in positionals.items():
+        parser.add_argument(name, **keywords)
+    files = [argument for argument in argv[: len(positionals) + 1] if argument.endswith((".yaml", ".yml"))]
+    if files:
+        argv.remove(files[0])
+        path = Path(files[0])
         if not path.is_file():
             parser.error(f"{path} does not exist.")
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}

@@ -47,11 +47,11 @@ class RunFolder:
 
     def write_stage(self, index: int, result: Mapping[str, Any]) -> None:
         """Marks a stage as done."""
-        _write_json(self.stage(index) / STAGE_FILE, result)
+        write_json(self.stage(index) / STAGE_FILE, result)
 
     def write_recipe(self, recipe: Mapping[str, Any]) -> None:
         """Keeps the recipe, which a later run in this folder must share."""
-        _write_json(self.path / RECIPE_FILE, recipe)
+        write_json(self.path / RECIPE_FILE, recipe)
 
     def last_checkpoint(self, index: int) -> Path | None:
         """The last checkpoint of a stage that was written to its end: the trainer's state is written last."""
@@ -119,7 +119,7 @@ class RunFolder:
 
     def replace_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Writes metrics of a newly trained model; a test of an older one goes, since it says nothing of this one."""
-        _write_json(self.path / METRICS_FILE, metrics)
+        write_json(self.path / METRICS_FILE, metrics)
 
 
 def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,8 +130,8 @@ def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> dict
     return merged
 
 
-def _write_json(path: Path, content: Any) -> None:
-    """In one step: whoever is killed here leaves the old file or the new one."""
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON in one step: whoever is killed here leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")

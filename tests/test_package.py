@@ -23,7 +23,11 @@ MODEL_ROOM = {
 }
 # Each room may import those to its right.
 LAYERS = (
-    ("figures", "trainer", "arguments"),
+    ("__main__",),
+    ("cli",),
+    ("reproduce",),
+    ("report", "paper_figures"),
+    ("figures", "trainer", "arguments", "experiments", "offline_towers"),
     ("stage_trainer",),
     ("feature_cache", "run_folder", "training_args", "heat_maps"),
     ("encoding",),

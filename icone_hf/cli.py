@@ -1,0 +1,237 @@
+"""The command line, `icone train|evaluate|encode|reproduce`. Nothing heavy is imported before one is chosen."""
+
+import importlib
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .encoding import GroupEmbeddings
+
+COMMANDS = {
+    "train": "train a model through all stages and test it",
+    "evaluate": "measure a checkpoint on a split, and draw what it retrieves",
+    "encode": "embed a split's pictures and sentences into a file",
+    "reproduce": "run the paper's experiments and write their tables and figures",
+}
+USAGE = """usage: icone COMMAND ...
+
+IConE: instance contrastive embedding for image-text retrieval.
+
+{commands}
+
+`icone COMMAND --help` explains one. On several processes: torchrun --nproc_per_node 4 -m icone_hf COMMAND ..., or
+accelerate launch --num_processes 4 -m icone_hf COMMAND ...
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the command and its arguments. Default: the command line.
+
+    Returns:
+        The exit code: 0, or 2 for wrong arguments, of which a line on stderr says what is wrong. Whatever else goes
+        wrong is raised.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE.format(commands=commands), file=sys.stdout if argv else sys.stderr, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from . import __version__
+
+        print(__version__)
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        print(f"icone: error: {name} is no command: use {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    try:
+        if name == "reproduce":
+            importlib.import_module(".reproduce", __package__).reproduce(argv[1:])
+        else:
+            {"train": train, "evaluate": evaluate, "encode": encode}[name](argv[1:])
+    except (ValueError, OSError, ImportError) as error:
+        if not _is_the_users(error):
+            raise
+        print(f"icone {name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Whether a message says it all: a check of ours was not passed, or a file or checkpoint is not there.
+
+    A ValueError or ImportError from elsewhere may be a fault of the program's, for which the traceback is needed.
+    """
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
+    return isinstance(error, OSError) or raised_in == Path(__file__).parent
+
+
+# --- train ---
+
+
+def train(argv: Sequence[str]) -> None:
+    """`icone train [FILE.yaml] [--argument value ...]`: trains, tests, leaves a checkpoint folder."""
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    from .arguments import DataArguments, ModelArguments, RecipeArguments, parse_arguments
+    from .groups import MissingSplitError, check_disjoint, load_groups
+    from .modeling_icone import IConEModel
+    from .processing_icone import IConEProcessor
+    from .retrieval import metrics_table
+    from .run_folder import write_metrics
+    from .trainer import IConETrainer, IConETrainingArguments
+
+    model_args, data_args, recipe_args, args = parse_arguments(
+        (ModelArguments, DataArguments, RecipeArguments, IConETrainingArguments),
+        argv,
+        prog="icone train",
+        description=COMMANDS["train"],
+    )
+    print(f"Process {args.process_index + 1} of {args.world_size} on {args.device}.", flush=True)
+    stages = recipe_args.parse()
+
+    splits = {}
+    for split in ("train", "validation", "test"):
+        try:
+            with PartialState().main_process_first():  # the others read what the first has downloaded or drawn
+                splits[split] = load_groups(**data_args.load_arguments(split))
+        except MissingSplitError:
+            if split != "test":
+                raise
+            print(f"{data_args.source} has no test split: the model will be validated only.")
+    check_disjoint(splits)
+
+    set_seed(args.seed)
+    towers = model_args.vision_model_name_or_path, model_args.text_model_name_or_path
+    processor = IConEProcessor.from_encoders(*towers)
+    model = IConEModel.from_encoders(*towers, num_groups=len(splits["train"]), **model_args.config())
+    trainer = IConETrainer(model, args, splits["train"], splits["validation"], processor, stages)
+    metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if "test" in splits and "test" not in metrics:
+        test = trainer.evaluate(splits["test"])
+        if PartialState().is_main_process:
+            metrics = write_metrics(args.output_dir, {"test": test})
+    if PartialState().is_main_process:
+        rows = {f"validation, after {name}": stage for name, stage in metrics["stages"].items()}
+        if "test" in metrics:
+            rows["test"] = metrics["test"]
+        print(metrics_table(rows))
+        print(f"Checkpoint, metrics.json and recipe.json: {args.output_dir}")
+
+
+# --- evaluate and encode ---
+
+
+@dataclass
+class EncodeArguments:
+    """What `icone encode` and `icone evaluate` share."""
+
+    split: str = field(default="test", metadata={"help": "Which split to take."})
+    batch_size: int = field(default=64, metadata={"help": "Pictures, or sentences, encoded at a time."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures ahead."})
+
+
+@dataclass
+class EvaluateArguments:
+    """What `icone evaluate` takes besides."""
+
+    folds: int | None = field(default=None, metadata={"help": "Also the mean over this many equal folds."})
+    chunk_size: int | None = field(default=None, metadata={"help": "Queries ranked at a time: bounds the memory."})
+    grid: str | None = field(default=None, metadata={"help": "Picture file for retrieved results of some queries."})
+
+
+_CHECKPOINT = {"help": "Hub id or folder of an IConE checkpoint."}
+_SOURCE = {"help": "What load_groups takes: a Karpathy JSON, a Hub id, a folder, openmoji-scenes."}
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """`icone evaluate CHECKPOINT SOURCE [--split test] [--folds 5] [--grid FILE.png]`.
+
+    Prints the metrics and, for a local checkpoint, adds them to its metrics.json; with --folds the folds' mean beside
+    the whole split's, from the same pass over the data (COCO's 1k and 5k).
+    """
+    from accelerate import PartialState
+
+    from .arguments import DataArguments, parse_arguments
+    from .retrieval import fold_metrics, metrics_table, retrieval_metrics
+    from .run_folder import write_metrics
+
+    data_args, encode_args, args, positional = parse_arguments(
+        (DataArguments, EncodeArguments, EvaluateArguments),
+        argv,
+        prog="icone evaluate",
+        positionals={"checkpoint": _CHECKPOINT, "source": _SOURCE},
+        description=COMMANDS["evaluate"],
+    )
+    groups, embeds = _embed(positional.checkpoint, data_args, encode_args)
+    split = encode_args.split
+    metrics = {split: retrieval_metrics(*embeds, chunk_size=args.chunk_size)}
+    if args.folds:
+        metrics[f"{split}_mean_of_{args.folds}_folds"] = fold_metrics(*embeds, args.folds, args.chunk_size)
+    if not PartialState().is_main_process:
+        return
+    print(metrics_table(metrics))
+    if Path(positional.checkpoint).is_dir():
+        write_metrics(positional.checkpoint, metrics)
+    else:
+        print(json.dumps(metrics, indent=2))
+    if args.grid:
+        from .figures import retrieval_grid  # matplotlib is an extra: the metrics need none
+
+        retrieval_grid(groups, embeds).savefig(args.grid)
+        print(f"Retrieved results: {args.grid}")
+
+
+def encode(argv: Sequence[str]) -> None:
+    """`icone encode CHECKPOINT SOURCE OUT.safetensors [--split test]`.
+
+    The file holds `image_embeds` `(images, dim)`, `text_embeds` `(sentences, dim)`, both L2-normalised float32, and
+    `text_to_image` `(sentences,)`, the image row of every sentence: what [`retrieval_metrics`] takes.
+    """
+    from accelerate import PartialState
+    from safetensors.torch import save_file
+
+    from .arguments import DataArguments, parse_arguments
+
+    data_args, encode_args, positional = parse_arguments(
+        (DataArguments, EncodeArguments),
+        argv,
+        prog="icone encode",
+        positionals={"checkpoint": _CHECKPOINT, "source": _SOURCE, "out": {"help": "A file, FILE.safetensors."}},
+        description=COMMANDS["encode"],
+    )
+    out = Path(positional.out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"OUT={positional.out} must be named FILE.safetensors, the format that is written.")
+    _, embeds = _embed(positional.checkpoint, data_args, encode_args)
+    if PartialState().is_main_process:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        origin = {"checkpoint": positional.checkpoint, "source": data_args.source, "split": encode_args.split}
+        save_file({name: tensor.contiguous() for name, tensor in embeds._asdict().items()}, out, origin)
+        print(f"{len(embeds.image_embeds)} pictures and {len(embeds.text_embeds)} sentences: {out}")
+
+
+def _embed(checkpoint: str, data_args: Any, encode_args: EncodeArguments) -> tuple["Dataset", "GroupEmbeddings"]:
+    from accelerate import PartialState
+    from transformers import AutoModel, AutoProcessor
+
+    from .encoding import encode_groups
+    from .groups import load_groups
+
+    with PartialState().main_process_first():
+        groups = load_groups(**data_args.load_arguments(encode_args.split))
+    model = AutoModel.from_pretrained(checkpoint).to(PartialState().device)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    return groups, encode_groups(model, processor, groups, encode_args.batch_size, encode_args.num_workers)

@@ -1,0 +1,130 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_groups
+from datasets import DatasetDict
+from safetensors import safe_open
+
+from icone_hf import IConEModel, encode_groups, fold_metrics, load_groups, retrieval_metrics
+from icone_hf.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+STAGE = {"name": "only", "num_train_epochs": 1, "learning_rate": 1e-3, "instance_weight": 1, "contrastive_weight": 1}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder of groups with the three splits, as `save_to_disk` leaves it."""
+    splits = {"train": make_groups(12), "validation": make_groups(6, start=12), "test": make_groups(8, start=18)}
+    DatasetDict(splits).save_to_disk(tmp_path / "groups")
+    return str(tmp_path / "groups")
+
+
+@pytest.fixture
+def checkpoint(tmp_path, make_model, processor):
+    make_model().save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    return str(tmp_path / "checkpoint")
+
+
+def test_help_is_fast_and_names_every_command():
+    code = "import sys; from icone_hf.cli import main; main(['--help']); print('torch' in sys.modules)"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 5  # it takes 0.06 s; seconds would be torch
+    assert all(name in done.stdout for name in COMMANDS)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"usage: icone {name}" in shown
+    assert "--output_dir" in shown or "--split" in shown
+
+
+def test_train_evaluate_encode(source, towers, tmp_path, capsys):
+    output = tmp_path / "out"
+    towers = ["--vision_model_name_or_path", towers[0], "--text_model_name_or_path", towers[1]]
+    stages = json.dumps([{**STAGE, "train_encoders": False}])
+    more = ["--projection_dim", "16", "--stages", stages, "--use_cpu", "true", "--report_to", "none"]
+    assert main(["train", "--source", source, "--output_dir", str(output), *towers, *more]) == 0
+    trained = json.loads((output / "metrics.json").read_text())
+    assert set(trained) == {"validation", "stages", "test"}
+
+    assert main(["evaluate", str(output), source, "--folds", "2", "--grid", str(tmp_path / "grid.png")]) == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["test"] == pytest.approx(trained["test"])
+    assert (tmp_path / "grid.png").stat().st_size > 10000
+
+    assert main(["encode", str(output), source, str(tmp_path / "deep" / "test.safetensors")]) == 0
+    assert "8 pictures and 24 sentences" in capsys.readouterr().out
+    with safe_open(tmp_path / "deep" / "test.safetensors", "pt") as file:
+        embeds = [file.get_tensor(name) for name in ("image_embeds", "text_embeds", "text_to_image")]
+        assert file.metadata() == {"checkpoint": str(output), "source": source, "split": "test"}
+    assert retrieval_metrics(*embeds) == pytest.approx(metrics["test"])
+    assert fold_metrics(*embeds, 2) == pytest.approx(metrics["test_mean_of_2_folds"])
+
+
+def test_encode_writes_what_encode_groups_returns(source, checkpoint, processor, tmp_path):
+    out = tmp_path / "validation.safetensors"
+    assert main(["encode", checkpoint, source, str(out), "--split", "validation", "--batch_size", "5"]) == 0
+    expected = encode_groups(IConEModel.from_pretrained(checkpoint), processor, load_groups(source, "validation"))
+    with safe_open(out, "pt") as file:
+        for name, tensor in expected._asdict().items():
+            torch.testing.assert_close(file.get_tensor(name), tensor)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "usage: icone COMMAND"),
+        (["tran"], "icone: error: tran is no command: use train, evaluate, encode, reproduce."),
+        (["evaluate", "x", "nowhere.json"], "icone evaluate: error: nowhere.json does not exist"),
+        (["encode", "x", "y", "z.npy"], "icone encode: error: OUT=z.npy must be named FILE.safetensors"),
+        (["evaluate", "./nowhere", "openmoji-scenes", "--num_test_groups", "2"], "icone evaluate: error: "),
+        (["train", "--source", "openmoji-scenes", "--image_root", "x"], "icone train: error: image_root='x' has no"),
+        (["reproduce", "table1"], "icone reproduce: error: There is nothing to run: no Flickr30k: pass --flickr30k"),
+    ],
+)
+def test_what_the_user_did_wrong_is_one_line(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_arguments_are_refused_in_the_commands_name(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "only-one", "--splt", "test"])
+    assert stop.value.code == 2
+    assert "icone evaluate: error" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_programs_keeps_its_traceback(monkeypatch, checkpoint, source):
+    def broken(*args, **kwargs):
+        return torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+    monkeypatch.setattr("icone_hf.encoding.encode_groups", broken)
+    with pytest.raises(RuntimeError):
+        main(["evaluate", checkpoint, source])
+    monkeypatch.setattr("icone_hf.encoding.encode_groups", lambda *args: int("no number"))
+    with pytest.raises(ValueError, match="no number"):
+        main(["evaluate", checkpoint, source])
+
+
+def test_scripts_and_module_are_the_command():
+    for command, message in (
+        (["-m", "icone_hf", "tran"], "icone: error: tran is no command"),
+        ([str(ROOT / "examples" / "evaluate.py"), "x", "nowhere.json"], "icone evaluate: error: nowhere.json does not"),
+    ):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith(message)
