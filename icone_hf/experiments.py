@@ -177,9 +177,9 @@ def _runs(experiment: Mapping[str, Any], scale: str, seeds: Sequence[int]) -> It
 def make_run(scale: str, dataset: str, image: str, text: str, recipe: str, temperature: float, seed: int) -> Run:
     """A run with its settings looked up."""
     of_scale = experiments_file()["scales"][scale]
+    of_recipe = experiments_file()["recipes"][recipe]
     stages = [
-        {**stage, **of_scale["trained" if stage["train_encoders"] else "frozen"]}
-        for stage in experiments_file()["recipes"][recipe]["stages"]
+        {**stage, **of_scale["trained" if stage["train_encoders"] else "frozen"]} for stage in of_recipe["stages"]
     ]
     settings = {
         "dataset": of_scale["datasets"][dataset],
@@ -187,6 +187,7 @@ def make_run(scale: str, dataset: str, image: str, text: str, recipe: str, tempe
         "text": of_scale["text"][text],
         "image_size": of_scale.get("image_size"),
         "stages": stages,
+        "config": of_recipe.get("config", {}),
         "temperature": temperature,
         "seed": seed,
         "projection_dim": of_scale["projection_dim"],

@@ -268,7 +268,8 @@ def _grids(
     directions = word_directions(model, processor, query, words)
     pixel_values = processor(images=[image], return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
     with torch.no_grad(), eval_mode(model):
-        is_map = model.run_vision_tower(pixel_values).last_hidden_state.ndim == 4
+        output: Any = model.run_vision_tower(pixel_values)
+        is_map = output.last_hidden_state.ndim == 4
         if zoom is None:
             zoom = CONVOLUTIONAL_ZOOM if is_map and method != "occlusion" else 1.0
         options = {}

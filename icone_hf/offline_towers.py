@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil
 
 from .encoders import EfficientNetLiteConfig, EfficientNetLiteModel, convert_efficientnet_lite_weights
+from .word_vectors import recurrent_tower_from_bert
 
 
 def write_efficientnet_lite0(folder: Path, image_size: int = 160) -> None:
@@ -49,18 +50,14 @@ def write_random_tower(folder: Path, config: Mapping[str, Any], image_size: int)
     _image_processor(image_size).save_pretrained(folder)
 
 
-def why_unavailable(tower: Mapping[str, Any]) -> str | None:
-    """Why [`tower_checkpoint`] cannot give a tower, or `None`."""
-    return "this package has no recurrent text tower yet" if "recurrent" in tower else None
-
-
-def tower_checkpoint(tower: Mapping[str, Any], folder: Path, image_size: int | None) -> str:
+def tower_checkpoint(tower: Mapping[str, Any], folder: Path, image_size: int | None, vectors: str | None = None) -> str:
     """The Hub id or folder of a tower of `paper/experiments.yaml`; what can be made here is written on first use.
 
     Args:
         tower: an entry under `image` or `text` of a scale.
         folder: of this tower, should it have to be written. One process writes while others wait.
-        image_size: of the pictures, for towers that are made here.
+        image_size: of the pictures, for image towers that are made here.
+        vectors: Hub id or folder of the BERT whose word vectors a recurrent text tower starts from.
     """
     if "checkpoint" in tower:
         return tower["checkpoint"]
@@ -68,7 +65,11 @@ def tower_checkpoint(tower: Mapping[str, Any], folder: Path, image_size: int | N
         unfinished = folder.with_name(folder.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.parent.mkdir(parents=True, exist_ok=True)
-        if tower.get("offline") == "minilm":
+        if "recurrent" in tower:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                recurrent_tower_from_bert(str(vectors), unfinished, cell=tower["recurrent"], hidden_size=tower["width"])
+        elif tower.get("offline") == "minilm":
             write_minilm(unfinished)
         elif image_size is None:
             raise ValueError(f"The image tower {dict(tower)} needs the scale's image_size.")

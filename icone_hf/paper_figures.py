@@ -1,5 +1,6 @@
 """The paper's Figures 3-10 from finished runs: one function for each kind, which the page links to."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,12 +10,12 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 
 from .encoding import GroupEmbeddings, encode_groups
-from .experiments import Plan, Run, experiments_file
-from .figures import retrieval_grid
+from .experiments import PAPER_TEMPERATURE, Plan, Run, experiments_file
+from .figures import embedding_map as draw_embedding_map
+from .figures import heat_map_grid, retrieval_grid, sweep_chart
+from .heat_maps import named_boxes
 from .modeling_icone import IConEModel
 from .processing_icone import IConEProcessor
-
-NOT_YET = "this package does not draw it yet"
 
 
 class FigureData(Protocol):
@@ -51,7 +52,7 @@ def draw_figures(
         if missing:
             figure = f"not run: {', '.join(missing)}"
         elif name == "figure3":
-            figure = temperature_chart(results)
+            figure = temperature_chart(plan, results)
         else:
             run = runs[0]
             if run.folder not in embedded:
@@ -94,29 +95,49 @@ class _Embedded:
 # --- one function for each kind of figure ---
 
 
-def temperature_chart(results: Mapping[str, Any]) -> Figure | str:
-    """Figure 3: Rsum over the temperature. The page holds its figures as a table too."""
-    return NOT_YET
+def temperature_chart(plan: Plan, results: Mapping[str, Any]) -> Figure:
+    """Figure 3: Rsum over the temperature, all seeds. The page holds its figures as a table too."""
+    of_scale = experiments_file()["scales"][plan.scale]
+    lines: dict[str, dict[float, list[float]]] = {}
+    for run in plan.runs_of["figure3"]:
+        for protocol, metrics in results["runs"][run.name]["metrics"].items():
+            line = lines.setdefault(of_scale["protocols"][protocol], {})
+            line.setdefault(run.temperature, []).append(metrics["rsum"])
+    return sweep_chart(lines, reference=("the paper's peak", PAPER_TEMPERATURE))
 
 
-def embedding_map(embedded: _Embedded) -> Figure | str:
+def embedding_map(embedded: _Embedded) -> Figure:
     """Figures 4 and 5: the common space before and after training."""
-    return NOT_YET
+    return draw_embedding_map(embedded.before(), embedded.after)
 
 
-def text_to_image(embedded: _Embedded) -> Figure | str:
-    """Figures 6 and 7: the first pictures for some sentences."""
-    return retrieval_grid(embedded.groups, embedded.after)
+def text_to_image(embedded: _Embedded) -> Figure:
+    """Figures 6 and 7: the first five pictures for some sentences."""
+    return retrieval_grid(embedded.groups, embedded.after, direction="text_to_image")
 
 
-def image_to_text(embedded: _Embedded) -> Figure | str:
-    """Figures 8 and 9: the first sentences for some pictures."""
-    return retrieval_grid(embedded.groups, embedded.after)
+def image_to_text(embedded: _Embedded) -> Figure:
+    """Figures 8 and 9: the first three sentences for some pictures, as many as the paper shows."""
+    return retrieval_grid(embedded.groups, embedded.after, direction="image_to_text", top=3)
 
 
-def heat_map(embedded: _Embedded) -> Figure | str:
-    """Figure 10: the regions of a picture that answer to a sentence's words."""
-    return NOT_YET
+def heat_map(embedded: _Embedded) -> Figure:
+    """Figure 10: the regions of a picture that answer to a sentence's words.
+
+    Words are the objects' names where the data know them, and otherwise the longest ones of the sentence.
+    """
+    count = min(4, len(embedded.groups))
+    rows = [embedded.groups[round((i + 0.5) * len(embedded.groups) / count)] for i in range(count)]
+    queries = [row["captions"][0] for row in rows]
+    boxes = [named_boxes(query, row.get("objects", [])) for query, row in zip(queries, rows, strict=True)]
+    words = [list(found) or _longest_words(query) for query, found in zip(queries, boxes, strict=True)]
+    images = [row["image"] for row in rows]
+    return heat_map_grid(embedded.model, embedded.processor, images, queries, words, boxes)
+
+
+def _longest_words(query: str, count: int = 2) -> list[str]:
+    words = dict.fromkeys(re.findall(r"\w+", query))
+    return [word for word in words if word in sorted(words, key=len)[-count:]]
 
 
 KINDS = {

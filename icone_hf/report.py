@@ -115,6 +115,12 @@ class _Page:
                 yield _line("", *([""] if encoders else []), "**ours**", *self._ours(key, protocol, columns))
                 if "note" in row:
                     notes.append(f"{label}, {image} + {text}: {row['note']}")
+            printed = {row["recipe"] for row in block["rows"]}
+            for recipe in experiments_file()["experiments"][name]["recipes"]:
+                if recipe not in printed:
+                    label = experiments_file()["recipes"][recipe]["label"]
+                    key = (_dataset(protocol), *PAPER_ENCODERS, recipe, PAPER_TEMPERATURE)
+                    yield _line(f"{label}: not the paper's", "**ours**", *self._ours(key, protocol, columns))
             notes += [block["note"]] if "note" in block else []
             if block["unplaced"]:
                 notes.append(f"Numbers of the paper's text without a certain place: {', '.join(block['unplaced'])}.")

@@ -30,7 +30,7 @@ from .encoding import encode_groups
 from .experiments import Plan, Run, describe_plan, experiments_file, make_plan, make_run, protocols_of
 from .groups import OPENMOJI_SCENES, SPLITS, check_disjoint, load_groups
 from .modeling_icone import IConEModel
-from .offline_towers import tower_checkpoint, why_unavailable
+from .offline_towers import tower_checkpoint
 from .paper_figures import draw_figures
 from .processing_icone import IConEProcessor
 from .report import PAGE, RESULTS, write_report
@@ -126,10 +126,7 @@ def _not_run(plan: Plan, sources: Mapping[str, Any], assume_data: bool) -> dict[
     reasons = {}
     for run in plan.runs:
         label = run.settings["dataset"]["label"]
-        missing = [reason for side in ("image", "text") if (reason := why_unavailable(run.settings[side]))]
-        if missing:
-            reasons[run.folder] = missing[0]
-        elif "json" in run.settings["dataset"] and run.dataset not in sources and not assume_data:
+        if "json" in run.settings["dataset"] and run.dataset not in sources and not assume_data:
             reasons[run.folder] = f"no {label}: pass --{run.dataset} FOLDER, or --miniature for drawn scenes"
     return reasons
 
@@ -201,12 +198,13 @@ class _Data:
 
     def checkpoints(self, run: Run) -> list[str]:
         """Hub ids or folders of a run's two towers."""
-        names = []
-        for side, name in (("image", run.image), ("text", run.text)):
-            with PartialState().main_process_first():
-                size = self.scale.get("image_size")
-                names.append(tower_checkpoint(run.settings[side], self.towers / f"{side}-{name}".lower(), size))
-        return names
+        return [self._checkpoint("image", run.image), self._checkpoint("text", run.text)]
+
+    def _checkpoint(self, side: str, name: str) -> str:
+        tower, folder = self.scale[side][name], self.towers / f"{side}-{name}".lower()
+        vectors = self._checkpoint(side, tower["vectors_of"]) if "vectors_of" in tower else None
+        with PartialState().main_process_first():
+            return tower_checkpoint(tower, folder, self.scale.get("image_size"), vectors)
 
     def new_model(self, run: Run) -> tuple[IConEModel, Any]:
         """A run's model before training, and its processor."""
@@ -220,6 +218,7 @@ class _Data:
             temperature=run.temperature,
             vision_pooling=run.settings["image"]["pooling"],
             text_pooling=run.settings["text"]["pooling"],
+            **run.settings["config"],
         )
         return model, IConEProcessor.from_encoders(vision, text)
 

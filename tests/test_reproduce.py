@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_groups
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, BertTokenizer
 
 from icone_hf import IConEModel, IConEProcessor, encode_groups, experiments, load_groups, retrieval_metrics
 from icone_hf import reproduce as room
 from icone_hf.cli import main
+from icone_hf.configuration_icone import tower_width
 from icone_hf.offline_towers import tower_checkpoint
 from icone_hf.report import page
 
@@ -63,12 +64,13 @@ def results_of(folder):
 def test_table_3_and_a_figure_end_to_end(tiny, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     argv = ["--flickr30k", str(tmp_path / "flickr30k"), "--output_dir", str(out)]
-    assert main(["reproduce", "table3", "figure6", *argv, "--seeds", "0"]) == 0
+    drawn = ("figure4", "figure6", "figure10")
+    assert main(["reproduce", "table3", *drawn, *argv, "--seeds", "0"]) == 0
     shown = capsys.readouterr().out
-    assert shown.index("flickr30k_vit-bert_full_t0.05_seed0") < shown.index("Run 1 of 3")  # the plan comes first
+    assert shown.index("flickr30k_vit-bert_full_t0.05_seed0") < shown.index("Run 1 of 6")  # the plan comes first
     assert "NOT RUN: no MS-COCO: pass --coco FOLDER" in shown
     results = results_of(out)
-    assert {record["recipe"] for record in results["runs"].values()} == {"only_instance", "only_contrastive", "full"}
+    assert {record["recipe"] for record in results["runs"].values()} == set(experiments.experiments_file()["recipes"])
     full = results["runs"]["flickr30k_vit-bert_full_t0.05_seed0"]
     assert list(full["validation"]) == ["instance", "joint"]
     assert full["updates"] == 2 * 3 + 3  # 36 pairs are three batches
@@ -83,11 +85,11 @@ def test_table_3_and_a_figure_end_to_end(tiny, tmp_path, capsys, monkeypatch):
     assert retrieval_metrics(*embeds) == pytest.approx(full["metrics"]["flickr30k"], abs=1e-3)
     assert [path.parent for path in out.glob("runs/*/*.safetensors")] == [kept]
     assert not list(out.glob("runs/*/stages/*/checkpoint-*"))
-    assert len(list((out / "feature_cache").iterdir())) == 1  # one for the three runs
+    assert len(list((out / "feature_cache").iterdir())) == 1  # one for all runs
 
     text = (out / "README.md").read_text()
     assert text == page(results)
-    for figure in ("figures/figure6.png", "figures/figure6.pdf"):
+    for figure in (f"figures/{name}.{suffix}" for name in drawn for suffix in ("png", "pdf")):
         assert figure in text
         assert (out / figure).stat().st_size > 1000
 
@@ -97,7 +99,7 @@ def test_table_3_and_a_figure_end_to_end(tiny, tmp_path, capsys, monkeypatch):
     assert main(["reproduce", "table1", *argv]) == 0
     assert trained == [1]
     again = results_of(out)
-    assert again["experiments"] == ["table1", "table3", "figure6"]
+    assert again["experiments"] == ["table1", "table3", *drawn]
     assert again["runs"] == results["runs"] | {
         name: record for name, record in again["runs"].items() if record["seed"] == 1
     }
@@ -209,6 +211,21 @@ def test_random_towers_are_what_the_plan_counts(name, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
     output = AutoModel.from_pretrained(tmp_path / "a")(torch.zeros(1, 3, 64, 64)).pooler_output
     assert output.flatten(1).shape[1] == tower["width"]
+
+
+@pytest.mark.parametrize("scale", ["paper", "miniature"])
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_recurrent_towers_are_what_the_plan_counts(scale, name, tmp_path):
+    texts = experiments.experiments_file()["scales"][scale]["text"]
+    bert = BertConfig(hidden_size=texts["BERT"]["width"], num_hidden_layers=0, num_attention_heads=1)
+    BertModel(bert).save_pretrained(tmp_path / "bert")
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat"])}
+    BertTokenizer(vocab=words).save_pretrained(tmp_path / "bert")
+    folder = tower_checkpoint(texts[name], tmp_path / "tower", None, str(tmp_path / "bert"))
+    model = AutoModel.from_pretrained(folder)
+    assert sum(weight.numel() for weight in model.parameters()) == texts[name]["parameters"]
+    assert model.config.cell == name.lower()
+    assert tower_width(model.config) == texts[name]["width"]
 
 
 # --- the page ---
