@@ -87,4 +87,4 @@ def write_between(page: Path, marks: tuple[str, str], text: str) -> None:
     """Puts `text` between its marks in the page."""
     before, rest = page.read_text(encoding="utf-8").split(marks[0])
     _, after = rest.split(marks[1])
-    page.write_text(f"{before}{marks[0]}\n\n{text}\n{marks[1]}{after}", encoding="utf-8")
+    page.write_text(f"{before}{marks[0]}\n\n{text.rstrip()}\n\n{marks[1]}{after}", encoding="utf-8")
