@@ -208,6 +208,7 @@ class Results:
         return json.loads(self.path.read_text())["runs"] if self.path.is_file() else []
 
     def add(self, run: dict[str, Any]) -> None:
+        WORK.mkdir(parents=True, exist_ok=True)
         with FileLock(str(WORK / "results.lock")):
             content = {
                 "command": self.command,
@@ -262,7 +263,7 @@ def run_command(
     if options.report:
         recipes_report.write()
         return
-    WORK.mkdir(parents=True, exist_ok=True)
+    WORK.mkdir(parents=True, exist_ok=True)  # for the lock of the features
     part, parts = map(int, options.part.split("/"))
     torch.set_num_threads(1)
     for groups in options.groups:
