@@ -9,22 +9,24 @@ that n processes can share the work; `--report` writes the tables of docs/recipe
 
 import argparse
 import datetime
+import importlib.metadata
 import itertools
 import json
 import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-import transformers
 import yaml
 from datasets import Dataset
 from filelock import FileLock
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler, set_seed
 
 from benchmarks import recipes_report
@@ -42,13 +44,14 @@ from icone_hf.encoding import group_means
 from icone_hf.stage_trainer import embed_cached
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "recipes.json"
 WORK = Path("outputs/recipes")
 TOWERS = "outputs/towers/efficientnet-lite0", "outputs/towers/minilm"
 EPOCHS = {1000: 8, 3000: 8, 10000: 3}  # by training groups
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
 NUM_VALIDATION, NUM_TEST = 500, 1000
+
+Schedule = Callable[[torch.optim.Optimizer, int], LRScheduler]  # from an optimizer and the number of updates
 
 
 def expand(recipe: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -72,7 +75,8 @@ def cache_folder(groups: int) -> Path:
 
 
 def towers_model(num_groups: int, config: dict[str, Any]) -> IConEModel:
-    return IConEModel.from_encoders(*TOWERS, num_groups=num_groups, text_pooling="mean", projection_dim=512, **config)
+    config = {"text_pooling": "mean", "projection_dim": 512, **config}
+    return IConEModel.from_encoders(*TOWERS, num_groups=num_groups, **config)
 
 
 def prepare(groups: int) -> None:
@@ -96,6 +100,14 @@ def rsum_of(model: IConEModel, cache: FeatureCache) -> dict[str, float]:
     return retrieval_metrics(*embed_cached(model, cache))
 
 
+def warmup(updates: int) -> int:
+    return math.ceil(0.05 * updates)
+
+
+def cosine(optimizer: torch.optim.Optimizer, updates: int) -> LRScheduler:
+    return get_scheduler("cosine", optimizer, warmup(updates), updates)
+
+
 def train_heads(
     model: IConEModel,
     stage: Stage,
@@ -104,6 +116,8 @@ def train_heads(
     seed: int,
     pairs_per_group: int = 1,
     neighbour_run: int = 0,
+    schedule: Schedule = cosine,
+    max_grad_norm: float = 1.0,
 ) -> int:
     """One stage, as `StageTrainer` runs it (a test compares their weights) without what a Trainer costs at each step.
 
@@ -123,7 +137,7 @@ def train_heads(
     heads = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     updates = math.ceil(stage.num_train_epochs * len(sampler))
     optimizer = torch.optim.AdamW(heads.values(), lr=stage.learning_rate, weight_decay=0.0, fused=True)
-    schedule = get_scheduler("cosine", optimizer, math.ceil(0.05 * updates), updates)
+    rates = schedule(optimizer, updates)
     best_rsum, best_heads, done, epoch = -1.0, {}, 0, 0
     while done < updates:
         sampler.set_epoch(epoch)
@@ -135,9 +149,9 @@ def train_heads(
                 contrastive_weight=stage.contrastive_weight,
             )
             output.loss.backward()
-            torch.nn.utils.clip_grad_norm_(heads.values(), 1.0)
+            torch.nn.utils.clip_grad_norm_(heads.values(), max_grad_norm)
             optimizer.step()
-            schedule.step()
+            rates.step()
             optimizer.zero_grad()
             done += 1
         rsum = rsum_of(model, caches["validation"])["rsum"]
@@ -163,7 +177,11 @@ def train(recipe: dict[str, Any], point: dict[str, Any], groups: int, batch: int
                 cast(torch.nn.Linear, model.classifier).weight.copy_(group_means(embed_cached(model, caches["train"])))
         of_batches = {name: value for name, value in arguments.items() if name != "class_vectors"}
         updates += train_heads(model, stage, caches, batch, seed + i, **of_batches)
-    seconds = time.perf_counter() - began
+    return measure(model, caches, updates, time.perf_counter() - began)
+
+
+def measure(model: IConEModel, caches: dict[str, FeatureCache], updates: int, seconds: float) -> dict[str, Any]:
+    """What is kept of a run."""
     embeds = embed_cached(model, caches["test"])
     return {
         "validation": rsum_of(model, caches["validation"]),
@@ -173,42 +191,69 @@ def train(recipe: dict[str, Any], point: dict[str, Any], groups: int, batch: int
     }
 
 
-def read_runs() -> list[dict[str, Any]]:
-    return json.loads(RESULTS.read_text())["runs"] if RESULTS.is_file() else []
+@dataclass(frozen=True)
+class Results:
+    """A file of runs.
+
+    Args:
+        path: of the JSON file; it need not exist yet.
+        command: that made it, and the packages whose versions it names.
+    """
+
+    path: Path
+    command: str
+    packages: tuple[str, ...] = ("torch", "transformers")
+
+    def read(self) -> list[dict[str, Any]]:
+        return json.loads(self.path.read_text())["runs"] if self.path.is_file() else []
+
+    def add(self, run: dict[str, Any]) -> None:
+        WORK.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(WORK / "results.lock")):
+            content = {
+                "command": self.command,
+                "date": datetime.date.today().isoformat(),
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU; one thread a run",
+                "versions": {name: importlib.metadata.version(name) for name in self.packages},
+                "runs": [*self.read(), run],
+            }
+            unfinished = self.path.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(content, indent=1) + "\n")
+            unfinished.replace(self.path)
 
 
-def add_run(run: dict[str, Any]) -> None:
-    with FileLock(str(WORK / "results.lock")):
-        content = {
-            "command": "python -m benchmarks.recipes",
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU; one thread a run",
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "runs": [*read_runs(), run],
-        }
-        unfinished = RESULTS.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        unfinished.replace(RESULTS)
+RESULTS = Results(HERE / "results" / "recipes.json", "python -m benchmarks.recipes")
 
 
-def run_once(name: str, recipe: dict[str, Any], point: dict[str, Any], groups: int, batch: int, seed: int) -> Any:
-    """The run with these settings, from the results if it is there."""
-    settings = {"recipe": name, "groups": groups, "batch": batch, "seed": seed, "point": point}
-    for run in read_runs():
+def run_once(
+    train_one: Callable[..., dict[str, Any]], settings: dict[str, Any], recipe: Any, results: Results
+) -> dict[str, Any]:
+    """The run with these settings, from the results if it is there.
+
+    Args:
+        train_one: called as [`train`] is.
+        settings: `recipe` (its name), `point`, `groups`, `batch` and `seed`.
+        recipe: `train_one`'s first argument.
+        results: where to look, and where the run is added.
+    """
+    for run in results.read():
         if all(run[key] == value for key, value in settings.items()):
             return run
-    run = {**settings, **train(recipe, point, groups, batch, seed)}
-    if seed == TUNING_SEED:
+    of_run = {name: value for name, value in settings.items() if name != "recipe"}
+    run = {**settings, **train_one(recipe, **of_run)}
+    if settings["seed"] == TUNING_SEED:
         del run["test"]  # looked at for the chosen values alone
-    add_run(run)
-    rsum = run["validation"]["rsum"]
-    print(f"{name}, {groups} groups, batch {batch}, seed {seed}, {point}: {rsum:.1f} ({run['seconds']} s)", flush=True)
+    results.add(run)
+    print(f"{settings}: {run['validation']['rsum']:.1f} ({run['seconds']} s)", flush=True)
     return run
 
 
-def main() -> None:
-    recipes = yaml.safe_load((HERE / "recipes.yaml").read_text())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_command(
+    description: str, recipes_file: Path, results: Results, train_one: Callable[..., dict[str, Any]]
+) -> None:
+    """The command line of this benchmark and of the peers', which share its protocol."""
+    recipes = yaml.safe_load(recipes_file.read_text())
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=list(recipes), choices=list(recipes))
     parser.add_argument("--groups", nargs="+", type=int, default=[3000])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 128])
@@ -216,9 +261,9 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="Write the tables of docs/recipes.md, run nothing.")
     options = parser.parse_args()
     if options.report:
-        recipes_report.write(recipes, read_runs())
+        recipes_report.write()
         return
-    WORK.mkdir(parents=True, exist_ok=True)
+    WORK.mkdir(parents=True, exist_ok=True)  # for the lock of the features
     part, parts = map(int, options.part.split("/"))
     torch.set_num_threads(1)
     for groups in options.groups:
@@ -226,12 +271,19 @@ def main() -> None:
             prepare(groups)
     cells = list(itertools.product(options.groups, options.recipes, options.batches))
     for groups, name, batch in cells[part - 1 :: parts]:
-        recipe = recipes[name]
-        points = list(expand(recipe))
-        tuned = [run_once(name, recipe, point, groups, batch, TUNING_SEED) for point in points]
+
+        def run(point: dict[str, Any], seed: int, name: str = name, groups: int = groups, batch: int = batch) -> Any:
+            settings = {"recipe": name, "groups": groups, "batch": batch, "seed": seed, "point": point}
+            return run_once(train_one, settings, recipes[name], results)
+
+        tuned = [run(point, TUNING_SEED) for point in expand(recipes[name])]
         best = max(tuned, key=lambda run: run["validation"]["rsum"])["point"]
         for seed in SEEDS:
-            run_once(name, recipe, best, groups, batch, seed)
+            run(best, seed)
+
+
+def main() -> None:
+    run_command(__doc__, HERE / "recipes.yaml", RESULTS, train)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,29 @@
-"""The tables of docs/recipes.md, made from results/recipes.json."""
+"""The tables of docs/recipes.md, made from results/recipes.json and results/peers.json."""
 
 import itertools
+import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
-BEGIN, END = "<!-- tables: python -m benchmarks.recipes --report -->", "<!-- end of tables -->"
+import yaml
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "recipes.md"
+MARKS = "<!-- tables: python -m benchmarks.recipes --report -->", "<!-- end of tables -->"
 TUNING_SEED = 100
+
+
+def read_all() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The recipes and the peers by name, and the runs of both that there are."""
+    recipes: dict[str, Any] = {}
+    runs: list[dict[str, Any]] = []
+    for name in ("recipes", "peers"):
+        recipes |= yaml.safe_load((HERE / f"{name}.yaml").read_text())
+        results = HERE / "results" / f"{name}.json"
+        if results.is_file():
+            runs += json.loads(results.read_text())["runs"]
+    return recipes, runs
 
 
 def spread(values: list[float]) -> str:
@@ -24,6 +40,7 @@ def describe(point: dict[str, Any]) -> str:
     """The tuned values of a point, in short."""
     names = {"temperature": "tau", "instance_temperature": "tau_ins", "margin": "margin"}
     values = [f"{names[name]} {value:g}" for name, value in point["config"].items() if name in names]
+    values += ["both directions"] if point["config"].get("symmetric") else []
     return ", ".join([f"rate {point['learning_rate']:g}", *values])
 
 
@@ -62,9 +79,12 @@ def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     return "\n".join(blocks)
 
 
-def write(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> None:
-    """Puts the tables between their marks in the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(recipes, runs)}\n{END}{after}", encoding="utf-8")
+def write() -> None:
+    write_between(PAGE, MARKS, tables(*read_all()))
+
+
+def write_between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Puts `text` between its marks in the page."""
+    before, rest = page.read_text(encoding="utf-8").split(marks[0])
+    _, after = rest.split(marks[1])
+    page.write_text(f"{before}{marks[0]}\n\n{text.rstrip()}\n\n{marks[1]}{after}", encoding="utf-8")

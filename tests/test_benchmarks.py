@@ -1,7 +1,7 @@
-import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -10,10 +10,12 @@ from conftest import make_groups
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import recipes, recipes_report  # noqa: E402
+from benchmarks import peers, recipes, recipes_report  # noqa: E402
 from icone_hf import FeatureCache, IConETrainer, IConETrainingArguments, Stage  # noqa: E402
+from icone_hf.losses import contrastive_loss  # noqa: E402
 
 RECIPES = yaml.safe_load((ROOT / "benchmarks" / "recipes.yaml").read_text())
+PEERS = yaml.safe_load((ROOT / "benchmarks" / "peers.yaml").read_text())
 
 
 @pytest.mark.parametrize("arguments", [{}, {"neighbour_run": 4}, {"pairs_per_group": 2}])
@@ -49,8 +51,98 @@ def test_every_recipe_is_a_grid_of_valid_points():
 
 def test_the_page_shows_what_was_measured():
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    runs = json.loads((ROOT / "benchmarks" / "results" / "recipes.json").read_text())["runs"]
-    assert recipes_report.tables(RECIPES, runs) in page, "python -m benchmarks.recipes --report"
+    assert recipes_report.tables(*recipes_report.read_all()) in page, "python -m benchmarks.recipes --report"
+
+
+def test_every_peer_has_a_trainer_and_no_larger_a_grid_than_infonce():
+    largest = len(list(recipes.expand(RECIPES["infonce"])))
+    for name, peer in PEERS.items():
+        assert peer["trainer"] in peers.TRAINERS, name
+        assert 1 <= len(list(recipes.expand(peer))) <= largest, name
+
+
+@pytest.fixture
+def rows():
+    """Pooled features of six pictures and of six sentences."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((6, 10), dtype=np.float32), rng.standard_normal((6, 8), dtype=np.float32)
+
+
+def embed(heads, image, text):
+    features = heads["visual_projection"](torch.tensor(image)), heads["text_projection"](torch.tensor(text))
+    return [torch.nn.functional.normalize(rows, dim=-1) for rows in features]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_sentence_transformers_loss_is_infonce_in_one_direction_or_the_mean_of_both(rows, symmetric):
+    model, heads = peers.two_towers(*rows, dim=4)
+    columns = [model.preprocess([0, 1, 2, 3, 4, 5], task="image"), model.preprocess([6, 7, 8, 9, 10, 11], task="text")]
+    for column, task in zip(columns, ("image", "text"), strict=True):
+        column["task"] = task
+    theirs = peers.ranking_loss(model, 0.1, symmetric)(columns, torch.empty(0))
+    image, text = embed(heads, *rows)
+    scores = (image @ text.T).detach().numpy() / 0.1
+    one_direction = np.mean(np.log(np.exp(scores).sum(axis=1)) - scores.diagonal())
+    assert theirs.item() == pytest.approx(
+        contrastive_loss(image, text, 0.1).item() / 2 if symmetric else one_direction, rel=1e-5
+    )
+
+
+def test_the_dual_encoders_loss_is_the_mean_of_both_directions_from_clips_temperature_on(rows):
+    model = peers.dual_encoder(10, 8, dim=4)
+    theirs = model(pixel_values=torch.tensor(rows[0]), input_ids=torch.tensor(rows[1]), return_loss=True).loss
+    heads = {"visual_projection": model.visual_projection, "text_projection": model.text_projection}
+    ours = contrastive_loss(*embed(heads, *rows), temperature=float(np.exp(-2.6592)))
+    assert theirs.item() == pytest.approx(ours.item() / 2, rel=1e-5)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"visual_projection.weight", "text_projection.weight", "logit_scale"}
+
+
+class Features:
+    """Of a cache, what the peers read: sentences that say what their pictures show, five to each."""
+
+    def __init__(self, groups, seed):
+        rng = np.random.default_rng(seed)
+        self.image = rng.standard_normal((groups, 12), dtype=np.float32)
+        self.text = self.image.repeat(5, axis=0)[:, :8] + 0.1 * rng.standard_normal((5 * groups, 8), dtype=np.float32)
+        self.text_to_image = torch.arange(groups).repeat_interleave(5)
+
+
+@pytest.mark.parametrize("name", list(peers.TRAINERS))
+def test_a_peer_trains_for_the_protocols_updates_and_gives_its_best_epoch_back(name):
+    caches = {"train": Features(20, seed=0), "validation": Features(20, seed=1)}
+    point = {"config": {"temperature": 0.1, "symmetric": True}, "learning_rate": 1e-2}
+    seen = []
+
+    class Watch(peers.BestEpoch):
+        def on_epoch_end(self, *args, **kwargs):
+            super().on_epoch_end(*args, **kwargs)
+            seen.append(recipes.rsum_of(self.heads, self.cache)["rsum"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "BestEpoch", Watch)
+        heads, updates = peers.TRAINERS[name](point, caches, epochs=3, batch=10, seed=0)
+    assert updates == 30
+    assert len(seen) == 3
+    assert recipes.rsum_of(heads, caches["validation"])["rsum"] == max(seen)
+    assert max(seen) > 300
+
+
+def test_sentence_transformers_batches_hold_a_picture_once(monkeypatch):
+    batches = []
+
+    class Watch(peers.CachedRows):
+        def preprocess(self, inputs, prompt=None, **kwargs):
+            if self.first == 0:  # pictures
+                batches.append(list(inputs))
+            return super().preprocess(inputs, prompt, **kwargs)
+
+    monkeypatch.setattr(peers, "CachedRows", Watch)
+    caches = {"train": Features(12, seed=0), "validation": Features(6, seed=1)}
+    point = {"config": {"temperature": 0.1, "symmetric": False}, "learning_rate": 1e-2}
+    peers.train_sentence_transformers(point, caches, epochs=1, batch=10, seed=0)
+    assert batches
+    assert all(len(set(batch)) == len(batch) for batch in batches)
 
 
 def test_the_report_takes_no_tuning_run_and_sorts_by_test():

@@ -1,0 +1,259 @@
+"""The same heads, on the same features, trained by other packages' own trainers and losses.
+
+    python -m benchmarks.peers [--recipes dual_encoder] [--groups 3000] [--batches 16 128] [--part 1/2]
+
+By the protocol of docs/recipes.md, from the grids of peers.yaml into results/peers.json. The peers' towers would run
+anew in every epoch; here small stand-ins give the cached outputs of ours. `--report` writes the tables of
+docs/recipes.md, the recipes' rows included.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.modules import Dense, InputModule, Router
+from sentence_transformers.base.sampler import BatchSamplers
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch import nn
+from transformers import (
+    BertConfig,
+    CLIPVisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    set_seed,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from benchmarks import recipes
+from icone_hf import FeatureCache, IConEModel
+
+HERE = Path(__file__).parent
+RESULTS = recipes.Results(
+    HERE / "results" / "peers.json",
+    "python -m benchmarks.peers",
+    ("torch", "transformers", "sentence-transformers"),
+)
+DIM = 512
+
+
+class BestEpoch(TrainerCallback):
+    """Measures the validation Rsum after each epoch, and can bring the best epoch's heads back.
+
+    Args:
+        heads: has `visual_projection` and `text_projection`.
+        cache: of the validation split.
+    """
+
+    def __init__(self, heads: nn.Module, cache: FeatureCache):
+        self.heads, self.cache = heads, cache
+        self.rsum, self.weights = -1.0, heads.state_dict()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rsum = recipes.rsum_of(cast(IConEModel, self.heads), self.cache)["rsum"]
+        if rsum > self.rsum:
+            self.rsum = rsum
+            self.weights = {name: tensor.clone() for name, tensor in self.heads.state_dict().items()}
+
+    def restore(self) -> None:
+        self.heads.load_state_dict(self.weights)
+
+
+# --- sentence-transformers ---
+
+
+class CachedRows(InputModule):
+    """Stands for a frozen tower: gives its cached pooled outputs for row numbers, which begin at `first`."""
+
+    def __init__(self, rows: np.ndarray, first: int = 0):
+        super().__init__()
+        self.rows, self.first = rows, first
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        return {"sentence_embedding": torch.from_numpy(self.rows[np.array(inputs) - self.first])}
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return features
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("The rows are those of the feature cache: there is nothing to save.")
+
+
+def two_towers(image: np.ndarray, text: np.ndarray, dim: int = DIM) -> tuple[SentenceTransformer, nn.ModuleDict]:
+    """A SentenceTransformer of two routes, each a stand-in tower and a Dense head without bias; and its heads.
+
+    Row numbers of sentences follow those of pictures: their batch sampler takes equal values for duplicates, in
+    whichever columns they stand.
+    """
+    heads = nn.ModuleDict()
+    routes: dict[str, list[Any]] = {}
+    for route, name, rows, first in (
+        ("image", "visual_projection", image, 0),
+        ("text", "text_projection", text, len(image)),
+    ):
+        dense = Dense(rows.shape[1], dim, bias=False, activation_function=nn.Identity())
+        routes[route] = [CachedRows(rows, first), dense]
+        heads[name] = dense.linear
+    return SentenceTransformer(modules=[Router(routes)], device="cpu"), heads
+
+
+def ranking_loss(model: SentenceTransformer, temperature: float, symmetric: bool) -> MultipleNegativesRankingLoss:
+    """Their loss: from picture to sentence, its default, or the mean of both directions."""
+    if not symmetric:
+        return MultipleNegativesRankingLoss(model, scale=1 / temperature)
+    return MultipleNegativesRankingLoss(
+        model,
+        scale=1 / temperature,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+    )
+
+
+def train_sentence_transformers(
+    point: dict[str, Any], caches: dict[str, FeatureCache], epochs: float, batch: int, seed: int
+) -> tuple[nn.Module, int]:
+    """The heads of the best epoch, and the updates of the run."""
+    train, config = caches["train"], point["config"]
+    model, heads = two_towers(train.image, train.text)
+    best = BestEpoch(heads, caches["validation"])
+    pairs = {
+        "anchor": train.text_to_image.tolist(),
+        "positive": list(range(len(train.image), len(train.image) + len(train.text))),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SentenceTransformerTrainer(
+            model=model,
+            args=SentenceTransformerTrainingArguments(
+                **common_arguments(folder, point, epochs, batch, seed),
+                batch_sampler=BatchSamplers.NO_DUPLICATES,
+                router_mapping={"anchor": "image", "positive": "text"},
+            ),
+            train_dataset=Dataset.from_dict(pairs),
+            loss=ranking_loss(model, config["temperature"], config["symmetric"]),
+            callbacks=[best],
+        )
+        trainer.train()
+    best.restore()
+    return heads, trainer.state.global_step
+
+
+# --- transformers' contrastive-image-text example ---
+
+
+class PooledTower(PreTrainedModel):
+    """Stands for a frozen tower: its input is the cached pooled output already."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, input_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        pooled = cast(Any, pixel_values if pixel_values is not None else input_ids)
+        return BaseModelOutputWithPooling(last_hidden_state=pooled[:, None], pooler_output=pooled)
+
+
+def dual_encoder(image_width: int, text_width: int, dim: int = DIM) -> VisionTextDualEncoderModel:
+    """transformers' VisionTextDualEncoderModel, its own projections and loss, over stand-in towers."""
+    # Of these configs a stand-in uses the width alone; one head, since any width must do.
+    vision = CLIPVisionConfig(hidden_size=image_width, num_attention_heads=1)
+    text = BertConfig(hidden_size=text_width, num_attention_heads=1)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=dim)
+    return VisionTextDualEncoderModel(config, PooledTower(vision), PooledTower(text))
+
+
+class PairRows(torch.utils.data.Dataset):
+    """All pairs of a cache, as a dual encoder over stand-in towers takes them."""
+
+    def __init__(self, cache: FeatureCache):
+        self.cache, self.group_of = cache, cache.text_to_image.numpy()
+
+    def __len__(self) -> int:
+        return len(self.group_of)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Any]:
+        image, text = self.cache.image[self.group_of[rows]], self.cache.text[rows]
+        return {"pixel_values": torch.from_numpy(image), "input_ids": torch.from_numpy(text), "return_loss": True}
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def train_dual_encoder(
+    point: dict[str, Any], caches: dict[str, FeatureCache], epochs: float, batch: int, seed: int
+) -> tuple[nn.Module, int]:
+    """The model of the best epoch, and the updates of the run."""
+    train = caches["train"]
+    model = dual_encoder(train.image.shape[1], train.text.shape[1])
+    best = BestEpoch(model, caches["validation"])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            TrainingArguments(**common_arguments(folder, point, epochs, batch, seed), remove_unused_columns=False),
+            data_collator=as_it_is,
+            train_dataset=PairRows(train),
+            callbacks=[best],
+        )
+        trainer.train()
+    best.restore()
+    return model, trainer.state.global_step
+
+
+# --- both ---
+
+
+def common_arguments(folder: str, point: dict[str, Any], epochs: float, batch: int, seed: int) -> dict[str, Any]:
+    """What the protocol sets. Optimizer, schedule, clipping and the like are the trainers' own defaults."""
+    return {
+        "output_dir": folder,
+        "learning_rate": point["learning_rate"],
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch,
+        "seed": seed,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
+TRAINERS = {"sentence_transformers": train_sentence_transformers, "dual_encoder": train_dual_encoder}
+
+
+def train(peer: dict[str, Any], point: dict[str, Any], groups: int, batch: int, seed: int) -> dict[str, Any]:
+    """One run: its metrics on validation and test, updates and seconds."""
+    set_seed(seed)
+    caches = {split: recipes.open_cache(groups, split) for split in ("train", "validation", "test")}
+    began = time.perf_counter()
+    heads, updates = TRAINERS[peer["trainer"]](point, caches, recipes.EPOCHS[groups], batch, seed)
+    seconds = time.perf_counter() - began
+    return recipes.measure(cast(IConEModel, heads), caches, updates, seconds)
+
+
+def main() -> None:
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    recipes.run_command(__doc__, HERE / "peers.yaml", RESULTS, train)
+
+
+if __name__ == "__main__":
+    main()
