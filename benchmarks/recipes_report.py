@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md, made from results/recipes.json and results/peers.json."""
+"""The tables of docs/recipes.md, made from results/recipes.json, peers.json and end_to_end.json."""
 
 import itertools
 import json
@@ -11,6 +11,7 @@ import yaml
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "recipes.md"
 MARKS = "<!-- tables: python -m benchmarks.recipes --report -->", "<!-- end of tables -->"
+END_TO_END_MARKS = "<!-- end to end: python -m benchmarks.recipes --report -->", "<!-- end of end to end -->"
 TUNING_SEED = 100
 
 
@@ -79,8 +80,39 @@ def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     return "\n".join(blocks)
 
 
+def end_to_end_table() -> str:
+    """The recipes that were run through both stages: Rsum after each, best first for each batch."""
+    recipes = yaml.safe_load((HERE / "end_to_end.yaml").read_text())
+    runs = json.loads((HERE / "results" / "end_to_end.json").read_text())["runs"]
+    lines = []
+    for batch in sorted({run["batch"] for run in runs}):
+        rows = []
+        for name, recipe in recipes.items():
+            chosen = [run for run in runs if (run["recipe"], run["batch"]) == (name, batch)]
+            if chosen:
+                tests = [run["test"]["rsum"] for run in chosen]
+                cells = [
+                    str(batch),
+                    recipe["label"],
+                    f"{recipe['config']['temperature']:g}",
+                    *(spread([run["stages"][stage]["rsum"] for run in chosen]) for stage in recipe["stages"]),
+                    spread(tests),
+                    f"{mean(run['test']['t2t_r1'] for run in chosen):.1f}",
+                    str(len(chosen)),
+                    f"{mean(run['seconds'] for run in chosen):.0f}",
+                ]
+                rows.append((mean(tests), "| " + " | ".join(cells) + " |"))
+        lines += [row for _, row in sorted(rows, reverse=True)]
+    header = (
+        "| batch | recipe | tau | validation, frozen towers | validation, end to end | test | sentence to sentence R@1 | "
+        "seeds | s |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    return "\n".join([header, *lines])
+
+
 def write() -> None:
     write_between(PAGE, MARKS, tables(*read_all()))
+    write_between(PAGE, END_TO_END_MARKS, end_to_end_table())
 
 
 def write_between(page: Path, marks: tuple[str, str], text: str) -> None:

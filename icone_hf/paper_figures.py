@@ -127,7 +127,7 @@ def heat_map(embedded: _Embedded) -> Figure:
     Words are the objects' names where the data know them, and otherwise the longest ones of the sentence.
     """
     count = min(4, len(embedded.groups))
-    rows = [embedded.groups[round((i + 0.5) * len(embedded.groups) / count)] for i in range(count)]
+    rows = [embedded.groups[int((i + 0.5) * len(embedded.groups) / count)] for i in range(count)]
     queries = [row["captions"][0] for row in rows]
     boxes = [named_boxes(query, row.get("objects", [])) for query, row in zip(queries, rows, strict=True)]
     words = [list(found) or _longest_words(query) for query, found in zip(queries, boxes, strict=True)]
