@@ -128,5 +128,3 @@ def test_scripts_and_module_are_the_command():
         done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1].startswith(message)
-    train = (ROOT / "examples" / "train.py").read_text()
-    assert 'main(["train", *sys.argv[1:]])' in train
