@@ -104,8 +104,8 @@ def end_to_end_table() -> str:
                 rows.append((mean(tests), "| " + " | ".join(cells) + " |"))
         lines += [row for _, row in sorted(rows, reverse=True)]
     header = (
-        "| batch | recipe | tau | validation, frozen towers | validation, end to end | test | sentence to sentence R@1 | "
-        "seeds | s |\n|---|---|---|---|---|---|---|---|---|"
+        "| batch | recipe | tau | validation, frozen towers | validation, end to end | test | sentence to sentence R@1 "
+        "| seeds | s |\n|---|---|---|---|---|---|---|---|---|"
     )
     return "\n".join([header, *lines])
 

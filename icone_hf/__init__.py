@@ -69,7 +69,10 @@ __all__ = sorted(_MODULE_OF)
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    if "transformers" in sys.modules:  # which a module of ours may just have imported; see below
+        _register()
+    return value
 
 
 def __dir__() -> list[str]:
@@ -83,7 +86,10 @@ def _register() -> None:
 
 
 class _RegisterAfterTransformers(importlib.abc.MetaPathFinder):
-    """Registers as soon as somebody else imports transformers. Our own modules register themselves."""
+    """Registers as soon as somebody else imports transformers.
+
+    Not while one of our own modules imports it: ours cannot be imported twice at a time. `__getattr__` does it then.
+    """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "transformers":
@@ -91,7 +97,7 @@ class _RegisterAfterTransformers(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         ours = [module for key, module in sys.modules.items() if key.startswith(f"{__name__}.")]
-        if spec is None or spec.loader is None or ours:
+        if spec is None or spec.loader is None or any(getattr(m.__spec__, "_initializing", False) for m in ours):
             return spec
         execute = spec.loader.exec_module
 

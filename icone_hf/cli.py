@@ -225,13 +225,14 @@ def encode(argv: Sequence[str]) -> None:
 
 def _embed(checkpoint: str, data_args: Any, encode_args: EncodeArguments) -> tuple["Dataset", "GroupEmbeddings"]:
     from accelerate import PartialState
-    from transformers import AutoModel, AutoProcessor
 
     from .encoding import encode_groups
     from .groups import load_groups
+    from .modeling_icone import IConEModel
+    from .processing_icone import IConEProcessor
 
     with PartialState().main_process_first():
         groups = load_groups(**data_args.load_arguments(encode_args.split))
-    model = AutoModel.from_pretrained(checkpoint).to(PartialState().device)
-    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = IConEModel.from_pretrained(checkpoint).to(PartialState().device)
+    processor = IConEProcessor.from_pretrained(checkpoint)
     return groups, encode_groups(model, processor, groups, encode_args.batch_size, encode_args.num_workers)

@@ -91,6 +91,8 @@ def test_import_is_lazy():
         "from icone_hf import retrieval_metrics; import transformers; from icone_hf import IConEModel, IConEProcessor",
         "from icone_hf import IConEModel; import transformers; from icone_hf import IConEProcessor",
         "import icone_hf.modeling_icone, icone_hf.processing_icone",
+        "from icone_hf import encode_groups",
+        "import icone_hf.retrieval, transformers",
     ],
 )
 def test_auto_classes_know_icone(imports):
