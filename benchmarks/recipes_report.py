@@ -32,9 +32,16 @@ def spread(values: list[float]) -> str:
 
 
 def final_runs(runs: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
-    """The runs of a recipe's chosen point; those of the tuning seed are left out."""
-    wanted = {**settings}
-    return [r for r in runs if r["seed"] != TUNING_SEED and all(r[key] == value for key, value in wanted.items())]
+    """The runs of a recipe's point with the best validation Rsum; those of the tuning seed are left out.
+
+    A grid that was widened can have moved the choice: the runs of the point that was chosen before are left out too.
+    """
+    runs = [run for run in runs if all(run[key] == value for key, value in settings.items())]
+    tuned = [run for run in runs if run["seed"] == TUNING_SEED]
+    if not tuned:
+        return []
+    best = max(tuned, key=lambda run: run["validation"]["rsum"])["point"]
+    return [run for run in runs if run["seed"] != TUNING_SEED and run["point"] == best]
 
 
 def describe(point: dict[str, Any]) -> str:
@@ -68,7 +75,7 @@ def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
             ]
             rows.append((mean(tests), "| " + " | ".join(cells) + " |"))
         if rows:
-            updates = final_runs(runs, groups=groups, batch=batch)[0]["updates"]
+            updates = next(r["updates"] for r in runs if (r["groups"], r["batch"]) == (groups, batch))
             blocks += [
                 f"### {groups:,} groups, batch {batch} ({updates:,} updates)\n",
                 "| recipe | chosen on validation | Rsum, validation | Rsum, test | t2i R@1 | i2t R@1 | sentence to "

@@ -147,16 +147,17 @@ def test_sentence_transformers_batches_hold_a_picture_once(monkeypatch):
     assert all(len(set(batch)) == len(batch) for batch in batches)
 
 
-def test_the_report_takes_no_tuning_run_and_sorts_by_test():
-    def run(recipe, seed, rsum):
+def test_the_report_takes_no_tuning_run_nor_a_point_that_was_overtaken_and_sorts_by_test():
+    def run(recipe, seed, rsum, rate=0.001):
         metrics = {"rsum": rsum, "t2i_r1": 1.0, "i2t_r1": 1.0, "t2t_r1": 1.0}
-        point = {"config": {}, "arguments": {}, "learning_rate": 0.001}
+        point = {"config": {}, "arguments": {}, "learning_rate": rate}
         cell = {"recipe": recipe, "groups": 5, "batch": 4, "seed": seed, "point": point, "updates": 9, "seconds": 1}
         return {**cell, "validation": metrics, **({} if seed == 100 else {"test": metrics})}
 
-    runs = [run("a", 100, 900.0), run("a", 0, 1.0), run("a", 1, 2.0), run("b", 0, 4.0)]
+    runs = [run("a", 100, 900.0), run("a", 0, 1.0), run("a", 1, 2.0)]
+    runs += [run("b", 100, 3.0), run("b", 0, 9.0), run("b", 100, 3.5, rate=0.01), run("b", 0, 4.0, rate=0.01)]
     lines = recipes_report.tables({"a": {"label": "A"}, "b": {"label": "B"}}, runs).splitlines()
     assert [line for line in lines if line.startswith(("| A", "| B"))] == [
-        "| B | rate 0.001 | 4.0 (4.0-4.0) | 4.0 (4.0-4.0) | 1.0 | 1.0 | 1.0 | 1 | 1 |",
+        "| B | rate 0.01 | 4.0 (4.0-4.0) | 4.0 (4.0-4.0) | 1.0 | 1.0 | 1.0 | 1 | 1 |",
         "| A | rate 0.001 | 1.5 (1.0-2.0) | 1.5 (1.0-2.0) | 1.0 | 1.0 | 1.0 | 2 | 1 |",
     ]
