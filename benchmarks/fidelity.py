@@ -148,7 +148,7 @@ def train(change: Change, point: dict[str, Any], groups: int, batch: int, seed: 
     """One run: its metrics on validation and test, updates and seconds."""
     set_seed(seed)
     model = change.build(recipes.towers_model(groups, change.config))
-    caches = {split: recipes.open_cache(groups, split) for split in ("train", "validation", "test")}
+    caches = recipes.open_caches(groups, "plain")
     updates, began = 0, time.perf_counter()
     total = sum(EPOCHS) * -(-len(caches["train"]) // batch)
     for i, (epochs, (instance_weight, contrastive_weight)) in enumerate(zip(EPOCHS, WEIGHTS, strict=True)):

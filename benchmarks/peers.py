@@ -240,12 +240,14 @@ def common_arguments(folder: str, point: dict[str, Any], epochs: float, batch: i
 TRAINERS = {"sentence_transformers": train_sentence_transformers, "dual_encoder": train_dual_encoder}
 
 
-def train(peer: dict[str, Any], point: dict[str, Any], groups: int, batch: int, seed: int) -> dict[str, Any]:
+def train(
+    peer: dict[str, Any], point: dict[str, Any], groups: int, batch: int, condition: str, seed: int
+) -> dict[str, Any]:
     """One run: its metrics on validation and test, updates and seconds."""
     set_seed(seed)
-    caches = {split: recipes.open_cache(groups, split) for split in ("train", "validation", "test")}
+    caches = recipes.open_caches(groups, condition)
     began = time.perf_counter()
-    heads, updates = TRAINERS[peer["trainer"]](point, caches, recipes.EPOCHS[groups], batch, seed)
+    heads, updates = TRAINERS[peer["trainer"]](point, caches, recipes.epochs_of(groups, condition), batch, seed)
     seconds = time.perf_counter() - began
     return recipes.measure(cast(IConEModel, heads), caches, updates, seconds)
 

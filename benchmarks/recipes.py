@@ -1,10 +1,11 @@
 """Trains the recipes of recipes.yaml on equal terms, by the protocol of docs/recipes.md.
 
-    python -m benchmarks.recipes [--recipes infonce both] [--groups 3000] [--batches 16 128] [--part 1/2]
+    python -m benchmarks.recipes [--recipes infonce both] [--groups 3000] [--batches 16 128] [--condition noisy]
     python -m benchmarks.recipes --report
 
 Heads on frozen towers. What results/recipes.json holds already is not run again. `--part i/n` takes every n-th cell, so
-that n processes can share the work; `--report` writes the tables of docs/recipes.md.
+that n processes can share the work; `--condition` changes the budget or the data for all recipes; `--report` writes the
+tables of docs/recipes.md.
 """
 
 import argparse
@@ -47,6 +48,11 @@ HERE = Path(__file__).parent
 WORK = Path("outputs/recipes")
 TOWERS = "outputs/towers/efficientnet-lite0", "outputs/towers/minilm"
 EPOCHS = {1000: 8, 3000: 8, 10000: 3}  # by training groups
+CONDITIONS: dict[str, dict[str, float]] = {  # what differs from the plain protocol, for every recipe
+    "plain": {},
+    "few_updates": {"epochs": 1},
+    "noisy": {"exchanged": 0.3},  # share of the training sentences that stand with another group's picture
+}
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
 NUM_VALIDATION, NUM_TEST = 500, 1000
@@ -87,12 +93,27 @@ def prepare(groups: int) -> None:
         FeatureCache.build(cache_folder(groups) / split, model, processor, scenes(split, count))
 
 
-def open_cache(groups: int, split: str) -> FeatureCache:
-    """A cache that `prepare` has filled, read into memory."""
-    folder = cache_folder(groups) / split
-    cache = FeatureCache(folder, [5] * len(np.load(folder / "image.npy", mmap_mode="r")))
-    cache.image, cache.text = np.array(cache.image), np.array(cache.text)
-    return cache
+def epochs_of(groups: int, condition: str) -> int:
+    return int(CONDITIONS[condition].get("epochs", EPOCHS[groups]))
+
+
+def open_caches(groups: int, condition: str) -> dict[str, FeatureCache]:
+    """The caches that `prepare` has filled, read into memory, by split."""
+    caches = {}
+    for split in ("train", "validation", "test"):
+        folder = cache_folder(groups) / split
+        cache = FeatureCache(folder, [5] * len(np.load(folder / "image.npy", mmap_mode="r")))
+        cache.image, cache.text = np.array(cache.image), np.array(cache.text)
+        caches[split] = cache
+    exchange_sentences(caches["train"].text, CONDITIONS[condition].get("exchanged", 0.0))
+    return caches
+
+
+def exchange_sentences(text: np.ndarray, share: float) -> None:
+    """Shuffles this share of the rows among themselves, in place; it is the data's, so the same rows for every seed."""
+    rng = np.random.default_rng(0)
+    rows = rng.choice(len(text), round(share * len(text)), replace=False)
+    text[rows] = text[rng.permutation(rows)]
 
 
 @torch.no_grad()
@@ -161,15 +182,17 @@ def train_heads(
     return updates
 
 
-def train(recipe: dict[str, Any], point: dict[str, Any], groups: int, batch: int, seed: int) -> dict[str, Any]:
+def train(
+    recipe: dict[str, Any], point: dict[str, Any], groups: int, batch: int, condition: str, seed: int
+) -> dict[str, Any]:
     """One run: its metrics on validation and test, updates and seconds."""
     set_seed(seed)
     model = towers_model(groups, point["config"])
-    caches = {split: open_cache(groups, split) for split in ("train", "validation", "test")}
+    caches = open_caches(groups, condition)
     arguments, updates, began = point["arguments"], 0, time.perf_counter()
     for i, values in enumerate(recipe["stages"]):
         values = dict(values)
-        epochs = EPOCHS[groups] * values.pop("share")
+        epochs = epochs_of(groups, condition) * values.pop("share")
         stage = Stage(f"stage{i}", epochs, point["learning_rate"], train_encoders=False, **values)
         is_first_use = stage.instance_weight and not any(s["instance_weight"] for s in recipe["stages"][:i])
         if is_first_use and arguments.get("class_vectors") == "group_means":
@@ -232,7 +255,7 @@ def run_once(
 
     Args:
         train_one: called as [`train`] is.
-        settings: `recipe` (its name), `point`, `groups`, `batch` and `seed`.
+        settings: `recipe` (its name), `point`, `groups`, `batch`, `condition` and `seed`.
         recipe: `train_one`'s first argument.
         results: where to look, and where the run is added.
     """
@@ -257,6 +280,7 @@ def run_command(
     parser.add_argument("--recipes", nargs="+", default=list(recipes), choices=list(recipes))
     parser.add_argument("--groups", nargs="+", type=int, default=[3000])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 128])
+    parser.add_argument("--condition", default="plain", choices=list(CONDITIONS))
     parser.add_argument("--part", default="1/1", help="i/n: every n-th cell, from the i-th on.")
     parser.add_argument("--report", action="store_true", help="Write the tables of docs/recipes.md, run nothing.")
     options = parser.parse_args()
@@ -273,8 +297,8 @@ def run_command(
     for groups, name, batch in cells[part - 1 :: parts]:
 
         def run(point: dict[str, Any], seed: int, name: str = name, groups: int = groups, batch: int = batch) -> Any:
-            settings = {"recipe": name, "groups": groups, "batch": batch, "seed": seed, "point": point}
-            return run_once(train_one, settings, recipes[name], results)
+            settings = {"recipe": name, "groups": groups, "batch": batch, "condition": options.condition}
+            return run_once(train_one, {**settings, "seed": seed, "point": point}, recipes[name], results)
 
         tuned = [run(point, TUNING_SEED) for point in expand(recipes[name])]
         best = max(tuned, key=lambda run: run["validation"]["rsum"])["point"]

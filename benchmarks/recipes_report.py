@@ -13,6 +13,7 @@ PAGE = HERE.parent / "docs" / "recipes.md"
 MARKS = "<!-- tables: python -m benchmarks.recipes --report -->", "<!-- end of tables -->"
 END_TO_END_MARKS = "<!-- end to end: python -m benchmarks.recipes --report -->", "<!-- end of end to end -->"
 TUNING_SEED = 100
+CONDITIONS = {"plain": "", "few_updates": ", one epoch", "noisy": ", 3 of 10 sentences exchanged"}
 
 
 def read_all() -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -53,12 +54,14 @@ def describe(point: dict[str, Any]) -> str:
 
 
 def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """One table for each number of groups and batch size that was run, best recipe first."""
+    """One table for each condition, number of groups and batch size that was run, best recipe first."""
     blocks = []
-    for groups, batch in itertools.product(sorted({r["groups"] for r in runs}), sorted({r["batch"] for r in runs})):
+    sizes = sorted({(r["groups"], r["batch"]) for r in runs})
+    for condition, (groups, batch) in itertools.product(CONDITIONS, sizes):
+        cell = {"condition": condition, "groups": groups, "batch": batch}
         rows = []
         for name, recipe in recipes.items():
-            chosen = final_runs(runs, recipe=name, groups=groups, batch=batch)
+            chosen = final_runs(runs, recipe=name, **cell)
             if not chosen:
                 continue
             tests = [run["test"]["rsum"] for run in chosen]
@@ -75,9 +78,9 @@ def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
             ]
             rows.append((mean(tests), "| " + " | ".join(cells) + " |"))
         if rows:
-            updates = next(r["updates"] for r in runs if (r["groups"], r["batch"]) == (groups, batch))
+            updates = next(r["updates"] for r in runs if cell.items() <= r.items())
             blocks += [
-                f"### {groups:,} groups, batch {batch} ({updates:,} updates)\n",
+                f"### {groups:,} groups, batch {batch}{CONDITIONS[condition]} ({updates:,} updates)\n",
                 "| recipe | chosen on validation | Rsum, validation | Rsum, test | t2i R@1 | i2t R@1 | sentence to "
                 "sentence R@1 | seeds | s |",
                 "|---|---|---|---|---|---|---|---|---|",

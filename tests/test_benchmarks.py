@@ -6,6 +6,8 @@ import pytest
 import torch
 import yaml
 from conftest import make_groups
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -151,8 +153,8 @@ def test_the_report_takes_no_tuning_run_nor_a_point_that_was_overtaken_and_sorts
     def run(recipe, seed, rsum, rate=0.001):
         metrics = {"rsum": rsum, "t2i_r1": 1.0, "i2t_r1": 1.0, "t2t_r1": 1.0}
         point = {"config": {}, "arguments": {}, "learning_rate": rate}
-        cell = {"recipe": recipe, "groups": 5, "batch": 4, "seed": seed, "point": point, "updates": 9, "seconds": 1}
-        return {**cell, "validation": metrics, **({} if seed == 100 else {"test": metrics})}
+        cell = {"recipe": recipe, "groups": 5, "batch": 4, "condition": "plain", "seed": seed, "point": point}
+        return {**cell, "updates": 9, "seconds": 1, "validation": metrics, **({} if seed == 100 else {"test": metrics})}
 
     runs = [run("a", 100, 900.0), run("a", 0, 1.0), run("a", 1, 2.0)]
     runs += [run("b", 100, 3.0), run("b", 0, 9.0), run("b", 100, 3.5, rate=0.01), run("b", 0, 4.0, rate=0.01)]
@@ -161,3 +163,13 @@ def test_the_report_takes_no_tuning_run_nor_a_point_that_was_overtaken_and_sorts
         "| B | rate 0.01 | 4.0 (4.0-4.0) | 4.0 (4.0-4.0) | 1.0 | 1.0 | 1.0 | 1 | 1 |",
         "| A | rate 0.001 | 1.5 (1.0-2.0) | 1.5 (1.0-2.0) | 1.0 | 1.0 | 1.0 | 2 | 1 |",
     ]
+
+
+@settings(max_examples=20, deadline=None)
+@given(share=st.floats(0, 1), sentences=st.integers(2, 60))
+def test_noisy_pairs_keep_every_sentence_and_move_no_more_than_the_share(share, sentences):
+    text = np.arange(sentences, dtype=float)[:, None].repeat(3, axis=1)
+    noisy = text.copy()
+    recipes.exchange_sentences(noisy, share)
+    assert sorted(noisy[:, 0]) == sorted(text[:, 0])
+    assert (noisy != text).any(axis=1).sum() <= round(share * sentences)
