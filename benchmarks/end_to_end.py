@@ -40,7 +40,8 @@ RATES = {"heads": 1e-3, "joint": 3e-4}
 def train(recipe: dict[str, Any], batch: int, seed: int, config: dict[str, Any]) -> dict[str, Any]:
     """One run: its metrics on validation after each stage and on test, and its seconds."""
     weights = "-".join(f"{first:g}{second:g}" for first, second in recipe["stages"].values())
-    folder = WORK / f"{weights}-{batch}-{seed}"
+    arguments = recipe.get("arguments", {})
+    folder = WORK / "-".join([weights, *(f"{name}{value}" for name, value in arguments.items()), str(batch), str(seed)])
     splits = {
         split: load_groups("openmoji-scenes", split, num_groups=count, image_size=PIXELS)
         for split, count in SIZES.items()
@@ -62,6 +63,7 @@ def train(recipe: dict[str, Any], batch: int, seed: int, config: dict[str, Any])
         eval_steps=0.5,
         save_strategy="steps",
         save_steps=0.5,
+        **arguments,
     )
     set_seed(seed)
     processor = IConEProcessor.from_encoders(*TOWERS)
