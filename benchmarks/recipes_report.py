@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md, made from results/recipes.json, peers.json and end_to_end.json."""
+"""The tables of docs/recipes.md and the README's, made from results/recipes.json, peers.json and end_to_end.json."""
 
 import itertools
 import json
@@ -9,11 +9,13 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "recipes.md"
-MARKS = "<!-- tables: python -m benchmarks.recipes --report -->", "<!-- end of tables -->"
-END_TO_END_MARKS = "<!-- end to end: python -m benchmarks.recipes --report -->", "<!-- end of end to end -->"
+ROOT = HERE.parent
 TUNING_SEED = 100
 CONDITIONS = {"plain": "", "few_updates": ", one epoch", "noisy": ", 3 of 10 sentences exchanged"}
+IN_README: dict[str, list[Any]] = {  # rows and columns of the README's table
+    "recipes": ["neighbours", "from_means", "infonce", "sentence_transformers", "dual_encoder", "paper"],
+    "cells": [("plain", 3000, 16), ("plain", 3000, 128), ("plain", 3000, 512), ("few_updates", 3000, 16)],
+}
 
 
 def read_all() -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -90,6 +92,48 @@ def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     return "\n".join(blocks)
 
 
+def of_cell(
+    recipes: dict[str, Any], runs: list[dict[str, Any]], cell: tuple[str, int, int]
+) -> dict[str, list[dict[str, Any]]]:
+    """The final runs of each recipe in a cell: a condition, a number of groups and a batch size."""
+    settings = dict(zip(("condition", "groups", "batch"), cell, strict=True))
+    return {name: final_runs(runs, recipe=name, **settings) for name in recipes}
+
+
+def overview(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    """Every recipe's mean test Rsum in every cell, the best in bold; rows by the cell that most recipes were run in."""
+    cells = sorted(
+        {(r["condition"], r["groups"], r["batch"]) for r in runs}, key=lambda cell: (cell[0] != "plain", cell)
+    )
+    columns = []
+    for cell in cells:
+        chosen = of_cell(recipes, runs, cell)
+        columns.append({name: mean(run["test"]["rsum"] for run in runs) for name, runs in chosen.items() if runs})
+    fullest = max(columns, key=len)
+    heads = [f"{groups:,} / {batch}{CONDITIONS[condition]}" for condition, groups, batch in cells]
+    lines = ["| " + " | ".join(["recipe", *heads]) + " |", "|---" * (len(cells) + 1) + "|"]
+    for name in sorted(recipes, key=lambda name: -fullest.get(name, 0)):
+        row = [recipes[name]["label"]]
+        for column in columns:
+            value = f"{column[name]:.1f}" if name in column else "-"
+            row.append(f"**{value}**" if column.get(name) == max(column.values()) else value)
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def readme_table(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    """The README's table: a few recipes in a few cells."""
+    columns = [of_cell(recipes, runs, cell) for cell in IN_README["cells"]]
+    heads = [f"batch {batch}{CONDITIONS[condition]}" for condition, _, batch in IN_README["cells"]]
+    lines = ["| " + " | ".join(["heads on frozen towers", *heads]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in IN_README["recipes"]:
+        tests = [[run["test"]["rsum"] for run in column[name]] for column in columns]
+        lines.append(
+            "| " + " | ".join([recipes[name]["label"], *(spread(t) if t else "not run" for t in tests)]) + " |"
+        )
+    return "\n".join(lines)
+
+
 def end_to_end_table() -> str:
     """The recipes that were run through both stages: Rsum after each, best first for each batch."""
     recipes = yaml.safe_load((HERE / "end_to_end.yaml").read_text())
@@ -120,9 +164,26 @@ def end_to_end_table() -> str:
     return "\n".join([header, *lines])
 
 
+def blocks() -> list[tuple[Path, str, str]]:
+    """Page, name of the block in it and the block, for all that the results fill."""
+    measured = read_all()
+    page = ROOT / "docs" / "recipes.md"
+    return [
+        (page, "overview", overview(*measured)),
+        (page, "tables", tables(*measured)),
+        (page, "end to end", end_to_end_table()),
+        (ROOT / "README.md", "recipes", readme_table(*measured)),
+    ]
+
+
 def write() -> None:
-    write_between(PAGE, MARKS, tables(*read_all()))
-    write_between(PAGE, END_TO_END_MARKS, end_to_end_table())
+    for page, name, text in blocks():
+        write_between(page, marks(name), text)
+
+
+def marks(name: str) -> tuple[str, str]:
+    """Between which a page holds the block."""
+    return f"<!-- {name}: python -m benchmarks.recipes --report -->", f"<!-- end of {name} -->"
 
 
 def write_between(page: Path, marks: tuple[str, str], text: str) -> None:
