@@ -3,7 +3,7 @@
 # make test-slow    the long tests too
 # make check        ruff and mypy
 # make smoke        every experiment of the paper on a handful of scenes, in minutes: that it runs from data to page
-# make reproduce    every experiment in miniature, and its page and pictures into docs/reproduction (about 40 minutes)
+# make reproduce    every experiment in miniature, and its page and pictures into docs/reproduction (about an hour)
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python

@@ -41,7 +41,8 @@ def train(recipe: dict[str, Any], batch: int, seed: int, config: dict[str, Any])
     """One run: its metrics on validation after each stage and on test, and its seconds."""
     weights = "-".join(f"{first:g}{second:g}" for first, second in recipe["stages"].values())
     arguments = recipe.get("arguments", {})
-    folder = WORK / "-".join([weights, *(f"{name}{value}" for name, value in arguments.items()), str(batch), str(seed)])
+    values = [f"{name}{value}" for name, value in {**config, **arguments}.items()]
+    folder = WORK / "-".join([weights, *values, str(batch), str(seed)])
     splits = {
         split: load_groups("openmoji-scenes", split, num_groups=count, image_size=PIXELS)
         for split, count in SIZES.items()

@@ -13,8 +13,14 @@ ROOT = HERE.parent
 TUNING_SEED = 100
 CONDITIONS = {"plain": "", "few_updates": ", one epoch", "noisy": ", 3 of 10 sentences exchanged"}
 IN_README: dict[str, list[Any]] = {  # rows and columns of the README's table
-    "recipes": ["neighbours", "from_means", "infonce", "sentence_transformers", "dual_encoder", "paper"],
-    "cells": [("plain", 3000, 16), ("plain", 3000, 128), ("plain", 3000, 512), ("few_updates", 3000, 16)],
+    "recipes": ["neighbours", "from_means", "max_hinge", "infonce", "sentence_transformers", "dual_encoder", "paper"],
+    "cells": [
+        ("plain", 1000, 16),
+        ("plain", 1000, 128),
+        ("plain", 3000, 16),
+        ("plain", 3000, 128),
+        ("few_updates", 3000, 16),
+    ],
 }
 
 
@@ -47,12 +53,11 @@ def final_runs(runs: list[dict[str, Any]], **settings: Any) -> list[dict[str, An
     return [run for run in runs if run["seed"] != TUNING_SEED and run["point"] == best]
 
 
-def describe(point: dict[str, Any]) -> str:
-    """The tuned values of a point, in short."""
+def describe(config: dict[str, Any]) -> list[str]:
+    """The values of a loss that are tuned, in short."""
     names = {"temperature": "tau", "instance_temperature": "tau_ins", "margin": "margin"}
-    values = [f"{names[name]} {value:g}" for name, value in point["config"].items() if name in names]
-    values += ["both directions"] if point["config"].get("symmetric") else []
-    return ", ".join([f"rate {point['learning_rate']:g}", *values])
+    values = [f"{names[name]} {value:g}" for name, value in config.items() if name in names]
+    return [*values, "both directions"] if config.get("symmetric") else values
 
 
 def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
@@ -69,7 +74,7 @@ def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
             tests = [run["test"]["rsum"] for run in chosen]
             cells = [
                 recipe["label"],
-                describe(chosen[0]["point"]),
+                ", ".join([f"rate {chosen[0]['point']['learning_rate']:g}", *describe(chosen[0]["point"]["config"])]),
                 spread([run["validation"]["rsum"] for run in chosen]),
                 spread(tests),
                 f"{mean(run['test']['t2i_r1'] for run in chosen):.1f}",
@@ -124,8 +129,11 @@ def overview(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
 def readme_table(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """The README's table: a few recipes in a few cells."""
     columns = [of_cell(recipes, runs, cell) for cell in IN_README["cells"]]
-    heads = [f"batch {batch}{CONDITIONS[condition]}" for condition, _, batch in IN_README["cells"]]
-    lines = ["| " + " | ".join(["heads on frozen towers", *heads]) + " |", "|---" * (len(columns) + 1) + "|"]
+    heads = [f"{groups:,} / {batch}{CONDITIONS[condition]}" for condition, groups, batch in IN_README["cells"]]
+    lines = [
+        "| " + " | ".join(["heads on frozen towers; training groups / batch", *heads]) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for name in IN_README["recipes"]:
         tests = [[run["test"]["rsum"] for run in column[name]] for column in columns]
         lines.append(
@@ -142,13 +150,14 @@ def end_to_end_table() -> str:
     for batch in sorted({run["batch"] for run in runs}):
         rows = []
         for name, recipe in recipes.items():
-            chosen = [run for run in runs if (run["recipe"], run["batch"]) == (name, batch)]
+            settings = {"recipe": name, "batch": batch, "config": recipe["config"]}
+            chosen = [run for run in runs if settings.items() <= run.items()]
             if chosen:
                 tests = [run["test"]["rsum"] for run in chosen]
                 cells = [
                     str(batch),
                     recipe["label"],
-                    f"{recipe['config']['temperature']:g}",
+                    ", ".join(describe(recipe["config"])),
                     *(spread([run["stages"][stage]["rsum"] for run in chosen]) for stage in recipe["stages"]),
                     spread(tests),
                     f"{mean(run['test']['t2t_r1'] for run in chosen):.1f}",
@@ -158,8 +167,8 @@ def end_to_end_table() -> str:
                 rows.append((mean(tests), "| " + " | ".join(cells) + " |"))
         lines += [row for _, row in sorted(rows, reverse=True)]
     header = (
-        "| batch | recipe | tau | validation, frozen towers | validation, end to end | test | sentence to sentence R@1 "
-        "| seeds | s |\n|---|---|---|---|---|---|---|---|---|"
+        "| batch | recipe | values | validation, frozen towers | validation, end to end | test | sentence to sentence "
+        "R@1 | seeds | s |\n|---|---|---|---|---|---|---|---|---|"
     )
     return "\n".join([header, *lines])
 

@@ -29,7 +29,7 @@ from .encoding import GroupEmbeddings, captions_of
 from .heat_maps import heat_maps, peak
 from .modeling_icone import IConEModel
 
-HIT, MISS = "#2a9d3c", "#cc3333"
+HIT, MISS = "#009e73", "#d55e00"  # of Okabe and Ito, as below
 KEY_WORD = "#1f4fd8"
 # Told apart with the usual colour blindnesses: P. Tol's "muted" scheme, then colours of Okabe and Ito.
 COLORS = (
@@ -99,7 +99,7 @@ def sweep_chart(
     axes.set_xlabel(parameter, fontsize=9)
     axes.set_ylabel(measure, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
+    figure.legend(loc="outside upper left", ncols=2, fontsize=7, frameon=False)  # inside it would lie over a line
     return figure
 
 
@@ -226,6 +226,11 @@ def retrieval_grid(
         right.suptitle("Picture to sentences", fontweight="bold")
         _text_to_image(left, groups, embeds, queries, top)
         _image_to_text(right, groups, embeds, queries, top)
+    kinds: list[Artist] = [
+        Line2D([], [], linestyle="", marker="s", color=color, label=f"of {whose} group")
+        for color, whose in ((HIT, "the query's own"), (MISS, "another"))
+    ]
+    figure.legend(handles=kinds, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 

@@ -34,6 +34,15 @@ def test_hits_are_framed_green_and_misses_red(gallery):
     assert frames(figure) == [to_rgb(c) for c in (HIT, MISS, MISS, MISS, HIT, MISS)]
 
 
+def test_a_legend_says_what_the_colours_mean(gallery):
+    legend = retrieval_grid(*gallery, queries=[0]).legends[0]
+    colors = [to_rgb(handle.get_color()) for handle in legend.legend_handles]
+    assert dict(zip((text.get_text() for text in legend.get_texts()), colors, strict=True)) == {
+        "of the query's own group": to_rgb(HIT),
+        "of another group": to_rgb(MISS),
+    }
+
+
 def test_sentences_are_coloured_likewise(gallery):
     figure = retrieval_grid(*gallery, queries=[7], top=3)
     colors = [to_rgb(text.get_color()) for axes in figure.subfigs[1].get_axes() for text in axes.texts]
@@ -97,7 +106,8 @@ SWEEP = {
 
 
 def test_lines_are_means_bands_the_extremes_and_stars_the_peaks():
-    axes = sweep_chart(SWEEP, reference=("the paper's peak", 0.05)).axes[0]
+    figure = sweep_chart(SWEEP, reference=("the paper's peak", 0.05))
+    axes = figure.axes[0]
     scenes, star, photos, other_star, reference = axes.lines
     assert scenes.get_xydata().tolist() == [[0.01, 1.5], [0.05, 8.5], [0.1, 6.0]]
     assert star.get_xydata().tolist() == [[0.05, 8.5]]
@@ -106,7 +116,7 @@ def test_lines_are_means_bands_the_extremes_and_stars_the_peaks():
     band = axes.collections[0].get_paths()[0].vertices
     assert {(x, y) for x, y in band.round(6)} == {(0.01, 1), (0.01, 2), (0.05, 8), (0.05, 9), (0.1, 5), (0.1, 7)}
     assert list(reference.get_xdata()) == [0.05, 0.05]
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["scenes: 8.5 at 0.05", "photos: 4.0 at 0.01", "the paper's peak: 0.05"]
     assert axes.get_xscale() == "log"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.01", "0.05", "0.1"]
