@@ -40,15 +40,15 @@ RATES = {"heads": 1e-3, "joint": 3e-4}
 def train(recipe: dict[str, Any], batch: int, seed: int, config: dict[str, Any]) -> dict[str, Any]:
     """One run: its metrics on validation after each stage and on test, and its seconds."""
     weights = "-".join(f"{first:g}{second:g}" for first, second in recipe["stages"].values())
-    arguments = recipe.get("arguments", {})
+    arguments, rates = recipe.get("arguments", {}), recipe.get("rates", RATES)
     values = [f"{name}{value}" for name, value in {**config, **arguments}.items()]
-    folder = WORK / "-".join([weights, *values, str(batch), str(seed)])
+    folder = WORK / "-".join([weights, *values, *map(str, rates.values()), str(batch), str(seed)])
     splits = {
         split: load_groups("openmoji-scenes", split, num_groups=count, image_size=PIXELS)
         for split, count in SIZES.items()
     }
     stages = [
-        Stage(name, EPOCHS[name], RATES[name], instance, contrastive, train_encoders=name == "joint")
+        Stage(name, EPOCHS[name], rates[name], instance, contrastive, train_encoders=name == "joint")
         for name, (instance, contrastive) in recipe["stages"].items()
     ]
     args = IConETrainingArguments(

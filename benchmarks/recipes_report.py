@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,15 +12,22 @@ import yaml
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 TUNING_SEED = 100
-CONDITIONS = {"plain": "", "few_updates": ", one epoch", "noisy": ", 3 of 10 sentences exchanged"}
+CONDITIONS = {
+    "plain": "",
+    "few_updates": ", one epoch",
+    "long": ", 48 epochs",
+    "noisy": ", 3 of 10 sentences exchanged",
+}
 IN_README: dict[str, list[Any]] = {  # rows and columns of the README's table
     "recipes": ["neighbours", "from_means", "max_hinge", "infonce", "sentence_transformers", "dual_encoder", "paper"],
     "cells": [
         ("plain", 1000, 16),
-        ("plain", 1000, 128),
         ("plain", 3000, 16),
         ("plain", 3000, 128),
+        ("plain", 10000, 128),
         ("few_updates", 3000, 16),
+        ("noisy", 3000, 16),
+        ("noisy", 3000, 128),
     ],
 }
 
@@ -97,48 +105,28 @@ def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     return "\n".join(blocks)
 
 
-def of_cell(
-    recipes: dict[str, Any], runs: list[dict[str, Any]], cell: tuple[str, int, int]
-) -> dict[str, list[dict[str, Any]]]:
-    """The final runs of each recipe in a cell: a condition, a number of groups and a batch size."""
-    settings = dict(zip(("condition", "groups", "batch"), cell, strict=True))
-    return {name: final_runs(runs, recipe=name, **settings) for name in recipes}
-
-
-def overview(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """Every recipe's mean test Rsum in every cell, the best in bold; rows by the cell that most recipes were run in."""
-    cells = sorted(
-        {(r["condition"], r["groups"], r["batch"]) for r in runs}, key=lambda cell: (cell[0] != "plain", cell)
-    )
+def overview(
+    recipes: dict[str, Any], runs: list[dict[str, Any]], names: Iterable[str], cells: Iterable[tuple[str, int, int]]
+) -> str:
+    """Mean test Rsum of recipes in cells (condition, number of groups, batch size), the best of each cell in bold."""
     columns = []
-    for cell in cells:
-        chosen = of_cell(recipes, runs, cell)
-        columns.append({name: mean(run["test"]["rsum"] for run in runs) for name, runs in chosen.items() if runs})
-    fullest = max(columns, key=len)
+    for condition, groups, batch in cells:
+        column = {}
+        for name in names:
+            chosen = final_runs(runs, recipe=name, condition=condition, groups=groups, batch=batch)
+            if chosen:
+                column[name] = mean(run["test"]["rsum"] for run in chosen)
+        columns.append(column)
     heads = [f"{groups:,} / {batch}{CONDITIONS[condition]}" for condition, groups, batch in cells]
-    lines = ["| " + " | ".join(["recipe", *heads]) + " |", "|---" * (len(cells) + 1) + "|"]
-    for name in sorted(recipes, key=lambda name: -fullest.get(name, 0)):
+    lines = ["| " + " | ".join(["training groups / batch", *heads]) + " |", "|---" * (len(columns) + 1) + "|"]
+    fullest = max(columns, key=len)
+    for name in sorted(names, key=lambda name: -fullest.get(name, 0)):
         row = [recipes[name]["label"]]
         for column in columns:
             value = f"{column[name]:.1f}" if name in column else "-"
-            row.append(f"**{value}**" if column.get(name) == max(column.values()) else value)
+            best = len(column) > 1 and column.get(name) == max(column.values())
+            row.append(f"**{value}**" if best else value)
         lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
-
-
-def readme_table(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """The README's table: a few recipes in a few cells."""
-    columns = [of_cell(recipes, runs, cell) for cell in IN_README["cells"]]
-    heads = [f"{groups:,} / {batch}{CONDITIONS[condition]}" for condition, groups, batch in IN_README["cells"]]
-    lines = [
-        "| " + " | ".join(["heads on frozen towers; training groups / batch", *heads]) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for name in IN_README["recipes"]:
-        tests = [[run["test"]["rsum"] for run in column[name]] for column in columns]
-        lines.append(
-            "| " + " | ".join([recipes[name]["label"], *(spread(t) if t else "not run" for t in tests)]) + " |"
-        )
     return "\n".join(lines)
 
 
@@ -175,13 +163,16 @@ def end_to_end_table() -> str:
 
 def blocks() -> list[tuple[Path, str, str]]:
     """Page, name of the block in it and the block, for all that the results fill."""
-    measured = read_all()
+    measured = recipes, runs = read_all()
     page = ROOT / "docs" / "recipes.md"
+    cells = sorted(
+        {(r["condition"], r["groups"], r["batch"]) for r in runs}, key=lambda cell: (cell[0] != "plain", cell)
+    )
     return [
-        (page, "overview", overview(*measured)),
+        (page, "overview", overview(*measured, recipes, cells)),
         (page, "tables", tables(*measured)),
         (page, "end to end", end_to_end_table()),
-        (ROOT / "README.md", "recipes", readme_table(*measured)),
+        (ROOT / "README.md", "recipes", overview(*measured, IN_README["recipes"], IN_README["cells"])),
     ]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import peers, recipes, recipes_report  # noqa: E402
+from benchmarks import figures, peers, recipes, recipes_report  # noqa: E402
 from icone_hf import FeatureCache, IConETrainer, IConETrainingArguments, Stage  # noqa: E402
 from icone_hf.losses import contrastive_loss  # noqa: E402
 
@@ -54,6 +54,8 @@ def test_every_recipe_is_a_grid_of_valid_points():
 def test_the_pages_show_what_was_measured():
     for page, name, text in recipes_report.blocks():
         assert text in page.read_text(encoding="utf-8"), f"{name}: python -m benchmarks.recipes --report"
+    for name, text in figures.tables().items():
+        assert text in figures.PAGE.read_text(encoding="utf-8"), f"{name}: python -m benchmarks.figures --report"
 
 
 def test_every_peer_has_a_trainer_and_no_larger_a_grid_than_infonce():
