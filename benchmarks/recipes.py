@@ -183,14 +183,19 @@ def train_heads(
     return updates
 
 
-def train(
-    recipe: dict[str, Any], point: dict[str, Any], groups: int, batch: int, condition: str, seed: int
-) -> dict[str, Any]:
-    """One run: its metrics on validation and test, updates and seconds."""
+def train_model(
+    recipe: dict[str, Any],
+    point: dict[str, Any],
+    caches: dict[str, FeatureCache],
+    groups: int,
+    batch: int,
+    condition: str,
+    seed: int,
+) -> tuple[IConEModel, int]:
+    """The model after all stages of a recipe, and its updates."""
     set_seed(seed)
     model = towers_model(groups, point["config"])
-    caches = open_caches(groups, condition)
-    arguments, updates, began = point["arguments"], 0, time.perf_counter()
+    arguments, updates = point["arguments"], 0
     for i, values in enumerate(recipe["stages"]):
         values = dict(values)
         epochs = epochs_of(groups, condition) * values.pop("share")
@@ -201,6 +206,16 @@ def train(
                 cast(torch.nn.Linear, model.classifier).weight.copy_(group_means(embed_cached(model, caches["train"])))
         of_batches = {name: value for name, value in arguments.items() if name != "class_vectors"}
         updates += train_heads(model, stage, caches, batch, seed + i, **of_batches)
+    return model, updates
+
+
+def train(
+    recipe: dict[str, Any], point: dict[str, Any], groups: int, batch: int, condition: str, seed: int
+) -> dict[str, Any]:
+    """One run: its metrics on validation and test, updates and seconds."""
+    caches = open_caches(groups, condition)
+    began = time.perf_counter()
+    model, updates = train_model(recipe, point, caches, groups, batch, condition, seed)
     return measure(model, caches, updates, time.perf_counter() - began)
 
 

