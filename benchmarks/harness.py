@@ -1,0 +1,132 @@
+"""What all measurements of speed share: timing in turns, memory of a fresh process, results, the page made of them."""
+
+import datetime
+import gc
+import importlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import pkgutil
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+from benchmarks import performance
+from benchmarks.recipes_report import write_between
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "performance"
+PAGE = HERE.parent / "docs" / "performance.md"
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
+
+
+def claims() -> dict[str, ModuleType]:
+    """Every module of benchmarks/performance, by name."""
+    names = [module.name for module in pkgutil.iter_modules(performance.__path__)]
+    return {name: importlib.import_module(f"benchmarks.performance.{name}") for name in names}
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int = 5, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each of `runs`, by name, one after the other `rounds` times; every second round goes backwards.
+
+    Args:
+        runs: what to time. What they return is thrown away.
+        rounds: how often.
+        warm_up: rounds before these, which are not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(warm_up + rounds):
+        for name in sorted(runs, key=list(runs).index, reverse=bool(number % 2)):
+            gc.collect()
+            began = time.perf_counter()
+            runs[name]()
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> float:
+    """The median over rounds of `name`'s seconds divided by those of `to` in the same round."""
+    return median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
+
+
+def peak_memory(function: Callable[..., Any], *args: Any) -> dict[str, float]:
+    """Runs `function(*args)` in a fresh process: `before` and `peak`, its resident memory in MiB.
+
+    `before` is taken when the function begins: what the imports cost. `function` must be importable, and its return
+    value is thrown away.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_watch, args=(sender, function, args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{function.__name__} ended with exit code {process.exitcode}.") from None
+    finally:
+        process.join()
+
+
+def _watch(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts from here
+    before = _memory("VmRSS")
+    function(*args)
+    sender.send({"before": before, "peak": _memory("VmHWM")})
+
+
+def _memory(field: str) -> float:
+    """A field of this process's status, MiB."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) / 1024
+
+
+def write_results(name: str, figures: dict[str, Any]) -> None:
+    """Puts figures into results/performance/NAME.json, with machine, versions and date."""
+    content = {
+        "command": f"python -m benchmarks {name}",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, no GPU, {platform.system()}",
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+        **figures,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    unfinished = RESULTS / f"{name}.tmp"
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(RESULTS / f"{name}.json")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def read_results(name: str) -> dict[str, Any]:
+    """What [`write_results`] wrote."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (heads, ["---"] * len(heads), *rows)]
+    return "\n".join(lines)
+
+
+def blocks() -> dict[str, str]:
+    """The page's tables by claim, for the claims that have results."""
+    measured = {name: module for name, module in claims().items() if (RESULTS / f"{name}.json").is_file()}
+    return {name: module.table(read_results(name)) for name, module in measured.items()}
+
+
+def write_page() -> None:
+    """Puts every table between its marks in docs/performance.md."""
+    for name, table in blocks().items():
+        marks = f"<!-- {name}: python -m benchmarks --report -->", f"<!-- end of {name} -->"
+        write_between(PAGE, marks, table)
