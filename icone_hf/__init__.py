@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .losses import contrastive_loss, instance_loss
     from .modeling_icone import IConEModel, IConEOutput
     from .processing_icone import IConEProcessor
-    from .retrieval import fold_metrics, retrieval_metrics, retrieval_ranks, sentence_metrics
+    from .retrieval import fold_metrics, fold_ranks, retrieval_metrics, retrieval_ranks, sentence_metrics
     from .scenes import draw_scenes
     from .stages import PAPER_STAGES, Stage
     from .trainer import IConETrainer
@@ -52,6 +52,7 @@ _MODULE_OF = {
     "draw_scenes": "scenes",
     "encode_groups": "encoding",
     "fold_metrics": "retrieval",
+    "fold_ranks": "retrieval",
     "heat_map": "heat_maps",
     "heat_maps": "heat_maps",
     "instance_loss": "losses",

@@ -165,7 +165,8 @@ def evaluate(argv: Sequence[str]) -> None:
     from accelerate import PartialState
 
     from .arguments import DataArguments, parse_arguments
-    from .retrieval import fold_metrics, metrics_table, retrieval_metrics
+    from .encoding import measure_embeddings
+    from .retrieval import metrics_table
     from .run_folder import write_metrics
 
     data_args, encode_args, args, positional = parse_arguments(
@@ -177,9 +178,10 @@ def evaluate(argv: Sequence[str]) -> None:
     )
     groups, embeds = _embed(positional.checkpoint, data_args, encode_args)
     split = encode_args.split
-    metrics = {split: retrieval_metrics(*embeds, chunk_size=args.chunk_size)}
-    if args.folds:
-        metrics[f"{split}_mean_of_{args.folds}_folds"] = fold_metrics(*embeds, args.folds, args.chunk_size)
+    whole, of_folds = measure_embeddings(embeds, args.folds, args.chunk_size)
+    metrics = {split: whole}
+    if of_folds:
+        metrics[f"{split}_mean_of_{args.folds}_folds"] = of_folds
     if not PartialState().is_main_process:
         return
     print(metrics_table(metrics))

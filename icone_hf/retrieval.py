@@ -14,6 +14,7 @@ def retrieval_ranks(
     text_embeds: torch.Tensor,
     text_to_image: torch.Tensor,
     chunk_size: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rank of the right answer for every query in both directions, from 1.
 
@@ -28,6 +29,8 @@ def retrieval_ranks(
         text_to_image: `(sentences,)`, integers: the row of the image that each sentence belongs to. Any number of
             sentences an image, in any order, but no image without one.
         chunk_size: queries whose scores against all items are held at once, which bounds the memory. `None`: 64 MiB.
+        share: `(k, n)`: ranks the k-th of n shares of the queries alone. The others' ranks are 0, so that the sum over
+            all shares, which n processes may compute, is the whole.
 
     Returns:
         Ranks of text-to-image `(sentences,)` and image-to-text `(images,)`, int64.
@@ -36,58 +39,119 @@ def retrieval_ranks(
         ValueError: if shapes do not fit, an embedding is not finite, an index is out of range or an image has no
             sentence.
     """
+    text_ranks, image_ranks = _rank(image_embeds, text_embeds, text_to_image, 1, chunk_size, share)
+    return text_ranks[0], image_ranks[0]
+
+
+def fold_ranks(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    text_to_image: torch.Tensor,
+    folds: int = 5,
+    chunk_size: int | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`retrieval_ranks`] among all and, from the same products, among the items of the query's own fold.
+
+    Folds are of consecutive images, with their sentences.
+
+    Returns:
+        Ranks of text-to-image `(2, sentences)` and image-to-text `(2, images)`: first among all, then within the fold.
+
+    Raises:
+        ValueError: if the images cannot be cut into `folds` equal parts, and as [`retrieval_ranks`].
+    """
+    return _rank(image_embeds, text_embeds, text_to_image, folds, chunk_size, share)
+
+
+def _rank(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    text_to_image: torch.Tensor,
+    folds: int,
+    chunk_size: int | None,
+    share: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
     image_embeds, text_embeds, text_to_image = (torch.as_tensor(t) for t in (image_embeds, text_embeds, text_to_image))
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be 1 or more.")
+    if not 0 <= share[0] < share[1]:
+        raise ValueError(f"share={share} must be (k, n) with 0 <= k < n.")
     _check(image_embeds, text_embeds, text_to_image)
+    if folds < 1 or len(image_embeds) % folds:
+        raise ValueError(f"{len(image_embeds)} images cannot be cut into {folds} folds of equal size.")
     image_embeds, text_embeds = image_embeds.float(), text_embeds.float()
-    text_to_image = text_to_image.long().to(image_embeds.device)
+    # Sentences in the order of their images: those of some images are then one run of columns.
+    text_to_image, order = torch.sort(text_to_image.long().to(image_embeds.device), stable=True)
+    sentences = _Sentences(text_embeds[order], text_to_image, len(image_embeds))
+    text_ranks = torch.zeros(2, len(text_embeds), dtype=torch.int64, device=image_embeds.device)
+    image_ranks = torch.zeros(2, len(image_embeds), dtype=torch.int64, device=image_embeds.device)
     # In both directions the right answers' scores are read from the same product as their rivals': computed apart, a
     # last bit could differ and turn a tie into a win.
-    return (
-        _text_to_image_ranks(image_embeds, text_embeds, text_to_image, chunk_size),
-        _image_to_text_ranks(image_embeds, text_embeds, text_to_image, chunk_size),
-    )
+    size = len(image_embeds) // folds
+    for fold in range(folds):
+        images = slice(fold * size, (fold + 1) * size)
+        texts = sentences.of(images)
+        for chunk in _chunks(texts, len(image_embeds), chunk_size, share):
+            text_ranks[:, order[chunk]] = _text_to_image_ranks(image_embeds, sentences, chunk, images)
+        for chunk in _chunks(images, len(text_embeds), chunk_size, share):
+            image_ranks[:, chunk] = _image_to_text_ranks(image_embeds, sentences, chunk, texts)
+    return text_ranks, image_ranks
 
 
-def _chunks(num_queries: int, num_items: int, chunk_size: int | None) -> Iterator[slice]:
+class _Sentences:
+    """All sentences in the order of their images.
+
+    Args:
+        embeds: `(sentences, dim)`.
+        image_rows: `(sentences,)`, ascending.
+        num_images: how many images there are.
+    """
+
+    def __init__(self, embeds: torch.Tensor, image_rows: torch.Tensor, num_images: int):
+        self.embeds, self.image_rows = embeds, image_rows
+        ends = torch.bincount(image_rows, minlength=num_images).cumsum(0).tolist()
+        self._bounds = [0, *ends]
+
+    def of(self, images: slice) -> slice:
+        """The run of sentences that belongs to a run of images."""
+        return slice(self._bounds[images.start], self._bounds[images.stop])
+
+
+def _chunks(queries: slice, num_items: int, chunk_size: int | None, share: tuple[int, int]) -> Iterator[slice]:
     size = chunk_size or max(1, _BLOCK_ELEMENTS // num_items)
-    for start in range(0, num_queries, size):
-        yield slice(start, min(start + size, num_queries))
+    size = min(size, -(-(queries.stop - queries.start) // share[1]))  # no share without a chunk
+    for start in range(queries.start + share[0] * size, queries.stop, share[1] * size):
+        yield slice(start, min(start + size, queries.stop))
 
 
-def _text_to_image_ranks(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor, chunk_size: int | None
-) -> torch.Tensor:
-    ranks = torch.empty_like(text_to_image)
-    for chunk in _chunks(len(text_embeds), len(image_embeds), chunk_size):
-        scores = text_embeds[chunk] @ image_embeds.T
-        own = scores.gather(1, text_to_image[chunk, None])
-        ranks[chunk] = (scores >= own).sum(dim=1)  # the right image counts itself: the 1 that ranks start from
-    return ranks
+def _text_to_image_ranks(image_embeds: torch.Tensor, sentences: _Sentences, chunk: slice, fold: slice) -> torch.Tensor:
+    """Of a chunk of sentences, among all images and among those of `fold`: `(2, chunk)`."""
+    scores = sentences.embeds[chunk] @ image_embeds.T
+    own = scores.gather(1, sentences.image_rows[chunk, None])
+    # The right image counts itself: the 1 that ranks start from.
+    beaten_by = scores >= own
+    return _count(beaten_by, fold)
 
 
-def _image_to_text_ranks(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor, chunk_size: int | None
-) -> torch.Tensor:
-    # Sentences in the order of their images: those of a chunk of images are then one run of columns.
-    text_to_image, order = torch.sort(text_to_image, stable=True)
-    text_embeds = text_embeds[order]
-    counts = torch.bincount(text_to_image, minlength=len(image_embeds))
-    ends = counts.cumsum(0)
-    ranks = torch.empty_like(counts)
-    for chunk in _chunks(len(image_embeds), len(text_embeds), chunk_size):
-        scores = image_embeds[chunk] @ text_embeds.T
-        columns = torch.arange(
-            int(ends[chunk.start] - counts[chunk.start]), int(ends[chunk.stop - 1]), device=ends.device
-        )
-        rows = text_to_image[columns] - chunk.start
-        own = scores[rows, columns]
-        best = own.new_full((len(scores),), -math.inf).scatter_reduce(0, rows, own, "amax")
-        at_least_best = (scores >= best[:, None]).sum(dim=1)
-        own_at_best = torch.zeros_like(at_least_best).index_add(0, rows, (own >= best[rows]).long())
-        ranks[chunk] = at_least_best - own_at_best + 1
-    return ranks
+def _image_to_text_ranks(image_embeds: torch.Tensor, sentences: _Sentences, chunk: slice, fold: slice) -> torch.Tensor:
+    """Of a chunk of images, among all sentences and among those of `fold`: `(2, chunk)`."""
+    scores = image_embeds[chunk] @ sentences.embeds.T
+    columns = sentences.of(chunk)
+    rows = sentences.image_rows[columns] - chunk.start
+    own = scores[rows, torch.arange(columns.start, columns.stop, device=rows.device)]
+    best = own.new_full((len(scores),), -math.inf).scatter_reduce(0, rows, own, "amax")
+    beaten_by = scores >= best[:, None]
+    own_at_best = torch.zeros(len(scores), dtype=torch.int64, device=rows.device)
+    own_at_best.index_add_(0, rows, (own >= best[rows]).long())
+    return _count(beaten_by, fold) - own_at_best + 1
+
+
+def _count(is_rival: torch.Tensor, fold: slice) -> torch.Tensor:
+    """How many are true in each row `(queries, items)`, and how many of these in the fold's columns: `(2, queries)`."""
+    total = is_rival.sum(dim=1)
+    is_whole = fold.stop - fold.start == is_rival.shape[1]
+    return torch.stack([total, total if is_whole else is_rival[:, fold].sum(dim=1)])
 
 
 def _check(image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor) -> None:
@@ -125,10 +189,24 @@ def _check(image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image:
             raise ValueError(f"{name} holds NaN or infinite values in {len(bad)} rows, the first is row {bad[0]}.")
 
 
-def _summary(text_ranks: torch.Tensor, image_ranks: torch.Tensor) -> dict[str, float]:
+def metrics_of_ranks(text_ranks: torch.Tensor, image_ranks: torch.Tensor) -> dict[str, float]:
+    """What [`retrieval_metrics`] returns, from ranks of text to image `(sentences,)` and image to text `(images,)`."""
     metrics = {**_of_ranks("t2i", text_ranks.double()), **_of_ranks("i2t", image_ranks.double())}
     metrics["rsum"] = sum(metrics[f"{direction}_r{k}"] for direction in ("t2i", "i2t") for k in RECALL_RANKS)
     return metrics
+
+
+def mean_over_folds(
+    text_ranks: torch.Tensor, image_ranks: torch.Tensor, text_to_image: torch.Tensor, folds: int
+) -> dict[str, float]:
+    """What [`fold_metrics`] returns, from the ranks within the folds, the second rows of [`fold_ranks`]."""
+    size = len(image_ranks) // folds
+    of_fold = text_to_image // size
+    results = [
+        metrics_of_ranks(text_ranks[of_fold == fold], image_ranks[fold * size : (fold + 1) * size])
+        for fold in range(folds)
+    ]
+    return {name: sum(result[name] for result in results) / folds for name in results[0]}
 
 
 def _of_ranks(direction: str, ranks: torch.Tensor) -> dict[str, float]:
@@ -158,7 +236,7 @@ def retrieval_metrics(
         >>> metrics["t2i_r1"], metrics["i2t_medr"], metrics["rsum"]
         (100.0, 1.0, 600.0)
     """
-    return _summary(*retrieval_ranks(image_embeds, text_embeds, text_to_image, chunk_size))
+    return metrics_of_ranks(*retrieval_ranks(image_embeds, text_embeds, text_to_image, chunk_size))
 
 
 def fold_metrics(
@@ -173,16 +251,8 @@ def fold_metrics(
     Raises:
         ValueError: if the images cannot be cut into `folds` equal parts, and as [`retrieval_ranks`].
     """
-    image_embeds, text_embeds, text_to_image = (torch.as_tensor(t) for t in (image_embeds, text_embeds, text_to_image))
-    if folds < 1 or len(image_embeds) % folds:
-        raise ValueError(f"{len(image_embeds)} images cannot be cut into {folds} folds of equal size.")
-    size = len(image_embeds) // folds
-    results = []
-    for fold in range(folds):
-        texts = text_to_image // size == fold
-        images = image_embeds[fold * size : (fold + 1) * size]
-        results.append(retrieval_metrics(images, text_embeds[texts], text_to_image[texts] - fold * size, chunk_size))
-    return {name: sum(result[name] for result in results) / folds for name in results[0]}
+    (_, text_ranks), (_, image_ranks) = fold_ranks(image_embeds, text_embeds, text_to_image, folds, chunk_size)
+    return mean_over_folds(text_ranks, image_ranks, torch.as_tensor(text_to_image), folds)
 
 
 def sentence_metrics(
@@ -207,7 +277,7 @@ def sentence_metrics(
     if not (counts > 1).any():
         raise ValueError("No group has two sentences: there is nothing to find.")
     ranks = torch.zeros_like(text_to_image)
-    for chunk in _chunks(len(text_embeds), len(text_embeds), chunk_size):
+    for chunk in _chunks(slice(0, len(text_embeds)), len(text_embeds), chunk_size, (0, 1)):
         scores = text_embeds[chunk] @ text_embeds.T
         rows = torch.arange(chunk.start, chunk.start + len(scores), device=scores.device)
         scores[rows - chunk.start, rows] = -math.inf

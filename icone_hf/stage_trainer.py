@@ -8,10 +8,9 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
 from .batching import GroupBatchSampler, GroupDataLoader, PairCollator, PairDataset
-from .encoding import GroupEmbeddings, encode_groups
+from .encoding import GroupEmbeddings, encode_groups, measure_embeddings
 from .feature_cache import FeatureCache
 from .modeling_icone import IConEModel
-from .retrieval import retrieval_metrics
 from .stages import Stage
 from .training_args import IConETrainingArguments
 
@@ -112,7 +111,7 @@ class StageTrainer(Trainer):
                 self.args.per_device_eval_batch_size,
                 self.args.dataloader_num_workers,
             )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in retrieval_metrics(*embeds).items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measure_embeddings(embeds)[0].items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

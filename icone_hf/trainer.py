@@ -19,11 +19,10 @@ from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .batching import PairDataset
-from .encoding import GroupEmbeddings, encode_groups, group_means
+from .encoding import GroupEmbeddings, encode_groups, group_means, measure_embeddings
 from .feature_cache import FeatureCache, digest_captions
 from .groups import check_captions, check_disjoint
 from .modeling_icone import IConEModel
-from .retrieval import retrieval_metrics
 from .run_folder import RunFolder
 from .stage_trainer import StageTrainer, embed_cached
 from .stages import PAPER_STAGES, Stage
@@ -237,7 +236,7 @@ class IConETrainer:
 
     def evaluate(self, groups: Dataset | None = None) -> dict[str, float]:
         """Retrieval metrics of the model as it is now, on `groups` or the validation groups."""
-        return retrieval_metrics(*self.encode(self.eval_dataset if groups is None else groups))
+        return measure_embeddings(self.encode(self.eval_dataset if groups is None else groups))[0]
 
     def encode(self, groups: Dataset) -> GroupEmbeddings:
         """All pictures and sentences of `groups`, embedded by the model as it is now; see [`encode_groups`]."""

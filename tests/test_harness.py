@@ -28,6 +28,10 @@ def test_runs_take_turns_and_warm_up_does_not_count():
     assert min(seconds["b"]) >= 0.02
 
 
+def test_a_run_may_time_itself():
+    assert harness.interleaved({"a": lambda: 0.5}, rounds=2, warm_up=0) == {"a": [0.5, 0.5]}
+
+
 def test_a_ratio_is_the_median_of_the_rounds():
     assert harness.ratio({"a": [1.0, 6.0, 9.0], "b": [1.0, 2.0, 9.0]}, "a", to="b") == 1.0
 

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icone_hf.retrieval import fold_metrics, metrics_table, retrieval_metrics, retrieval_ranks, sentence_metrics
+from icone_hf.retrieval import (
+    fold_metrics,
+    fold_ranks,
+    metrics_table,
+    retrieval_metrics,
+    retrieval_ranks,
+    sentence_metrics,
+)
 
 KEYS = {f"{d}_{m}" for d in ("t2i", "i2t") for m in ("r1", "r5", "r10", "medr", "mnr")} | {"rsum"}
 
@@ -118,6 +125,45 @@ def test_folds_are_the_mean_over_consecutive_images():
     ]
     ours = fold_metrics(torch.tensor(images), torch.tensor(texts), torch.tensor(owner), folds=4)
     assert ours == pytest.approx({name: np.mean([fold[name] for fold in folds]) for name in folds[0]})
+
+
+@given(galleries(), st.integers(1, 4), st.integers(1, 15))
+@settings(max_examples=100, deadline=None)
+def test_ranks_within_folds_are_those_of_each_fold_alone(gallery, folds, chunk_size):
+    # The gallery repeated for every fold, each time with other numbers.
+    images, texts, owner = gallery
+    scale = [np.roll([1, 2, -1, 3], fold)[:1] for fold in range(folds)]
+    all_images = np.concatenate([images * s for s in scale])
+    all_texts = np.concatenate([texts * s for s in scale])
+    all_owners = np.concatenate([owner + fold * len(images) for fold in range(folds)])
+    shuffle = np.random.default_rng(0).permutation(len(all_texts))
+    t2i, i2t = fold_ranks(*tensors((all_images, all_texts[shuffle], all_owners[shuffle])), folds, chunk_size)
+    whole = numpy_ranks(all_images, all_texts, all_owners)
+    within = [numpy_ranks(images * s, texts * s, owner) for s in scale]
+    back = np.argsort(shuffle)
+    assert t2i[:, back].tolist() == [whole[0].tolist(), np.concatenate([ranks[0] for ranks in within]).tolist()]
+    assert i2t.tolist() == [whole[1].tolist(), np.concatenate([ranks[1] for ranks in within]).tolist()]
+
+
+@given(galleries(), st.integers(1, 15), st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_the_shares_of_several_processes_sum_to_the_whole(gallery, chunk_size, num_shares):
+    whole = retrieval_ranks(*tensors(gallery))
+    for chunks in (chunk_size, None):
+        parts = [
+            retrieval_ranks(*tensors(gallery), chunk_size=chunks, share=(k, num_shares)) for k in range(num_shares)
+        ]
+        for direction in (0, 1):
+            ranks = torch.stack([part[direction] for part in parts])
+            assert ((ranks > 0).sum(dim=0) == 1).all()  # each query in one share
+            assert torch.equal(ranks.sum(dim=0), whole[direction])
+    sizes = [sum(int((ranks > 0).sum()) for ranks in part) for part in parts]
+    assert max(sizes) - min(sizes) <= 2 * num_shares  # of equal size, without a chunk size
+
+
+def test_a_share_must_be_one_of_them():
+    with pytest.raises(ValueError, match=r"share=\(2, 2\)"):
+        retrieval_ranks(torch.eye(2), torch.eye(2), torch.arange(2), share=(2, 2))
 
 
 def test_one_fold_is_the_whole():

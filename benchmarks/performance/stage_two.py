@@ -1,0 +1,262 @@
+"""Stage II trains as fast as a bare loop over the towers, and faster than the peers' trainers."""
+
+import itertools
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.modules import Dense, InputModule, Router
+from sentence_transformers.base.sampler import BatchSamplers
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
+
+from benchmarks.harness import interleaved, markdown, ratio
+from benchmarks.peers import ranking_loss
+from benchmarks.recipes import TOWERS
+from icone_hf import (
+    GroupBatchSampler,
+    IConEModel,
+    IConEProcessor,
+    IConETrainer,
+    IConETrainingArguments,
+    PairCollator,
+    PairDataset,
+    Stage,
+    load_groups,
+)
+
+GROUPS, PIXELS, BATCH, DIM = 40, 96, 32, 512
+STEPS, NOT_COUNTED = 6, 1  # the first step allocates
+
+
+class Clock(TrainerCallback):
+    """The seconds of a Trainer's steps, what lies between them included, the first ones left out."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def __deepcopy__(self, memo: Any) -> "Clock":
+        return self  # IConETrainer gives each stage a copy of its callbacks
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        return self.ends[-1] - self.ends[NOT_COUNTED - 1]
+
+
+def common(folder: str) -> dict[str, Any]:
+    """Arguments of every Trainer here."""
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS + NOT_COUNTED,
+        "learning_rate": 1e-4,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
+# --- the limit ---
+
+
+def ready_batches(groups: Dataset) -> list[dict[str, torch.Tensor]]:
+    """Batches as our collator makes them, in memory before the clock starts."""
+    pairs, processor = PairDataset(groups), IConEProcessor.from_encoders(*TOWERS)
+    sampler = GroupBatchSampler(pairs.captions_per_group, BATCH)
+    batches = itertools.islice(itertools.cycle(sampler), STEPS + NOT_COUNTED)
+    return [PairCollator(processor)([pairs[pair] for pair in batch]) for batch in batches]
+
+
+def bare_loop(batches: Sequence[dict[str, torch.Tensor]], losses: bool) -> float:
+    """Towers, two projections, InfoNCE and the instance loss, AdamW: plain PyTorch on tensors that are ready.
+
+    Without `losses` the towers' outputs are summed: what encoding alone costs, forward and backward.
+    """
+    vision, text = (AutoModel.from_pretrained(tower).train() for tower in TOWERS)
+    for module in vision.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    image_head, text_head = nn.Linear(1280, DIM, bias=False), nn.Linear(384, DIM, bias=False)
+    class_vectors = nn.Parameter(torch.randn(GROUPS, DIM))
+    modules = nn.ModuleList([vision, text, image_head, text_head])
+    parameters = [*modules.parameters(), class_vectors] if losses else list(modules[:2].parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    ends = []
+    for batch in batches:
+        mask = batch["attention_mask"]
+        image = vision(batch["pixel_values"]).pooler_output.flatten(1)
+        words = text(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        sentence = (words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        if losses:
+            image, sentence = (F.normalize(head(x)) for head, x in ((image_head, image), (text_head, sentence)))
+            scores, own = image @ sentence.T / 0.1, torch.arange(len(image))
+            loss = F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)
+            classes = F.normalize(class_vectors).T / 0.1
+            loss = loss + sum(F.cross_entropy(x @ classes, batch["group_ids"]) for x in (image, sentence))
+        else:
+            loss = image.sum() + sentence.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ends.append(time.perf_counter())
+    return ends[-1] - ends[NOT_COUNTED - 1]
+
+
+# --- ours ---
+
+
+def ours(groups: Dataset) -> float:
+    model = IConEModel.from_encoders(
+        *TOWERS, num_groups=GROUPS, projection_dim=DIM, text_pooling="mean", temperature=0.1, instance_logits="cosine"
+    )
+    stage = Stage("joint", 1, 1e-4, instance_weight=1, contrastive_weight=1, train_encoders=True)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = {**common(folder), "save_strategy": "steps", "eval_strategy": "steps"}
+        steps: dict[str, Any] = {"save_steps": 10**6, "eval_steps": 10**6, "load_best_model_at_end": False}
+        args = IConETrainingArguments(**arguments, **steps)
+        validation = load_groups("openmoji-scenes", "validation", num_groups=2, image_size=PIXELS)
+        processor = IConEProcessor.from_encoders(*TOWERS)
+        IConETrainer(model, args, groups, validation, processor, [stage], callbacks=[clock]).train()
+    return clock.seconds
+
+
+# --- peers ---
+
+
+class Pairs(torch.utils.data.Dataset):
+    """What transformers' contrastive-image-text example feeds its Trainer: sentences tokenised once, to one length."""
+
+    def __init__(self, groups: Dataset, processor: Any):
+        captions = [caption for group in groups["captions"] for caption in group]
+        tokens = processor.tokenizer(captions, padding="max_length", max_length=32, truncation=True)
+        self.ids, self.masks = tokens["input_ids"], tokens["attention_mask"]
+        self.rows = np.repeat(np.arange(len(groups)), [len(group) for group in groups["captions"]])
+        self.groups, self.processor = groups, processor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        picture = self.groups[int(self.rows[index])]["image"]
+        pixel_values = self.processor(images=[picture], return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixel_values, "input_ids": self.ids[index], "attention_mask": self.masks[index]}
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    ids, masks = (torch.tensor([item[name] for item in items]) for name in ("input_ids", "attention_mask"))
+    pixel_values = torch.stack([item["pixel_values"] for item in items])
+    return {"pixel_values": pixel_values, "input_ids": ids, "attention_mask": masks, "return_loss": True}
+
+
+def transformers_example(groups: Dataset) -> float:
+    """VisionTextDualEncoderModel in transformers' Trainer, as in examples/pytorch/contrastive-image-text."""
+    vision, text = (AutoModel.from_pretrained(tower) for tower in TOWERS)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision.config, text.config, projection_dim=DIM)
+    model = VisionTextDualEncoderModel(config, vision, text)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(**common(folder), remove_unused_columns=False)
+        dataset = Pairs(groups, IConEProcessor.from_encoders(*TOWERS))
+        Trainer(model, args, data_collator=collate, train_dataset=dataset, callbacks=[clock]).train()
+    return clock.seconds
+
+
+class Tower(InputModule):
+    """One of our two towers as a sentence-transformers module: pictures or sentences in, pooled outputs out."""
+
+    def __init__(self, tower: nn.Module, processor: Any):
+        super().__init__()
+        self.tower, self.processor = tower, processor
+
+    @property
+    def modalities(self) -> list[Any]:
+        return ["image", "text"]
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        if isinstance(inputs[0], str):
+            return dict(self.processor(text=list(inputs), return_tensors="pt"))
+        return dict(self.processor(images=list(inputs), return_tensors="pt"))
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        if "pixel_values" in features:
+            features["sentence_embedding"] = self.tower(features["pixel_values"]).pooler_output.flatten(1)
+            return features
+        mask = features["attention_mask"]
+        words = self.tower(input_ids=features["input_ids"], attention_mask=mask).last_hidden_state
+        features["sentence_embedding"] = (words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return features
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("A measurement saves nothing.")
+
+
+def sentence_transformers(groups: Dataset) -> float:
+    """SentenceTransformerTrainer with MultipleNegativesRankingLoss over both towers."""
+    processor = IConEProcessor.from_encoders(*TOWERS)
+    vision, text = (Tower(AutoModel.from_pretrained(tower), processor) for tower in TOWERS)
+    heads = [Dense(width, DIM, bias=False, activation_function=nn.Identity()) for width in (1280, 384)]
+    routes: dict[str, list[Any]] = {"image": [vision, heads[0]], "text": [text, heads[1]]}
+    model = SentenceTransformer(modules=[Router(routes)], device="cpu")
+    captions = [caption for group in groups["captions"] for caption in group]
+    rows = np.repeat(np.arange(len(groups)), [len(group) for group in groups["captions"]])
+    pairs = groups.select(rows).select_columns(["image"]).add_column("positive", captions)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        SentenceTransformerTrainer(
+            model=model,
+            args=SentenceTransformerTrainingArguments(
+                **common(folder),
+                batch_sampler=BatchSamplers.BATCH_SAMPLER,
+                router_mapping={"image": "image", "positive": "text"},
+            ),
+            train_dataset=pairs,
+            loss=ranking_loss(model, 0.1, symmetric=True),
+            callbacks=[clock],
+        ).train()
+    return clock.seconds
+
+
+def contenders() -> Iterator[tuple[str, Any]]:
+    groups = load_groups("openmoji-scenes", "train", num_groups=GROUPS, image_size=PIXELS)
+    batches = ready_batches(groups)
+    yield "encoders alone", lambda: bare_loop(batches, losses=False)
+    yield "bare loop", lambda: bare_loop(batches, losses=True)
+    yield "icone_hf", lambda: ours(groups)
+    yield "transformers, contrastive-image-text", lambda: transformers_example(groups)
+    yield "sentence-transformers", lambda: sentence_transformers(groups)
+
+
+def measure() -> dict[str, Any]:
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    return {"pairs": STEPS * BATCH, "batch": BATCH, "pixels": PIXELS, "seconds": interleaved(dict(contenders()))}
+
+
+def table(results: dict[str, Any]) -> str:
+    seconds = results["seconds"]
+    rows = [
+        [name, f"{results['pairs'] / float(np.median(times)):.1f}", f"{ratio(seconds, 'bare loop', to=name):.2f}"]
+        for name, times in seconds.items()
+    ]
+    heads = [f"Stage II, batch {results['batch']}, {results['pixels']} pixels", "pairs/s", "to the bare loop"]
+    return markdown(heads, rows)
