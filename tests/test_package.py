@@ -17,6 +17,7 @@ MODEL_ROOM = {
     "processing_icone",
     "losses",
     "objective",
+    "class_sampling",
     "encoders",
     "lora",
     "towers",
@@ -35,7 +36,8 @@ LAYERS = (
     ("scenes", "word_vectors"),
     ("processing_icone", "modeling_icone"),
     ("configuration_icone", "objective"),
-    ("encoders", "losses", "lora", "towers"),
+    ("class_sampling", "encoders", "lora", "towers"),
+    ("losses",),
 )
 
 
