@@ -33,7 +33,7 @@ LAYERS = (
     ("feature_cache", "run_folder", "training_args", "heat_maps"),
     ("encoding",),
     ("stages", "batching", "groups", "retrieval"),
-    ("scenes", "word_vectors", "sparse_rows"),
+    ("scenes", "word_vectors", "sparse_rows", "sharded_classifier"),
     ("processing_icone", "modeling_icone"),
     ("configuration_icone", "objective"),
     ("class_sampling", "encoders", "lora", "towers"),
