@@ -1,6 +1,8 @@
 """Class vectors over ranks against all of them in one process. What the ranks do: sharded_run.py."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import sharded_run
@@ -54,6 +56,22 @@ def test_alone_it_is_the_plain_classifier(make_model, tmp_path, dtype):
     saved = load_file(tmp_path / "model-00002-of-00002.safetensors")["classifier.weight"]
     assert saved.dtype == dtype
     assert torch.equal(saved, classifier.weight.data)
+
+
+def test_the_loop_of_the_page_takes_the_models_loss(make_model, batch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    (code,) = [text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "ShardedClassifier" in text]
+    model, whole, group_ids = make_model(num_groups=0).eval(), make_model(num_groups=11).eval(), torch.arange(4)
+    names = {"model": model, "inputs": batch, "group_ids": group_ids, "num_groups": 11, "torch": torch}
+    names |= {"ShardedClassifier": ShardedClassifier, "clip_sharded_norm": clip_sharded_norm}
+    first = ShardedClassifier(11, 16)
+    whole.load_state_dict({**model.state_dict(), "classifier.weight": first.weight.data})
+    exec(compile(code, "performance.md", "exec"), names)
+    expected = whole(**batch, group_ids=group_ids, contrastive_weight=0).loss
+    torch.testing.assert_close(names["loss"], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(IConEModel.from_pretrained("my-model").classifier.weight, names["classifier"].weight)
+    assert not torch.equal(names["classifier"].weight, first.weight)
 
 
 def test_what_cannot_be_is_refused(make_model, tmp_path):
