@@ -39,6 +39,12 @@ class ModelArguments:
     instance_temperature: float | None = field(
         default=None, metadata={"help": "Temperature of cosine instance logits. Default: temperature."}
     )
+    instance_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Score the classes of the batch and this many sampled others, whatever num_groups is. 0: all."
+        },
+    )
     vision_pooling: str | None = field(
         default=None,
         metadata={"help": "Global image feature: cls, mean, last, pooler. Default: by the tower's type."},

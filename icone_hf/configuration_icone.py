@@ -52,6 +52,10 @@ class IConEConfig(PreTrainedConfig):
         instance_logits: `"dot"`, the paper's equations (1) and (3), or `"cosine"`: features and class vectors
             normalised.
         instance_temperature: divides the `"cosine"` logits. `None`: the same as `temperature`.
+        instance_samples: in training, the instance loss scores the classes of the batch and this many of the others,
+            drawn anew at every step, which stand for all of them. Its cost then does not grow with `num_groups`. The
+            classifier's gradient is sparse: [`IConETrainer`] knows how to step it. 0: every class is scored, as in the
+            paper.
         vision_pooling: which output of the vision tower is "the global token". `"pooler"`: its `pooler_output` (CLIP's
             layer-normed class token, a convolutional network's global mean); `"cls"`: the last layer's first token;
             `"mean"`: the mean over positions; `"last"`: the last token. `None`: guessed from the tower's type, and
@@ -88,6 +92,7 @@ class IConEConfig(PreTrainedConfig):
     several_positives: bool = False
     instance_logits: str = "dot"
     instance_temperature: float | int | None = None
+    instance_samples: int = 0
     vision_pooling: str | None = None
     text_pooling: str | None = None
     vision_lora: dict | None = None
@@ -107,6 +112,8 @@ class IConEConfig(PreTrainedConfig):
             raise ValueError(f"projection_dim={self.projection_dim} must be 1 or more.")
         if self.num_groups < 0:
             raise ValueError(f"num_groups={self.num_groups} must be 0 (no classifier) or more.")
+        if self.instance_samples < 0:
+            raise ValueError(f"instance_samples={self.instance_samples} must be 0 (all classes) or more.")
         for name in ("temperature", "instance_temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -17,6 +17,7 @@ def instance_loss(
     logits: str = "dot",
     temperature: float = 0.05,
     reduction: str = "mean",
+    log_counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Classifies each row into its image/text group: equations (1)-(2) for images, (3)-(4) for sentences.
 
@@ -30,6 +31,8 @@ def instance_loss(
         logits: `"dot"`, the paper's; `"cosine"` normalises features and class vectors and divides by `temperature`.
         temperature: used by `"cosine"` alone.
         reduction: `"mean"` or `"sum"` over the rows that count.
+        log_counts: `(num_groups,)`, added to every row's logits: the log of how many classes each row of
+            `class_vectors` stands for, where these are a sample (see `class_sampling.py`). `None`: each for itself.
 
     Returns:
         A scalar, in float32 whatever the inputs' dtype.
@@ -37,13 +40,21 @@ def instance_loss(
     Raises:
         ValueError: for another value of `logits`.
     """
-    if logits == "dot":
-        scores = (features @ class_vectors.T).float()
-    elif logits == "cosine":
-        scores = (F.normalize(features, dim=-1) @ F.normalize(class_vectors, dim=-1).T).float() / temperature
-    else:
-        raise ValueError(f'logits={logits!r} is unknown: use "dot" (the paper\'s) or "cosine".')
+    scores = instance_scores(features, class_vectors, logits, temperature)
+    if log_counts is not None:
+        scores = scores + log_counts
     return F.cross_entropy(scores, group_ids, ignore_index=IGNORED_GROUP, reduction=reduction)
+
+
+def instance_scores(
+    features: torch.Tensor, class_vectors: torch.Tensor, logits: str = "dot", temperature: float = 0.05
+) -> torch.Tensor:
+    """The logits of [`instance_loss`], whose arguments these are: `(batch, num_groups)`, float32."""
+    if logits == "dot":
+        return (features @ class_vectors.T).float()
+    if logits == "cosine":
+        return (F.normalize(features, dim=-1) @ F.normalize(class_vectors, dim=-1).T).float() / temperature
+    raise ValueError(f'logits={logits!r} is unknown: use "dot" (the paper\'s) or "cosine".')
 
 
 def contrastive_loss(

@@ -243,6 +243,11 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
             return self.config.temperature
         return torch.exp(-self.logit_scale).clamp(min=LOWEST_TEMPERATURE)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """DDP asks for this. The sparse gradient of sampled classes is averaged in `forward`'s graph instead."""
+        return ["classifier.weight"] if self.config.instance_samples else []
+
     # --- training modes ---
 
     def set_encoders_trainable(self, trainable: bool) -> None:
@@ -414,8 +419,9 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
             if instance_weight:
                 class_vectors = cast(nn.Linear, self.classifier).weight
                 known_groups = cast(torch.Tensor, group_ids)
+                num_samples = self.config.instance_samples if self.training else 0
                 instance = instance_objective(
-                    self.config, class_vectors, image_features, text_features, known_groups, num_ranks
+                    self.config, class_vectors, image_features, text_features, known_groups, num_ranks, num_samples
                 )
             if contrastive_weight:
                 contrastive = contrastive_objective(

@@ -6,6 +6,7 @@ import torch
 import torch.distributed
 import torch.distributed.nn
 
+from .class_sampling import sample_classes, scored_rows
 from .losses import IGNORED_GROUP, contrastive_loss, hinge_loss, instance_loss, sigmoid_loss
 
 
@@ -66,6 +67,7 @@ def instance_objective(
     text_features: torch.Tensor,
     group_ids: torch.Tensor,
     num_ranks: int = 1,
+    num_samples: int = 0,
 ) -> torch.Tensor:
     """Equation (5): the instance loss of the images plus that of the sentences, a scalar.
 
@@ -78,15 +80,22 @@ def instance_objective(
         image_features, text_features: `(batch, dim)`, projected, not normalised.
         group_ids: `(batch,)`, or [`IGNORED_GROUP`].
         num_ranks: processes that hold a share of the batch.
+        num_samples: classes that stand for all that are not in the batch of all ranks, the same for every rank; 0
+            scores every class. See [`sample_classes`].
     """
-    temperature = config.instance_temperature or config.temperature
-    image_loss, text_loss = (
-        instance_loss(features, class_vectors, group_ids, config.instance_logits, temperature, reduction="sum")
-        for features in (image_features, text_features)
-    )
     num_rows = (group_ids != IGNORED_GROUP).sum()
     if num_ranks > 1:
         torch.distributed.all_reduce(num_rows)
+    log_counts = None
+    if num_samples:
+        scored = sample_classes(_gather_ids(group_ids, num_ranks), len(class_vectors), num_samples, num_ranks)
+        class_vectors = scored_rows(class_vectors, scored.class_ids, num_ranks)
+        group_ids, log_counts = scored.positions(group_ids), scored.log_counts
+    temperature = config.instance_temperature or config.temperature
+    image_loss, text_loss = (
+        instance_loss(features, class_vectors, group_ids, config.instance_logits, temperature, "sum", log_counts)
+        for features in (image_features, text_features)
+    )
     return (image_loss + text_loss) * num_ranks / num_rows
 
 
@@ -117,9 +126,7 @@ def contrastive_objective(
             for embeds in (image_embeds, text_embeds)
         )
         if group_ids is not None:
-            gathered = [torch.empty_like(group_ids) for _ in range(num_ranks)]
-            torch.distributed.all_gather(gathered, group_ids.contiguous())
-            group_ids = torch.cat(gathered)
+            group_ids = _gather_ids(group_ids, num_ranks)
     if config.contrastive_loss == "infonce":
         return contrastive_loss(image_embeds, text_embeds, temperature, group_ids, config.several_positives)
     if config.contrastive_loss == "sigmoid":
@@ -127,3 +134,12 @@ def contrastive_objective(
         return sigmoid_loss(image_embeds, text_embeds, temperature, bias, group_ids, config.several_positives)
     hardest = config.contrastive_loss == "max_hinge"
     return hinge_loss(image_embeds, text_embeds, config.margin, group_ids, hardest)
+
+
+def _gather_ids(group_ids: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """The group ids of all ranks' rows, in the order of the ranks."""
+    if num_ranks == 1:
+        return group_ids
+    gathered = [torch.empty_like(group_ids) for _ in range(num_ranks)]
+    torch.distributed.all_gather(gathered, group_ids.contiguous())
+    return torch.cat(gathered)

@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import torch
+import torch.distributed
 from datasets import Dataset
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
@@ -11,6 +12,7 @@ from .batching import GroupBatchSampler, GroupDataLoader, PairCollator, PairData
 from .encoding import GroupEmbeddings, encode_groups, measure_embeddings
 from .feature_cache import FeatureCache
 from .modeling_icone import IConEModel
+from .sparse_rows import AdamWithSparseRows, with_dense_gradients
 from .stages import Stage
 from .training_args import IConETrainingArguments
 
@@ -65,6 +67,28 @@ class StageTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             persistent_workers=self.args.dataloader_persistent_workers and num_workers > 0,
         )
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Where classes are sampled, the classifier has an optimizer of its own in ours, and clipping knows of it."""
+        icone = cast(IConEModel, self.model)
+        rows = icone.classifier.weight if icone.config.instance_samples and icone.classifier is not None else None
+        if self.optimizer is not None or rows is None or not rows.requires_grad:
+            return super().create_optimizer(model)
+        rows.requires_grad_(False)  # what has no gradient is left out by transformers
+        dense = super().create_optimizer(model)
+        rows.requires_grad_(True)
+        args = self.args
+        sparse = torch.optim.SparseAdam(
+            [rows], lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
+        )
+        self.optimizer = AdamWithSparseRows(dense, sparse)
+        clip = self.accelerator.clip_grad_norm_
+        self.accelerator.clip_grad_norm_ = lambda parameters, *args, **kwargs: clip(
+            with_dense_gradients(parameters), *args, **kwargs
+        )
+        if args.world_size > 1:  # as DDP does with all that it is not told to leave out
+            torch.distributed.broadcast(rows.data, src=0)
+        return self.optimizer
 
     def compute_loss(
         self,

@@ -98,6 +98,8 @@ class IConETrainer:
                 f"The classifier has {self.model.config.num_groups} classes, the training split "
                 f"{len(self.train_dataset)} groups: build or load the model with num_groups=len(train_dataset)."
             )
+        if self.model.config.instance_samples and needs_classifier:
+            self._check_sampling()
         if self.args.class_vectors not in CLASS_VECTORS:
             raise ValueError(f"class_vectors={self.args.class_vectors!r} must be one of {', '.join(CLASS_VECTORS)}.")
         if self.args.neighbour_run and not self.model.config.num_groups:
@@ -116,6 +118,25 @@ class IConETrainer:
                 f"save_strategy={strategies['save_strategy']} and eval_strategy={strategies['eval_strategy']} must be "
                 "the same, and not no: every checkpoint is measured, and the best one gone on with."
             )
+
+    def _check_sampling(self) -> None:
+        """Sampled classes have sparse gradients, which not every optimizer and engine takes."""
+        sampling = f"instance_samples={self.model.config.instance_samples}"
+        optim = self.args.to_dict()["optim"]
+        if optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(
+                f"{sampling} steps the classifier by SparseAdam, beside optim=adamw_torch_fused or adamw_torch, but "
+                f"optim={optim}: choose one of these, or set instance_samples to 0."
+            )
+        if self.args.weight_decay:
+            raise ValueError(
+                f"{sampling} touches the sampled class vectors alone, so that weight_decay={self.args.weight_decay:g} "
+                "would not reach the others: set one of the two to 0."
+            )
+        for engine in ("FSDP", "DeepSpeed"):
+            launched = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
+            if launched or getattr(self.args, engine.lower()):
+                raise ValueError(f"{sampling} needs one process or DDP, not {engine}: set it to 0.")
 
     # --- the run ---
 

@@ -1,9 +1,10 @@
 """Run by test_distributed.py, under torchrun or alone: trains a tiny model and writes what came out.
 
-python tests/distributed_run.py TOWERS OUTPUT PER_DEVICE_BATCH
+python tests/distributed_run.py VISION TEXT OUTPUT PER_DEVICE_BATCH INSTANCE_SAMPLES
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ STAGES = (
 NUM_GROUPS = 150  # of three sentences: four batches of 112 or 113 pairs, so that fillers are needed
 
 
-def main(vision, text, output, per_device_batch):
+def main(vision, text, output, per_device_batch, instance_samples):
     torch.manual_seed(0)
     # Dropout draws other numbers on every rank; without it the two runs must agree.
     text_model = BertModel(tiny_text_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
@@ -31,7 +32,10 @@ def main(vision, text, output, per_device_batch):
         num_groups=NUM_GROUPS,
         projection_dim=16,
         text_pooling="mean",
+        instance_samples=instance_samples,
     )
+    if instance_samples and int(os.environ.get("RANK", 0)):
+        model.classifier.weight.data += 1  # rank 0's are the ones that count
     args = IConETrainingArguments(
         output,
         use_cpu=True,
@@ -51,4 +55,4 @@ def main(vision, text, output, per_device_batch):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

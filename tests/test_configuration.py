@@ -56,6 +56,7 @@ def test_sub_configs_may_be_dicts():
         ("projection_dim", 0),
         ("num_groups", -1),
         ("instance_logits", "cosin"),
+        ("instance_samples", -1),
         ("vision_pooling", "max"),
         ("text_pooling", ""),
     ],

@@ -12,8 +12,8 @@ import torch
 HERE = Path(__file__).parent
 
 
-def run(towers, output, processes, per_device_batch):
-    command = [str(HERE / "distributed_run.py"), *towers, str(output), str(per_device_batch)]
+def run(towers, output, processes, per_device_batch, instance_samples):
+    command = [str(HERE / "distributed_run.py"), *towers, str(output), str(per_device_batch), str(instance_samples)]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     else:
@@ -33,9 +33,11 @@ def run(towers, output, processes, per_device_batch):
     return result["metrics"], history, torch.load(output / "weights.pt")
 
 
-def test_two_ranks_of_64_train_as_one_process_of_128(towers, tmp_path):
-    alone = run(towers, tmp_path / "one", 1, 128)
-    together = run(towers, tmp_path / "two", 2, 64)
+@pytest.mark.parametrize("instance_samples", [0, 20])
+def test_two_ranks_of_64_train_as_one_process_of_128(towers, tmp_path, instance_samples):
+    """With sampled classes too: all ranks score those of the whole batch and the sample that rank 0 has drawn."""
+    alone = run(towers, tmp_path / "one", 1, 128, instance_samples)
+    together = run(towers, tmp_path / "two", 2, 64, instance_samples)
     assert len(alone[1]) == 4 * 2 + 8 * 3
     assert together[1] == pytest.approx(alone[1], rel=1e-5)
     assert together[0]["validation"]["rsum"] == pytest.approx(alone[0]["validation"]["rsum"], abs=1e-6)

@@ -17,6 +17,7 @@ MODEL_ROOM = {
     "processing_icone",
     "losses",
     "objective",
+    "class_sampling",
     "encoders",
     "lora",
     "towers",
@@ -32,10 +33,11 @@ LAYERS = (
     ("feature_cache", "run_folder", "training_args", "heat_maps"),
     ("encoding",),
     ("stages", "batching", "groups", "retrieval"),
-    ("scenes", "word_vectors"),
+    ("scenes", "word_vectors", "sparse_rows", "sharded_classifier"),
     ("processing_icone", "modeling_icone"),
     ("configuration_icone", "objective"),
-    ("encoders", "losses", "lora", "towers"),
+    ("class_sampling", "encoders", "lora", "towers"),
+    ("losses",),
 )
 
 

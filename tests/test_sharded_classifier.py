@@ -1,0 +1,82 @@
+"""Class vectors over ranks against all of them in one process. What the ranks do: sharded_run.py."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import sharded_run
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from icone_hf import IConEModel
+from icone_hf.sharded_classifier import ShardedClassifier, clip_sharded_norm, shard
+
+
+@given(st.integers(0, 1000), st.integers(1, 20))
+def test_shares_cover_all_rows_once_and_are_even(num_groups, num_ranks):
+    shares = [range(num_groups)[shard(num_groups, rank, num_ranks)] for rank in range(num_ranks)]
+    assert [row for share in shares for row in share] == list(range(num_groups))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_do_exactly_what_one_process_does_and_leave_one_checkpoint(make_model, tmp_path, num_ranks):
+    whole, plain, folder = make_model(num_groups=11), tmp_path / "plain", tmp_path / "sharded"
+    whole.save_pretrained(plain)
+    weight = whole.classifier.weight.data
+    port = 30600 + os.getpid() % 1000
+    torch.multiprocessing.spawn(sharded_run.check, (num_ranks, port, str(plain), str(folder), weight), nprocs=num_ranks)
+    loaded = IConEModel.from_pretrained(folder)
+    assert loaded.config.num_groups == 11
+    for name, value in whole.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert torch.equal(load_file(folder / "model-00002-of-00002.safetensors")["classifier.weight"], weight)
+    assert torch.equal(ShardedClassifier.from_pretrained(folder).weight.data, weight)  # one process
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alone_it_is_the_plain_classifier(make_model, tmp_path, dtype):
+    classifier, features, groups = (
+        ShardedClassifier(7, 16, dtype=dtype),
+        torch.randn(5, 16, dtype=dtype),
+        torch.arange(5),
+    )
+    assert 0.01 < classifier.weight.std() < 0.03
+    loss = classifier(features, groups)
+    expected = F.cross_entropy((features @ classifier.weight.T).float(), groups)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    loss.backward()
+    expected_norm = classifier.weight.grad.float().norm()
+    torch.testing.assert_close(clip_sharded_norm([], classifier, 1e9), expected_norm, atol=1e-4, rtol=1e-2)
+    classifier.save_pretrained(tmp_path, make_model(num_groups=0))
+    saved = load_file(tmp_path / "model-00002-of-00002.safetensors")["classifier.weight"]
+    assert saved.dtype == dtype
+    assert torch.equal(saved, classifier.weight.data)
+
+
+def test_the_loop_of_the_page_takes_the_models_loss(make_model, batch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    (code,) = [text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "ShardedClassifier" in text]
+    model, whole, group_ids = make_model(num_groups=0).eval(), make_model(num_groups=11).eval(), torch.arange(4)
+    names = {"model": model, "inputs": batch, "group_ids": group_ids, "num_groups": 11, "torch": torch}
+    names |= {"ShardedClassifier": ShardedClassifier, "clip_sharded_norm": clip_sharded_norm}
+    first = ShardedClassifier(11, 16)
+    whole.load_state_dict({**model.state_dict(), "classifier.weight": first.weight.data})
+    exec(compile(code, "performance.md", "exec"), names)
+    expected = whole(**batch, group_ids=group_ids, contrastive_weight=0).loss
+    torch.testing.assert_close(names["loss"], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(IConEModel.from_pretrained("my-model").classifier.weight, names["classifier"].weight)
+    assert not torch.equal(names["classifier"].weight, first.weight)
+
+
+def test_what_cannot_be_is_refused(make_model, tmp_path):
+    with pytest.raises(ValueError, match=r"group_ids holds 7, but the classes are 0\.\.6"):
+        ShardedClassifier(7, 4)(torch.ones(1, 4), torch.tensor([7]))
+    make_model().save_pretrained(tmp_path, with_classifier=False)
+    with pytest.raises(ValueError, match="has no class vectors"):
+        ShardedClassifier.from_pretrained(tmp_path)
