@@ -5,8 +5,6 @@ this package and transformers are imported, in either order.
 """
 
 import importlib
-import importlib.abc
-import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -85,15 +83,18 @@ def _register() -> None:
         importlib.import_module(f".{module}", __name__)
 
 
-class _RegisterAfterTransformers(importlib.abc.MetaPathFinder):
+class _RegisterAfterTransformers:
     """Registers as soon as somebody else imports transformers.
 
     Not while one of our own modules imports it: ours cannot be imported twice at a time. `__getattr__` does it then.
+    A finder without its base class in importlib.abc, whose import alone takes longer than all else here.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "transformers":
             return None
+        import importlib.util
+
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         ours = [module for key, module in sys.modules.items() if key.startswith(f"{__name__}.")]
