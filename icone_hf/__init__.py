@@ -13,10 +13,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .batching import GroupBatchSampler, PairCollator, PairDataset
     from .configuration_icone import IConEConfig
+    from .embedding_shards import encode
     from .encoders import EfficientNetLiteConfig, EfficientNetLiteModel, RecurrentTextConfig, RecurrentTextModel
     from .encoding import GroupEmbeddings, encode_groups
     from .feature_cache import FeatureCache
-    from .groups import load_groups
+    from .groups import load_groups, load_pictures
     from .heat_maps import heat_map, heat_maps, pointing_game
     from .losses import contrastive_loss, instance_loss
     from .modeling_icone import IConEModel, IConEOutput
@@ -48,12 +49,14 @@ _MODULE_OF = {
     "Stage": "stages",
     "contrastive_loss": "losses",
     "draw_scenes": "scenes",
+    "encode": "embedding_shards",
     "encode_groups": "encoding",
     "fold_metrics": "retrieval",
     "heat_map": "heat_maps",
     "heat_maps": "heat_maps",
     "instance_loss": "losses",
     "load_groups": "groups",
+    "load_pictures": "groups",
     "pointing_game": "heat_maps",
     "recurrent_tower_from_bert": "word_vectors",
     "recurrent_tower_from_glove": "word_vectors",

@@ -29,7 +29,7 @@ LAYERS = (
     ("report", "paper_figures"),
     ("figures", "trainer", "arguments", "experiments", "offline_towers"),
     ("stage_trainer",),
-    ("feature_cache", "training_args", "heat_maps"),
+    ("embedding_shards", "feature_cache", "training_args", "heat_maps"),
     ("encoding", "digests", "run_folder"),
     ("stages", "batching", "groups", "retrieval"),
     ("scenes", "word_vectors"),

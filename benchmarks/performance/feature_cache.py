@@ -1,4 +1,4 @@
-"""The feature cache fills as fast as the bare towers run, within 5%.
+"""The feature cache fills at 0.95 of the bare towers' speed or more.
 
 The bare loop has its tensors ready: pictures decoded, sentences tokenised and batched by length. torch gets all cores
 but one, which decodes and tokenises; on a machine that has no core to spare that work is added to the towers' own.
