@@ -5,8 +5,6 @@ this package and transformers are imported, in either order.
 """
 
 import importlib
-import importlib.abc
-import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +13,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .batching import GroupBatchSampler, PairCollator, PairDataset
     from .configuration_icone import IConEConfig
+    from .embedding_shards import encode
     from .encoders import EfficientNetLiteConfig, EfficientNetLiteModel, RecurrentTextConfig, RecurrentTextModel
     from .encoding import GroupEmbeddings, encode_groups
     from .feature_cache import FeatureCache
-    from .groups import load_groups
+    from .groups import load_groups, load_pictures
     from .heat_maps import heat_map, heat_maps, pointing_game
     from .losses import contrastive_loss, instance_loss
     from .modeling_icone import IConEModel, IConEOutput
@@ -50,6 +49,7 @@ _MODULE_OF = {
     "Stage": "stages",
     "contrastive_loss": "losses",
     "draw_scenes": "scenes",
+    "encode": "embedding_shards",
     "encode_groups": "encoding",
     "fold_metrics": "retrieval",
     "fold_ranks": "retrieval",
@@ -57,6 +57,7 @@ _MODULE_OF = {
     "heat_maps": "heat_maps",
     "instance_loss": "losses",
     "load_groups": "groups",
+    "load_pictures": "groups",
     "pointing_game": "heat_maps",
     "recurrent_tower_from_bert": "word_vectors",
     "recurrent_tower_from_glove": "word_vectors",
@@ -86,15 +87,18 @@ def _register() -> None:
         importlib.import_module(f".{module}", __name__)
 
 
-class _RegisterAfterTransformers(importlib.abc.MetaPathFinder):
+class _RegisterAfterTransformers:
     """Registers as soon as somebody else imports transformers.
 
     Not while one of our own modules imports it: ours cannot be imported twice at a time. `__getattr__` does it then.
+    A finder without its base class in importlib.abc, whose import alone takes longer than all else here.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "transformers":
             return None
+        import importlib.util
+
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         ours = [module for key, module in sys.modules.items() if key.startswith(f"{__name__}.")]

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from .encoding import GroupEmbeddings
+    from .modeling_icone import IConEModel
+    from .processing_icone import IConEProcessor
 
 COMMANDS = {
     "train": "train a model through all stages and test it",
     "evaluate": "measure a checkpoint on a split, and draw what it retrieves",
-    "encode": "embed a split's pictures and sentences into a file",
+    "encode": "embed pictures and sentences into a folder of Parquet shards, or into a file",
     "reproduce": "run the paper's experiments and write their tables and figures",
 }
 USAGE = """usage: icone COMMAND ...
@@ -196,27 +198,44 @@ def evaluate(argv: Sequence[str]) -> None:
         print(f"Retrieved results: {args.grid}")
 
 
-def encode(argv: Sequence[str]) -> None:
-    """`icone encode CHECKPOINT SOURCE OUT.safetensors [--split test]`.
+@dataclass
+class ShardArguments:
+    """What `icone encode` takes besides, for a folder OUT."""
 
-    The file holds `image_embeds` `(images, dim)`, `text_embeds` `(sentences, dim)`, both L2-normalised float32, and
-    `text_to_image` `(sentences,)`, the image row of every sentence: what [`retrieval_metrics`] takes.
+    pictures_only: bool = field(
+        default=False, metadata={"help": "SOURCE is a folder: embed every picture in it, at any depth. No split."}
+    )
+    shard_size: int = field(default=10_000, metadata={"help": "Pictures, or sentences, in a shard."})
+    embedding_dtype: str = field(default="float32", metadata={"help": "Of the embeddings in shards: float32, float16."})
+
+
+def encode(argv: Sequence[str]) -> None:
+    """`icone encode CHECKPOINT SOURCE OUT [--split test] [--pictures_only]`.
+
+    OUT is a folder for Parquet shards (see [`embedding_shards`]), or FILE.safetensors. The file holds `image_embeds`
+    `(images, dim)`, `text_embeds` `(sentences, dim)`, both L2-normalised float32, and `text_to_image` `(sentences,)`,
+    the image row of every sentence: what [`retrieval_metrics`] takes.
     """
     from accelerate import PartialState
     from safetensors.torch import save_file
 
     from .arguments import DataArguments, parse_arguments
 
-    data_args, encode_args, positional = parse_arguments(
-        (DataArguments, EncodeArguments),
+    data_args, encode_args, shard_args, positional = parse_arguments(
+        (DataArguments, EncodeArguments, ShardArguments),
         argv,
         prog="icone encode",
-        positionals={"checkpoint": _CHECKPOINT, "source": _SOURCE, "out": {"help": "A file, FILE.safetensors."}},
+        positionals={"checkpoint": _CHECKPOINT, "source": _SOURCE, "out": {"help": "A folder, or FILE.safetensors."}},
         description=COMMANDS["encode"],
     )
     out = Path(positional.out)
     if out.suffix != ".safetensors":
-        raise ValueError(f"OUT={positional.out} must be named FILE.safetensors, the format that is written.")
+        if out.suffix and not (out.is_dir() or positional.out.endswith("/")):
+            raise ValueError(f"OUT={out} is neither FILE.safetensors nor a folder: end a new folder's name with a /.")
+        _encode_shards(positional.checkpoint, data_args, encode_args, shard_args, out)
+        return
+    if shard_args != ShardArguments():
+        raise ValueError(f"pictures_only, shard_size and embedding_dtype are for shards: make OUT={out} a folder.")
     _, embeds = _embed(positional.checkpoint, data_args, encode_args)
     if PartialState().is_main_process:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -225,16 +244,51 @@ def encode(argv: Sequence[str]) -> None:
         print(f"{len(embeds.image_embeds)} pictures and {len(embeds.text_embeds)} sentences: {out}")
 
 
-def _embed(checkpoint: str, data_args: Any, encode_args: EncodeArguments) -> tuple["Dataset", "GroupEmbeddings"]:
+def _encode_shards(
+    checkpoint: str, data_args: Any, encode_args: EncodeArguments, shard_args: ShardArguments, out: Path
+) -> None:
     from accelerate import PartialState
 
+    from .embedding_shards import encode
+    from .groups import load_pictures
+
+    source = load_pictures(data_args.source) if shard_args.pictures_only else _load(data_args, encode_args)
+    unreadable = encode(
+        *_load_model(checkpoint),
+        source,
+        out,
+        shard_size=shard_args.shard_size,
+        dtype=shard_args.embedding_dtype,
+        batch_size=encode_args.batch_size,
+        num_workers=encode_args.num_workers,
+    )
+    if PartialState().is_main_process:
+        sentences = 0 if shard_args.pictures_only else sum(map(len, source["captions"]))
+        print(f"{len(source) - len(unreadable)} pictures and {sentences} sentences: {out}")
+
+
+def _embed(checkpoint: str, data_args: Any, encode_args: EncodeArguments) -> tuple["Dataset", "GroupEmbeddings"]:
     from .encoding import encode_groups
+
+    groups = _load(data_args, encode_args)
+    model, processor = _load_model(checkpoint)
+    return groups, encode_groups(model, processor, groups, encode_args.batch_size, encode_args.num_workers)
+
+
+def _load(data_args: Any, encode_args: EncodeArguments) -> "Dataset":
+    from accelerate import PartialState
+
     from .groups import load_groups
+
+    with PartialState().main_process_first():  # the others read what the first has downloaded or drawn
+        return load_groups(**data_args.load_arguments(encode_args.split))
+
+
+def _load_model(checkpoint: str) -> tuple["IConEModel", "IConEProcessor"]:
+    from accelerate import PartialState
+
     from .modeling_icone import IConEModel
     from .processing_icone import IConEProcessor
 
-    with PartialState().main_process_first():
-        groups = load_groups(**data_args.load_arguments(encode_args.split))
     model = IConEModel.from_pretrained(checkpoint).to(PartialState().device)
-    processor = IConEProcessor.from_pretrained(checkpoint)
-    return groups, encode_groups(model, processor, groups, encode_args.batch_size, encode_args.num_workers)
+    return model, IConEProcessor.from_pretrained(checkpoint)

@@ -1,7 +1,8 @@
 """Runs a model over groups: the towers' pooled outputs batch by batch, and the embeddings to rank."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,45 +34,90 @@ def captions_of(groups: Dataset) -> tuple[list[str], torch.Tensor]:
     return [caption for group in captions for caption in group], torch.from_numpy(rows)
 
 
+def in_batches(items: Sequence[Any], batch_size: int) -> list[list[Any]]:
+    """`items` in lists of `batch_size`; the last may be shorter."""
+    return [list(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
+
+
+def ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The same items, each made in a thread while the one before it is being used."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(next, iterator, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = thread.submit(next, iterator, end)
+            yield item
+
+
 class _Pictures(torch.utils.data.Dataset):
-    def __init__(self, groups: Dataset, processor: Any, rows: Sequence[int]):
+    """`pixel_values` `(channels, height, width)` by row; with `notes_errors`, of what cannot be decoded, why."""
+
+    def __init__(self, groups: Dataset, processor: Any, notes_errors: bool):
         self.groups = groups.select_columns(["image"])
         self.processor = processor
-        self.rows = rows
+        self.notes_errors = notes_errors
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> torch.Tensor:
-        picture = read_group(self.groups, self.rows[position])["image"]
+    def __getitem__(self, row: int) -> torch.Tensor | str:
+        try:
+            picture = read_group(self.groups, row)["image"]
+        except ValueError as error:
+            if self.notes_errors:
+                return str(error)
+            raise
         return self.processor(images=[picture], return_tensors="pt")["pixel_values"][0]
+
+
+def _stack(items: list[torch.Tensor | str]) -> tuple[torch.Tensor, list[str | None]]:
+    """The pictures that there are, and of every item the error or None."""
+    pictures = [item for item in items if not isinstance(item, str)]
+    # The memory format that convolutional towers want; here, so that a worker or thread lays the pixels out.
+    stacked = torch.stack(pictures).contiguous(memory_format=torch.channels_last) if pictures else torch.empty(0)
+    return stacked, [item if isinstance(item, str) else None for item in items]
 
 
 @torch.no_grad()
 def pool_images(
-    model: IConEModel, processor: Any, groups: Dataset, rows: Sequence[int], batch_size: int, num_workers: int = 0
+    model: IConEModel,
+    processor: Any,
+    groups: Dataset,
+    batches: Sequence[list[int]],
+    num_workers: int = 0,
+    unreadable: dict[int, str] | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The vision tower's pooled outputs `(batch, width)` of the pictures at `rows`, in their order."""
-    loader = DataLoader(_Pictures(groups, processor, rows), batch_size, num_workers=num_workers)
+    """The vision tower's pooled outputs `(batch, width)` of the pictures at these rows, batch by batch.
+
+    Pictures are decoded while the tower runs: by a thread, or by `num_workers` processes. What cannot be decoded raises
+    a ValueError; with `unreadable`, it is left out of its batch instead, and put there as `{row: why}`.
+    """
+    dataset = _Pictures(groups, processor, notes_errors=unreadable is not None)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=_stack)
     with eval_mode(model):
-        for pixel_values in _progress(loader, len(rows), "pictures"):
-            pixel_values = pixel_values.to(model.device, model.dtype, memory_format=torch.channels_last)
-            yield model.pool_image(model.run_vision_tower(pixel_values))
+        decoded = zip(batches, loader if num_workers else ahead(loader), strict=True)
+        for rows, (pixel_values, errors) in _progress(decoded, sum(map(len, batches)), "pictures"):
+            if unreadable is not None:
+                unreadable |= {row: error for row, error in zip(rows, errors, strict=True) if error}
+            if len(pixel_values):
+                yield model.pool_image(model.run_vision_tower(pixel_values.to(model.device, model.dtype)))
+            else:
+                yield torch.empty(0, model.visual_projection.in_features, device=model.device, dtype=model.dtype)
 
 
 @torch.no_grad()
-def pool_texts(model: IConEModel, processor: Any, captions: Sequence[str], batch_size: int) -> Iterator[torch.Tensor]:
-    """The text tower's pooled outputs `(batch, width)` of the sentences, in their order."""
-    batches = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
+def pool_texts(model: IConEModel, processor: Any, batches: Sequence[Sequence[str]]) -> Iterator[torch.Tensor]:
+    """The text tower's pooled outputs `(batch, width)`, batch by batch, tokenised by a thread while the tower runs."""
+    tokenised = ahead(processor(text=list(batch), return_tensors="pt") for batch in batches)
     with eval_mode(model):
-        for batch in _progress(batches, len(captions), "sentences"):
-            inputs = processor(text=list(batch), return_tensors="pt").to(model.device)
+        for _, inputs in _progress(zip(batches, tokenised, strict=True), sum(map(len, batches)), "sentences"):
+            inputs = inputs.to(model.device)
             yield model.pool_text(model.text_model(**inputs, return_dict=True), inputs.get("attention_mask"))
 
 
-def by_length(captions: Sequence[str]) -> np.ndarray:
-    """The order in which sentences of about one length follow each other, so that batches hold little padding."""
-    return np.argsort([len(caption) for caption in captions], kind="stable")
+def by_length(processor: Any, captions: Sequence[str]) -> np.ndarray:
+    """The order in which sentences of about as many tokens follow each other, so that batches hold little padding."""
+    lengths: list[int] = []
+    for part in in_batches(captions, 1000):  # the tokenizer's own records of a million sentences are large
+        lengths += map(len, processor.tokenizer(part, truncation=True)["input_ids"])
+    return np.argsort(lengths, kind="stable")
 
 
 @torch.no_grad()
@@ -95,15 +141,17 @@ def encode_groups(
     captions, text_to_image = captions_of(groups)
 
     def images(rows: np.ndarray) -> Iterator[torch.Tensor]:
-        for pooled in pool_images(model, processor, groups, rows.tolist(), batch_size, num_workers):
+        for pooled in pool_images(model, processor, groups, in_batches(rows.tolist(), batch_size), num_workers):
             yield F.normalize(model.visual_projection(pooled), dim=-1)
 
     def texts(rows: np.ndarray) -> Iterator[torch.Tensor]:
-        for pooled in pool_texts(model, processor, [captions[row] for row in rows], batch_size):
+        for pooled in pool_texts(model, processor, in_batches([captions[row] for row in rows], batch_size)):
             yield F.normalize(model.text_projection(pooled), dim=-1)
 
     return GroupEmbeddings(
-        _over_processes(np.arange(len(groups)), images), _over_processes(by_length(captions), texts), text_to_image
+        _over_processes(np.arange(len(groups)), images),
+        _over_processes(by_length(processor, captions), texts),
+        text_to_image,
     )
 
 
@@ -157,8 +205,8 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _progress(batches: Any, total: int, what: str) -> Iterator[Any]:
+def _progress(batches: Iterable[tuple[Sequence[Any], Any]], total: int, what: str) -> Iterator[tuple[Any, Any]]:
     with tqdm(total=total, desc=f"Encoding {what}", unit=" " + what, disable=not PartialState().is_main_process) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))
+        for items, inputs in batches:
+            yield items, inputs
+            bar.update(len(items))

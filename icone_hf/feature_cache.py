@@ -1,19 +1,17 @@
 """Frozen towers run once: their pooled outputs, memory-mapped from disk.
 
-A folder holds `image.npy` `(groups, width)`, `text.npy` `(sentences, width)`, `key.json`, digests of all that the
-outputs depend on, and `progress.json`, how many rows are there: an interrupted run goes on where it stopped.
+A folder holds `image.npy` `(groups, width)`, `text.npy` `(sentences, width)`, `image.done` and `text.done`, a byte for
+each row that is 1 once the row is there, and `key.json`, digests of all that the outputs depend on. Every process fills
+batches of its own; after an interruption any number of processes goes on with the rows that are missing.
 """
 
-import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -21,26 +19,39 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from .batching import Pair
-from .encoding import by_length, captions_of, pool_images, pool_texts
-from .lora import merged_state_dict
+from .digests import digest_captions, digest_pictures, digest_processor, digest_towers
+from .encoding import by_length, captions_of, in_batches, pool_images, pool_texts
 from .modeling_icone import IConEModel
+from .run_folder import write_json
 
 logger = logging.get_logger(__name__)
+
+# What features are stored as, and the type of the array on disk. NumPy has no bfloat16: its bits are kept.
+STORED_DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bfloat16, np.uint16)}
 
 
 class FeatureCache(torch.utils.data.Dataset):
     """The pooled tower outputs of a split; a data set of [`Pair`]s for a stage with frozen encoders.
 
+    Rows are read where they lie: of a cache larger than the memory no more is held than the rows asked for, and what
+    the system keeps of the file for the next reader, and gives up when memory is short.
+
+    Args:
+        folder: of this split's cache, filled.
+        captions_per_group: number of sentences of each group, by row.
+        dtype: of the features that are handed out, whatever they are stored as: the model's.
+
     Attributes:
-        image: memory-mapped `(groups, width)` float32, the input of `visual_projection`.
-        text: memory-mapped `(sentences, width)` float32, the input of `text_projection`.
+        image: memory-mapped `(groups, width)`, the input of `visual_projection`: float32, or bfloat16's bits as uint16.
+        text: memory-mapped `(sentences, width)`, the input of `text_projection`, likewise.
         text_to_image: `(sentences,)`, the group of every sentence.
     """
 
-    def __init__(self, folder: Path, captions_per_group: list[int]):
+    def __init__(self, folder: Path, captions_per_group: list[int], dtype: torch.dtype = torch.float32):
         self.folder = folder
         self.image = np.load(folder / "image.npy", mmap_mode="r")
         self.text = np.load(folder / "text.npy", mmap_mode="r")
+        self.dtype = dtype
         self.captions_per_group = captions_per_group
         self.text_to_image = torch.from_numpy(np.repeat(np.arange(len(captions_per_group)), captions_per_group))
         self._first_text = np.concatenate([[0], np.cumsum(captions_per_group)])
@@ -53,10 +64,15 @@ class FeatureCache(torch.utils.data.Dataset):
         rows = np.array([pair.row for pair in pairs])
         texts = self._first_text[rows] + [pair.caption for pair in pairs]
         return {
-            "pooled_image": torch.from_numpy(self.image[rows]),
-            "pooled_text": torch.from_numpy(self.text[texts]),
+            "pooled_image": self.features(self.image[rows]),
+            "pooled_text": self.features(self.text[texts]),
             "group_ids": torch.tensor([pair.group_id for pair in pairs]),
         }
+
+    def features(self, stored: np.ndarray) -> torch.Tensor:
+        """Rows of `image` or `text`, copied from the map already, as features of type `dtype`."""
+        tensor = torch.from_numpy(stored)
+        return (tensor.view(torch.bfloat16) if stored.dtype == np.uint16 else tensor).to(self.dtype)
 
     @classmethod
     def build(
@@ -67,119 +83,127 @@ class FeatureCache(torch.utils.data.Dataset):
         groups: Dataset,
         batch_size: int = 64,
         num_workers: int = 0,
+        dtype: str = "float32",
     ) -> "FeatureCache":
         """Opens the cache in `folder`, computing first what is not there yet.
 
-        A cache made with other tower weights, another processor or other data is thrown away, and the log says which of
-        them changed. Under several processes the main one computes and the others wait.
+        A cache made with other tower weights, another processor, other data or as another type is thrown away, and the
+        log says which of them changed. Under several processes each computes its share, and all wait for the last.
 
         Args:
-            folder: of this split's cache.
+            folder: of this split's cache, which all processes see.
             model, processor, groups: what to encode, and with what.
             batch_size: pictures, or sentences, a forward pass.
-            num_workers: processes that decode pictures ahead.
+            num_workers: processes that decode pictures ahead, for each process.
+            dtype: what features are stored as: `"float32"`, or `"bfloat16"`, which takes half the disk.
 
         Raises:
-            ValueError: if a picture cannot be decoded. What was computed before it is kept.
+            ValueError: if a picture cannot be decoded (what was computed before it is kept), or `dtype` is neither.
         """
+        if dtype not in STORED_DTYPES:
+            raise ValueError(f"dtype={dtype!r} must be one of {', '.join(STORED_DTYPES)}.")
         folder = Path(folder)
-        with PartialState().main_process_first():
-            if PartialState().is_main_process:
-                _fill(folder, model, processor, groups, batch_size, num_workers)
-        return cls(folder, [len(captions) for captions in groups["captions"]])
+        captions, _ = captions_of(groups)
+        images, texts = (_Rows(folder, name, dtype) for name in ("image", "text"))
+        state = PartialState()
+        if state.is_main_process:
+            _make_room(folder, {**cache_key(model, processor, groups), "dtype": dtype}, (images, texts))
+            images.create(len(groups), model.visual_projection.in_features)
+            texts.create(len(captions), model.text_projection.in_features)
+        state.wait_for_everyone()
+        no_image, no_text = images.missing(), texts.missing()
+        state.wait_for_everyone()  # all have seen what is missing before one fills some of it
+        for what, missing in (("image", no_image), ("text", no_text)):
+            if 0 < missing.sum() < len(missing):
+                logger.info(f"The feature cache in {folder} goes on: {missing.sum()} rows of {what} features missing.")
+        if no_image.any():
+            batches = _share(np.flatnonzero(no_image), batch_size)
+            images.fill(batches, pool_images(model, processor, groups, batches, num_workers))
+        if no_text.any():
+            order = by_length(processor, captions)
+            batches = _share(order[no_text[order]], batch_size)
+            sentences = [[captions[row] for row in batch] for batch in batches]
+            texts.fill(batches, pool_texts(model, processor, sentences))
+        state.wait_for_everyone()
+        return cls(folder, [len(captions) for captions in groups["captions"]], model.dtype)
 
 
-def _fill(folder: Path, model: IConEModel, processor: Any, groups: Dataset, batch_size: int, num_workers: int) -> None:
-    key = cache_key(model, processor, groups)
-    saved = json.loads((folder / "key.json").read_text()) if (folder / "key.json").is_file() else None
-    if saved != key:
-        if saved is not None:
-            changed = sorted(name for name in key if saved.get(name) != key[name])
-            logger.warning(f"The feature cache in {folder} is thrown away, since these changed: {', '.join(changed)}.")
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "key.json").write_text(json.dumps(key, indent=2))
-    captions, _ = captions_of(groups)
-    order = {"image": np.arange(len(groups)), "text": by_length(captions)}
-    progress_file = folder / "progress.json"
-    progress = json.loads(progress_file.read_text()) if progress_file.is_file() else {"image": 0, "text": 0}
-    for name in ("image", "text"):
-        rows = order[name][progress[name] :]
-        if not len(rows):
-            continue
-        if progress[name]:
-            logger.info(f"The feature cache in {folder} goes on after {progress[name]} rows of {name} features.")
-        batches: Iterator[torch.Tensor] = (
-            pool_images(model, processor, groups, rows.tolist(), batch_size, num_workers)
-            if name == "image"
-            else pool_texts(model, processor, [captions[row] for row in rows], batch_size)
-        )
-        array: Any = None
-        for pooled in batches:
-            features = pooled.float().cpu().numpy()
-            if array is None:
-                path = folder / f"{name}.npy"
-                if progress[name]:
-                    array = np.lib.format.open_memmap(path, mode="r+")
-                else:
-                    shape = (len(order[name]), features.shape[1])
-                    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-            start = progress[name]
-            array[order[name][start : start + len(features)]] = features
+class _Rows:
+    """One array on disk, and which of its rows are there. Several processes write to it, never the same row.
+
+    Files are written to, not mapped: two computers that share a folder would overwrite each other's rows within a
+    mapped page.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: str):
+        self.array, self.done = folder / f"{name}.npy", folder / f"{name}.done"
+        self.dtype, self.stored_dtype = STORED_DTYPES[dtype]
+
+    def remove(self) -> None:
+        for path in (self.done, self.array):  # in this order: without marks a killed run leaves nothing that counts
+            path.unlink(missing_ok=True)
+
+    def create(self, count: int, width: int) -> None:
+        if self.done.is_file():  # the last one that is made
+            return
+        np.lib.format.open_memmap(self.array, mode="w+", dtype=self.stored_dtype, shape=(count, width))
+        unfinished = self.done.with_suffix(".tmp")
+        unfinished.write_bytes(bytes(count))
+        unfinished.replace(self.done)
+
+    def missing(self) -> np.ndarray:
+        """`(rows,)` bool."""
+        return np.fromfile(self.done, dtype=np.uint8) == 0
+
+    def fill(self, batches: list[list[int]], outputs: Iterator[torch.Tensor]) -> None:
+        """Writes the towers' outputs of these rows, each batch while the next one is computed."""
+        offset = np.load(self.array, mmap_mode="r").offset
+        with ThreadPoolExecutor(1) as thread:
+            writing: Future | None = None
+            for rows, pooled in zip(batches, outputs, strict=True):
+                content = pooled.to(self.dtype).cpu().contiguous().view(torch.uint8).numpy()
+                if writing is not None:
+                    writing.result()
+                writing = thread.submit(self._write, rows, content, offset)
+            if writing is not None:
+                writing.result()
+
+    def _write(self, rows: list[int], content: np.ndarray, offset: int) -> None:
+        with open(self.array, "r+b") as array, open(self.done, "r+b") as done:
+            for row, feature in zip(rows, content, strict=True):
+                array.seek(offset + row * feature.nbytes)
+                array.write(feature)
             array.flush()
-            progress[name] += len(features)
-            # Replaced in one step: a run that is killed here leaves the old count or the new one, never half a file.
-            unfinished = progress_file.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(progress))
-            unfinished.replace(progress_file)
+            os.fsync(array.fileno())  # before a row is marked: even a power cut leaves no mark without its row
+            for row in rows:
+                done.seek(row)
+                done.write(b"\1")
+
+
+def _make_room(folder: Path, key: dict[str, str], arrays: Iterable[_Rows]) -> None:
+    """Leaves in `folder` a cache of this key, in whole or in part, or none."""
+    saved = json.loads((folder / "key.json").read_text()) if (folder / "key.json").is_file() else {}
+    if saved == key:
+        return
+    if saved:
+        changed = sorted(name for name in key if saved.get(name) != key[name])
+        logger.warning(f"The feature cache in {folder} is thrown away, since these changed: {', '.join(changed)}.")
+    for rows in arrays:
+        rows.remove()
+    write_json(folder / "key.json", key)
+
+
+def _share(rows: np.ndarray, batch_size: int) -> list[list[int]]:
+    """This process's batches of `rows`: every n-th, so that all have short sentences and long ones."""
+    state = PartialState()
+    return in_batches(rows.tolist(), batch_size)[state.process_index :: state.num_processes]
 
 
 def cache_key(model: IConEModel, processor: Any, groups: Dataset) -> dict[str, str]:
-    """SHA-256 digests of all that a pooled feature depends on: both towers, the processor, pictures and captions."""
+    """Digests of all that a pooled feature depends on: both towers, the processor, pictures and captions."""
     return {
-        "vision tower": _digest_tower(model.vision_model, model.config.vision_pooling),
-        "text tower": _digest_tower(model.text_model, model.config.text_pooling),
-        "processor": _digest_processor(processor),
-        "pictures": _digest_pictures(groups),
+        **digest_towers(model),
+        "processor": digest_processor(processor),
+        "pictures": digest_pictures(groups),
         "captions": digest_captions(groups),
     }
-
-
-def digest_captions(groups: Dataset) -> str:
-    """SHA-256 of all sentences, group by group."""
-    return hashlib.sha256(json.dumps(groups["captions"][:]).encode()).hexdigest()
-
-
-def _digest_tower(tower: torch.nn.Module, pooling: str | None) -> str:
-    digest = hashlib.sha256(f"{type(tower).__name__} {pooling}".encode())
-    for name, tensor in sorted(merged_state_dict(tower).items()):  # adapters that change nothing yet are no change
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _digest_processor(processor: Any) -> str:
-    digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*")):
-            if not path.is_file():
-                continue
-            content = path.read_bytes()
-            if path.name == "tokenizer.json":  # keeps the padding of its last call, which changes no feature
-                settings = json.loads(content)
-                content = json.dumps({k: v for k, v in settings.items() if k not in ("padding", "truncation")}).encode()
-            digest.update(path.name.encode() + content)
-    return digest.hexdigest()
-
-
-def _digest_pictures(groups: Dataset) -> str:
-    """Embedded pictures by their bytes, files by path, size and time of change."""
-    digest = hashlib.sha256()
-    for stored in groups.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))["image"]:
-        if stored["bytes"] is not None:
-            digest.update(hashlib.sha256(stored["bytes"]).digest())
-        else:
-            status = os.stat(stored["path"])
-            digest.update(f"{stored['path']} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()

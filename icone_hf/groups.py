@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import pyarrow.compute
 from datasets import Dataset, DatasetDict
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers.utils import logging
 
 from .scenes import draw_scenes
@@ -90,6 +91,27 @@ def load_groups(
         groups = _load_columns(source, split, image_column, caption_column, id_column)
     check_captions(groups, f"the {split} split of {source}")
     return groups
+
+
+def load_pictures(folder: str | os.PathLike) -> Dataset:
+    """Every picture file in a folder, at any depth, sorted: rows of `image` and `image_id`, its path from the folder.
+
+    For pictures without captions, to be embedded; [`load_groups`] loads captioned ones.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist or holds no picture.
+    """
+    root = Path(folder)
+    names = sorted(
+        os.path.relpath(os.path.join(directory, name), root)
+        for directory, _, files in os.walk(root)
+        for name in files
+        if os.path.splitext(name)[1].lower() in ImageFolder.EXTENSIONS
+    )
+    if not names:
+        raise FileNotFoundError(f"{root} {'holds no picture file' if root.is_dir() else 'is no folder'}.")
+    features = datasets.Features({"image": datasets.Image(), "image_id": datasets.Value("string")})
+    return Dataset.from_dict({"image": [os.path.join(root, name) for name in names], "image_id": names}, features)
 
 
 def check_disjoint(splits: dict[str, Dataset]) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed
 from datasets import Dataset
@@ -151,7 +152,8 @@ def embed_cached(model: IConEModel, cache: FeatureCache, chunk_size: int = 4096)
 
     def project(features: Any, projection: torch.nn.Linear) -> torch.Tensor:
         weight = projection.weight
-        chunks = (torch.tensor(features[i : i + chunk_size]) for i in range(0, len(features), chunk_size))
+        starts = range(0, len(features), chunk_size)
+        chunks = (cache.features(np.array(features[i : i + chunk_size])) for i in starts)
         return torch.cat([F.normalize(projection(chunk.to(weight)), dim=-1).float().cpu() for chunk in chunks])
 
     return GroupEmbeddings(

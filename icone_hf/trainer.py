@@ -19,8 +19,9 @@ from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .batching import PairDataset
+from .digests import digest_captions
 from .encoding import GroupEmbeddings, encode_groups, group_means, measure_embeddings
-from .feature_cache import FeatureCache, digest_captions
+from .feature_cache import STORED_DTYPES, FeatureCache
 from .groups import check_captions, check_disjoint
 from .modeling_icone import IConEModel
 from .run_folder import RunFolder
@@ -102,6 +103,10 @@ class IConETrainer:
             self._check_sampling()
         if self.args.class_vectors not in CLASS_VECTORS:
             raise ValueError(f"class_vectors={self.args.class_vectors!r} must be one of {', '.join(CLASS_VECTORS)}.")
+        if self.args.feature_cache_dtype not in STORED_DTYPES:
+            raise ValueError(
+                f"feature_cache_dtype={self.args.feature_cache_dtype!r} must be one of {', '.join(STORED_DTYPES)}."
+            )
         if self.args.neighbour_run and not self.model.config.num_groups:
             raise ValueError(
                 f"neighbour_run={self.args.neighbour_run} batches groups whose class vectors are near each other, but "
@@ -239,6 +244,7 @@ class IConETrainer:
             groups,
             self.args.per_device_eval_batch_size,
             self.args.dataloader_num_workers,
+            self.args.feature_cache_dtype,
         )
 
     def _finish(self, anew: bool) -> dict[str, Any]:

@@ -24,6 +24,7 @@ DECISIVE_ARGUMENTS = (
     "pairs_per_group",
     "neighbour_run",
     "class_vectors",
+    "feature_cache_dtype",
 )
 
 
@@ -66,4 +67,7 @@ class IConETrainingArguments(TrainingArguments):
         metadata={
             "help": "Where frozen towers' outputs are kept. Default: OUTPUT_DIR/feature_cache. Runs may share one."
         },
+    )
+    feature_cache_dtype: str = field(
+        default="float32", metadata={"help": "What they are kept as: float32, or bfloat16 in half the space."}
     )

@@ -83,13 +83,29 @@ def test_encode_writes_what_encode_groups_returns(source, checkpoint, processor,
             torch.testing.assert_close(file.get_tensor(name), tensor)
 
 
+def test_encode_into_a_folder_writes_shards(source, checkpoint, tmp_path, capsys):
+    out = tmp_path / "shards"
+    more = ["--split", "validation", "--shard_size", "4", "--embedding_dtype", "float16"]
+    assert main(["encode", checkpoint, source, str(out), *more]) == 0
+    assert "6 pictures and 18 sentences" in capsys.readouterr().out
+    assert len(list(out.glob("pictures/*.parquet"))) == 2
+
+    make_groups(1)[0]["image"].save(tmp_path / "alone.png")
+    assert main(["encode", checkpoint, str(tmp_path), str(tmp_path / "v1.0") + "/", "--pictures_only"]) == 0
+    assert "1 pictures and 0 sentences" in capsys.readouterr().out
+    assert main(["encode", checkpoint, source, str(tmp_path / "a.safetensors"), "--shard_size", "4"]) == 2
+    assert "are for shards: make OUT=" in capsys.readouterr().err
+    assert main(["encode", checkpoint, source, str(out), *more, "--shard_size", "5"]) == 2
+    assert f"icone encode: error: 7 shards in {out} are not" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ([], "usage: icone COMMAND"),
         (["tran"], "icone: error: tran is no command: use train, evaluate, encode, reproduce."),
         (["evaluate", "x", "nowhere.json"], "icone evaluate: error: nowhere.json does not exist"),
-        (["encode", "x", "y", "z.npy"], "icone encode: error: OUT=z.npy must be named FILE.safetensors"),
+        (["encode", "x", "y", "z.npy"], "icone encode: error: OUT=z.npy is neither FILE.safetensors nor a"),
         (["evaluate", "./nowhere", "openmoji-scenes", "--num_test_groups", "2"], "icone evaluate: error: "),
         (["train", "--source", "openmoji-scenes", "--image_root", "x"], "icone train: error: image_root='x' has no"),
         (["reproduce", "table1"], "icone reproduce: error: There is nothing to run: no Flickr30k: pass --flickr30k"),

@@ -1,13 +1,19 @@
 import json
 import logging as python_logging
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import draw, make_groups
 
 import icone_hf.feature_cache as feature_cache
-from icone_hf import FeatureCache
+from icone_hf import FeatureCache, IConEModel, IConEProcessor
 from icone_hf.batching import Pair
 from icone_hf.encoding import encode_groups
 from icone_hf.stage_trainer import embed_cached
@@ -155,10 +161,119 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     monkeypatch.setattr(feature_cache, name, failing)
     with pytest.raises(KeyboardInterrupt):
         FeatureCache.build(tmp_path / "cut", model, processor, groups, batch_size=2)
-    assert json.loads((tmp_path / "cut" / "progress.json").read_text())[fails_in] == 4
+    assert sum((tmp_path / "cut" / f"{fails_in}.done").read_bytes()) == 4
     monkeypatch.setattr(feature_cache, name, working)
     resumed = FeatureCache.build(tmp_path / "cut", model, processor, groups, batch_size=2)
     np.testing.assert_allclose(resumed.image, complete.image, atol=1e-5)
     np.testing.assert_allclose(resumed.text, complete.text, atol=1e-5)
     # At most the batch that was cut is encoded twice.
     assert encoded[fails_in] - before[fails_in] <= (7 if fails_in == "image" else 18) + 2
+
+
+def test_what_was_half_thrown_away_does_not_count(make_model, processor, groups, tmp_path, encoded):
+    FeatureCache.build(tmp_path, make_model(), processor, groups)
+    (tmp_path / "key.json").unlink()
+    FeatureCache.build(tmp_path, make_model(), processor, groups)
+    assert encoded == {"image": 14, "text": 36}
+
+
+def test_bfloat16_takes_half_the_space_and_is_read_as_the_models_type(make_model, processor, groups, tmp_path, caplog):
+    python_logging.getLogger("transformers").propagate = True
+    exact = FeatureCache.build(tmp_path / "a", make_model(), processor, groups)
+    half = FeatureCache.build(tmp_path / "b", make_model(), processor, groups, dtype="bfloat16")
+    assert half.image.nbytes * 2 == exact.image.nbytes
+    pairs = [Pair(3, 4), Pair(0, 0), Pair(6, 2)]
+    for name, features in half.__getitems__(pairs).items():
+        if name.startswith("pooled"):
+            assert features.dtype == torch.float32
+            assert torch.equal(features, exact.__getitems__(pairs)[name].bfloat16().float())
+    for ours, theirs in zip(embed_cached(make_model(), half), embed_cached(make_model(), exact), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.01, rtol=0)
+
+    model = make_model().bfloat16()
+    for dtype in ("float32", "bfloat16"):
+        cache = FeatureCache.build(tmp_path / "c", model, processor, groups, dtype=dtype)
+        batch = cache.__getitems__(pairs)
+        assert batch["pooled_text"].dtype == torch.bfloat16
+        assert model(**batch).loss.isfinite()
+    assert "thrown away, since these changed: dtype" in caplog.text
+
+
+def test_another_type_is_refused(make_model, processor, groups, tmp_path):
+    with pytest.raises(ValueError, match="dtype='float16' must be one of float32, bfloat16"):
+        FeatureCache.build(tmp_path, make_model(), processor, groups, dtype="float16")
+
+
+def read_more_than_fits(folder):
+    """In a process of its own: reads a cache under a limit on what the process may hold, a quarter of the cache."""
+    cache = FeatureCache(folder, [5] * 2**16)
+    model = torch.nn.Module()
+    model.visual_projection = model.text_projection = torch.nn.Linear(256, 8, bias=False)
+    free = (cache.image.nbytes + cache.text.nbytes) // 4
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    limit = int(status["VmData"].split()[0]) * 1024 + free
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    rng = np.random.default_rng(0)
+    for _ in range(100):  # as a stage does it: batches from anywhere
+        cache.__getitems__([Pair(int(row), 1) for row in rng.integers(2**16, size=128)])
+    assert len(embed_cached(model, cache).text_embeds) == 5 * 2**16  # everything once
+    with pytest.raises(MemoryError):  # which proves that the limit is one
+        np.array(cache.text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on memory that leaves mapped files out")
+def test_a_cache_larger_than_the_memory_is_read(tmp_path):
+    for name, rows in (("image", 2**16), ("text", 5 * 2**16)):  # 384 MiB, of holes that take no space on the disk
+        np.lib.format.open_memmap(tmp_path / f"{name}.npy", mode="w+", dtype=np.float32, shape=(rows, 256))
+    torch.multiprocessing.spawn(_call, (read_more_than_fits, tmp_path), nprocs=1)
+
+
+def _call(rank, function, *args):
+    function(*args)
+
+
+def fill_as_a_rank(rank, num_ranks, port, towers, folder, dies_after):
+    """One of several processes: fills the cache, or is killed after so many batches; writes how much it encoded."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    assert PartialState(cpu=True).num_processes == num_ranks
+    torch.manual_seed(0)
+    model = IConEModel.from_encoders(*towers, projection_dim=16)
+    counts = {"pool_images": 0, "pool_texts": 0}
+
+    def watch(name, original):
+        def watched(*args, **kwargs):
+            for pooled in original(*args, **kwargs):
+                counts[name] += len(pooled)
+                if rank == 0 and dies_after == counts[name]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield pooled
+
+        return watched
+
+    for name in counts:
+        setattr(feature_cache, name, watch(name, getattr(feature_cache, name)))
+    groups = make_groups(21, captions=[1, 3, 2] * 7)
+    FeatureCache.build(folder, model, IConEProcessor.from_encoders(*towers), groups, batch_size=2)
+    (Path(folder) / f"counts-{rank}.json").write_text(json.dumps(counts))
+
+
+def test_ranks_share_the_work_and_others_go_on_when_one_is_killed(towers, make_model, processor, tmp_path):
+    port = 29000 + os.getpid() % 500
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        torch.multiprocessing.spawn(fill_as_a_rank, (2, port, towers, tmp_path, 6), nprocs=2)
+    missing = {name: tmp_path.joinpath(f"{name}.done").read_bytes().count(0) for name in ("image", "text")}
+    assert 4 <= 21 - missing["image"] < 21  # but for the batch that was cut, and the one being written then
+    torch.multiprocessing.spawn(fill_as_a_rank, (3, port + 1, towers, tmp_path, None), nprocs=3)
+    counts = [json.loads((tmp_path / f"counts-{rank}.json").read_text()) for rank in range(3)]
+    for name, function in (("image", "pool_images"), ("text", "pool_texts")):
+        shares = [count[function] for count in counts]
+        assert sum(shares) == missing[name]  # nothing twice
+        assert max(shares) - min(shares) <= 2  # a batch
+
+    found = FeatureCache(tmp_path, [1, 3, 2] * 7)
+    alone = FeatureCache.build(
+        tmp_path / "alone", make_model(), processor, make_groups(21, captions=[1, 3, 2] * 7), batch_size=2
+    )
+    np.testing.assert_allclose(found.image, alone.image, atol=1e-5)
+    np.testing.assert_allclose(found.text, alone.text, atol=1e-5)

@@ -30,8 +30,8 @@ LAYERS = (
     ("report", "paper_figures"),
     ("figures", "trainer", "arguments", "experiments", "offline_towers"),
     ("stage_trainer",),
-    ("feature_cache", "run_folder", "training_args", "heat_maps"),
-    ("encoding",),
+    ("embedding_shards", "feature_cache", "training_args", "heat_maps"),
+    ("encoding", "digests", "run_folder"),
     ("stages", "batching", "groups", "retrieval"),
     ("scenes", "word_vectors", "sparse_rows", "sharded_classifier"),
     ("processing_icone", "modeling_icone"),
@@ -78,11 +78,15 @@ def test_public_names_exist_and_are_documented():
         _ = icone_hf.IConEmodel
 
 
-def test_import_is_lazy():
-    code = "import sys, icone_hf; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+@pytest.mark.parametrize("run", ["pass", "icone_hf.cli.main(['--help'])", "icone_hf.cli.main(['--version'])"])
+def test_nothing_heavy_is_imported_before_it_is_needed(run):
+    heavy = ("torch", "transformers", "datasets", "numpy", "PIL", "pyarrow", "yaml", "importlib.abc")
+    code = f"import sys, icone_hf.cli; {run}; print([m for m in {heavy} if m in sys.modules])"
+    # -S: without site-packages' own start-up files, of which an editable install's one imports importlib.abc.
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(

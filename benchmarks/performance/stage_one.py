@@ -50,7 +50,7 @@ def build_model() -> tuple[IConEModel, Any]:
 def ready_inputs(groups: Dataset, processor: Any) -> tuple[list[torch.Tensor], list[Any]]:
     """All pictures and, sorted by length, all sentences, as batches of tensors."""
     captions, _ = captions_of(groups)
-    captions = [captions[row] for row in by_length(captions)]
+    captions = [captions[row] for row in by_length(processor, captions)]
     starts = range(0, len(groups), ENCODED_AT_ONCE)
     pictures = [processor(images=groups["image"][s : s + ENCODED_AT_ONCE], return_tensors="pt") for s in starts]
     sentences = [
