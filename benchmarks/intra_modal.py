@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock
+from torch.nn import functional as F
 
 from benchmarks import recipes, recipes_report
-from icone_hf import FeatureCache, IConEModel, IConEProcessor, draw_scenes, retrieval_metrics, sentence_metrics
+from icone_hf import FeatureCache, GroupEmbeddings, IConEProcessor, draw_scenes, retrieval_metrics, sentence_metrics
 from icone_hf.stage_trainer import embed_cached
 
 RESULTS = recipes.Results(recipes.HERE / "results" / "intra_modal.json", "python -m benchmarks.intra_modal")
+TOWERS_ALONE = "towers"
 RECIPES = ["infonce", "from_means", "neighbours", "max_hinge", "cosine_instance", "paper"]
 
 
@@ -32,15 +34,23 @@ def views_cache() -> FeatureCache:
     return FeatureCache.build(recipes.WORK / "features" / "views", model, processor, views)
 
 
-@torch.no_grad()
-def measure(model: IConEModel, test: FeatureCache, views: FeatureCache) -> dict[str, float]:
-    """`i2i_r1` and so on of the views' pictures among the test scenes', and `t2t_r1` and so on of sentences."""
-    scenes = embed_cached(model, test)
-    queries = embed_cached(model, views).image_embeds
+def measure(embeds: GroupEmbeddings, queries: torch.Tensor) -> dict[str, float]:
+    """`i2i_r1` and so on of the views' pictures, `queries`, among the scenes', and `t2t_r1` and so on of sentences."""
     # One right answer a query: as sentences of which every picture has one.
-    found = retrieval_metrics(scenes.image_embeds, queries, torch.arange(len(queries)))
+    found = retrieval_metrics(embeds.image_embeds, queries, torch.arange(len(queries)))
     by_picture = {name.replace("t2i", "i2i"): value for name, value in found.items() if name.startswith("t2i")}
-    return {**by_picture, **sentence_metrics(scenes.text_embeds, scenes.text_to_image)}
+    return {**by_picture, **sentence_metrics(embeds.text_embeds, embeds.text_to_image)}
+
+
+def measure_towers() -> None:
+    """What the towers' own outputs find, before any head is trained, into the results."""
+    test, views = recipes.open_caches(3000, "plain")["test"], views_cache()
+    outputs = (F.normalize(torch.tensor(rows), dim=-1) for rows in (test.image, test.text, views.image))
+    images, texts, queries = outputs
+    found = measure(GroupEmbeddings(images, texts, test.text_to_image), queries)
+    cell = {"recipe": TOWERS_ALONE, "groups": 0, "batch": 0, "condition": "plain", "seed": 0, "point": None}
+    if not any(run["recipe"] == TOWERS_ALONE for run in RESULTS.read()):
+        RESULTS.add({**cell, "test": found})
 
 
 def train(
@@ -51,7 +61,7 @@ def train(
     model, updates = recipes.train_model(recipe, point, caches, groups, batch, condition, seed)
     return {
         "validation": recipes.rsum_of(model, caches["validation"]),
-        "test": measure(model, caches["test"], views_cache()),
+        "test": measure(embed_cached(model, caches["test"]), embed_cached(model, views_cache()).image_embeds),
         "updates": updates,
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -68,6 +78,8 @@ def main() -> None:
     recipes.WORK.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     tuned = recipes.RESULTS.read()
+    recipes.prepare(3000)
+    measure_towers()
     for groups, batch, name in itertools.product(options.groups, options.batches, options.recipes):
         with FileLock(str(recipes.WORK / "features.lock")):
             recipes.prepare(groups)

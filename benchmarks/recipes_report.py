@@ -172,16 +172,18 @@ def intra_modal_table() -> str:
         "|---" * (len(names) + 3) + "|",
     ]
     cells = {(run["condition"], run["groups"], run["batch"]) for run in runs}
+    labels = {name: recipe["label"] for name, recipe in recipes.items()}
+    labels["towers"] = "the towers' own outputs, nothing trained"
     for condition, groups, batch in sorted(cells, key=lambda cell: (cell[0] != "plain", cell)):
         rows = []
-        for name, recipe in recipes.items():
+        for name, label in labels.items():
             cell = {"recipe": name, "condition": condition, "groups": groups, "batch": batch}
             chosen = [run["test"] for run in runs if cell.items() <= run.items()]
             if chosen:
                 values = {key: [test[key] for test in chosen] for key in names}
                 shown = [spread(values[key]) if key.endswith("r1") else f"{mean(values[key]):.1f}" for key in names]
-                first = f"{groups:,} / {batch}{CONDITIONS[condition]}"
-                row = "| " + " | ".join([first, recipe["label"], *shown, str(len(chosen))]) + " |"
+                first = f"{groups:,} / {batch}{CONDITIONS[condition]}" if groups else "-"
+                row = "| " + " | ".join([first, label, *shown, str(len(chosen)) if groups else "-"]) + " |"
                 rows.append((mean(values["i2i_r1"]), row))
         lines += [row for _, row in sorted(rows, reverse=True)]
     return "\n".join(lines)
