@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md and the README's, made from results/recipes.json, peers.json and end_to_end.json."""
+"""The tables of docs/recipes.md and the README's, made from the files in results/."""
 
 import itertools
 import json
@@ -161,6 +161,34 @@ def end_to_end_table() -> str:
     return "\n".join([header, *lines])
 
 
+def intra_modal_table() -> str:
+    """Pictures found by other views of them and sentences by their group's others, for each cell the best first."""
+    recipes = yaml.safe_load((HERE / "recipes.yaml").read_text())
+    runs = json.loads((HERE / "results" / "intra_modal.json").read_text())["runs"]
+    names = {"i2i_r1": "picture by picture R@1", "i2i_r5": "R@5", "i2i_mnr": "MnR"}
+    names |= {"t2t_r1": "sentence by sentence R@1", "t2t_r5": "R@5", "t2t_mnr": "MnR"}
+    lines = [
+        "| groups / batch | recipe | " + " | ".join(names.values()) + " | seeds |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    cells = {(run["condition"], run["groups"], run["batch"]) for run in runs}
+    labels = {name: recipe["label"] for name, recipe in recipes.items()}
+    labels["towers"] = "the towers' own outputs, nothing trained"
+    for condition, groups, batch in sorted(cells, key=lambda cell: (cell[0] != "plain", cell)):
+        rows = []
+        for name, label in labels.items():
+            cell = {"recipe": name, "condition": condition, "groups": groups, "batch": batch}
+            chosen = [run["test"] for run in runs if cell.items() <= run.items()]
+            if chosen:
+                values = {key: [test[key] for test in chosen] for key in names}
+                shown = [spread(values[key]) if key.endswith("r1") else f"{mean(values[key]):.1f}" for key in names]
+                first = f"{groups:,} / {batch}{CONDITIONS[condition]}" if groups else "-"
+                row = "| " + " | ".join([first, label, *shown, str(len(chosen)) if groups else "-"]) + " |"
+                rows.append((mean(values["i2i_r1"]), row))
+        lines += [row for _, row in sorted(rows, reverse=True)]
+    return "\n".join(lines)
+
+
 def blocks() -> list[tuple[Path, str, str]]:
     """Page, name of the block in it and the block, for all that the results fill."""
     measured = recipes, runs = read_all()
@@ -171,6 +199,7 @@ def blocks() -> list[tuple[Path, str, str]]:
     return [
         (page, "overview", overview(*measured, recipes, cells)),
         (page, "tables", tables(*measured)),
+        (page, "intra-modal", intra_modal_table()),
         (page, "end to end", end_to_end_table()),
         (ROOT / "README.md", "recipes", overview(*measured, IN_README["recipes"], IN_README["cells"])),
     ]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import figures, peers, recipes, recipes_report  # noqa: E402
-from icone_hf import FeatureCache, IConETrainer, IConETrainingArguments, Stage  # noqa: E402
+from benchmarks import figures, intra_modal, peers, recipes, recipes_report  # noqa: E402
+from icone_hf import FeatureCache, GroupEmbeddings, IConETrainer, IConETrainingArguments, Stage  # noqa: E402
 from icone_hf.losses import contrastive_loss  # noqa: E402
 
 RECIPES = yaml.safe_load((ROOT / "benchmarks" / "recipes.yaml").read_text())
@@ -173,3 +173,16 @@ def test_noisy_pairs_keep_every_sentence_and_move_no_more_than_the_share(share, 
     recipes.exchange_sentences(noisy, share)
     assert sorted(noisy[:, 0]) == sorted(text[:, 0])
     assert (noisy != text).any(axis=1).sum() <= round(share * sentences)
+
+
+def test_pictures_look_for_pictures_and_sentences_for_the_others_of_their_group():
+    rng = np.random.default_rng(0)
+    scenes, texts = rng.standard_normal((20, 4)), rng.standard_normal((60, 4))
+    views, owner = scenes + rng.standard_normal((20, 4)), np.arange(60) // 3
+    found = intra_modal.measure(
+        GroupEmbeddings(*(torch.tensor(rows) for rows in (scenes, texts, owner))), torch.tensor(views)
+    )
+    first = (views @ scenes.T).argmax(axis=1)
+    assert found["i2i_r1"] == pytest.approx(100 * np.mean(first == np.arange(20)))
+    nearest = (texts @ texts.T - 1e9 * np.eye(60)).argmax(axis=1)
+    assert found["t2t_r1"] == pytest.approx(100 * np.mean(owner[nearest] == owner))
