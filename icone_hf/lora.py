@@ -90,7 +90,7 @@ class LoraTowersMixin:
     vision_model: PreTrainedModel
     text_model: PreTrainedModel
     training: bool
-    train: Callable[[bool], Any]
+    set_modes: Callable[[bool], Any]
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """Puts LoRA adapters into both towers; `from_encoders(..., vision_lora={"r": 8})` puts them into one.
@@ -113,7 +113,7 @@ class LoraTowersMixin:
         for modality, tower in (("vision", self.vision_model), ("text", self.text_model)):
             add_lora(tower, settings, modality)
             setattr(self.config, f"{modality}_lora", settings)
-        self.train(self.training)  # new dropout is in training mode, whichever the model is in
+        self.set_modes(self.training)  # new dropout is in training mode, whichever the model is in
 
     def add_configured_adapters(self) -> None:
         """Puts in what the config asks for and the towers do not have."""

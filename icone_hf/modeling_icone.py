@@ -86,6 +86,7 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
     _supports_flash_attn = True
     # The losses are means over the batch; the Trainer must divide them by the accumulation steps itself.
     accepts_loss_kwargs = False
+    _modes_are_set = False
 
     def __init__(
         self,
@@ -257,9 +258,18 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
         """
         for tower in (self.vision_model, self.text_model):
             set_trainable(tower, trainable)
-        self.train(self.training)
+        self.set_modes(self.training)
 
     def train(self, mode: bool = True) -> "IConEModel":
+        """As in torch, but for what stays in eval mode. Which towers are frozen is looked at when the mode changes.
+
+        A Trainer calls this at every step, and a walk over all modules and parameters takes as long as a step of the
+        heads. Freeze by [`set_encoders_trainable`], which sets the modes anew.
+        """
+        return self if self._modes_are_set and mode == self.training else self.set_modes(mode)
+
+    def set_modes(self, mode: bool) -> "IConEModel":
+        """Puts every module into the mode that it should be in, whichever the model was in."""
         super().train(mode)
         for tower in (self.vision_model, self.text_model):
             if not any(parameter.requires_grad for parameter in tower.parameters()):
@@ -268,6 +278,7 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
                 # Every batch norm of torch and of transformers' convolutional towers has these statistics.
                 if hasattr(module, "running_mean"):
                     module.eval()
+        self._modes_are_set = True
         return self
 
     # --- features ---

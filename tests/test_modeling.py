@@ -376,6 +376,20 @@ def test_frozen_encoders_stay_in_eval_mode_and_get_no_gradient(make_model, batch
     assert model.text_model.training
 
 
+def test_training_again_costs_no_walk_over_the_model(make_model, monkeypatch):
+    model = make_model()
+    model.set_encoders_trainable(False)
+    model.train()
+    monkeypatch.setattr(model, "set_modes", lambda mode: pytest.fail("walked"))
+    for _ in range(2):
+        assert model.train() is model
+    monkeypatch.undo()
+    assert not model.eval().training
+    assert not model.classifier.training
+    assert model.train().classifier.training
+    assert not model.text_model.training  # still frozen
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 def test_batch_norm_statistics_never_move(trainable):
     vision = EfficientNetLiteConfig(width_coefficient=0.25, hidden_size=40)

@@ -29,7 +29,7 @@ from icone_hf import (
 from icone_hf.batching import Pair
 from icone_hf.encoding import by_length, captions_of
 
-GROUPS, PIXELS, BATCH, DIM, EPOCHS = 400, 96, 128, 512, 25
+GROUPS, PIXELS, BATCH, DIM, EPOCHS = 1000, 96, 128, 512, 25
 ENCODED_AT_ONCE = 64
 UNCACHED_PAIRS = 256  # of the stage without a cache, which costs the same for every pair
 
