@@ -59,6 +59,19 @@ def check_pairs(
             )
 
 
+def count_pairs(group_ids: torch.Tensor, num_ranks: int = 1) -> torch.Tensor:
+    """Pairs of a batch over all ranks, a scalar. Fillers do not count.
+
+    Args:
+        group_ids: `(batch,)`, of this rank's share.
+        num_ranks: processes that hold a share of the batch.
+    """
+    num_pairs = (group_ids != IGNORED_GROUP).sum()
+    if num_ranks > 1:
+        torch.distributed.all_reduce(num_pairs)
+    return num_pairs
+
+
 def instance_objective(
     config: Any,
     class_vectors: torch.Tensor,
@@ -66,6 +79,7 @@ def instance_objective(
     text_features: torch.Tensor,
     group_ids: torch.Tensor,
     num_ranks: int = 1,
+    num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """Equation (5): the instance loss of the images plus that of the sentences, a scalar.
 
@@ -78,16 +92,16 @@ def instance_objective(
         image_features, text_features: `(batch, dim)`, projected, not normalised.
         group_ids: `(batch,)`, or [`IGNORED_GROUP`].
         num_ranks: processes that hold a share of the batch.
+        num_items_in_batch: pairs that the mean is taken over, if these are a chunk of a larger batch. `None`: these.
     """
     temperature = config.instance_temperature or config.temperature
     image_loss, text_loss = (
         instance_loss(features, class_vectors, group_ids, config.instance_logits, temperature, reduction="sum")
         for features in (image_features, text_features)
     )
-    num_rows = (group_ids != IGNORED_GROUP).sum()
-    if num_ranks > 1:
-        torch.distributed.all_reduce(num_rows)
-    return (image_loss + text_loss) * num_ranks / num_rows
+    if num_items_in_batch is None:
+        num_items_in_batch = count_pairs(group_ids, num_ranks)
+    return (image_loss + text_loss) * num_ranks / num_items_in_batch
 
 
 def contrastive_objective(

@@ -31,7 +31,7 @@ LAYERS = (
     ("stage_trainer",),
     ("feature_cache", "run_folder", "training_args", "heat_maps"),
     ("encoding",),
-    ("stages", "batching", "groups", "retrieval"),
+    ("stages", "batching", "groups", "retrieval", "gradient_cache"),
     ("scenes", "word_vectors"),
     ("processing_icone", "modeling_icone"),
     ("configuration_icone", "objective"),
