@@ -118,21 +118,27 @@ def test_neither_the_chunks_size_nor_fillers_matter(model_of, read, chunk_size, 
 
 
 @pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+@pytest.mark.parametrize(
     ("config", "checkpointing"), [("infonce", False), ("sigmoid", False), ("cosine", False), ("infonce", True)]
 )
-def test_dropout_is_that_of_the_first_pass(model_of, read, config, checkpointing):
+def test_dropout_is_that_of_the_first_pass(model_of, read, config, checkpointing, device):
     """Against a graph through all chunks at once, which draws each chunk's dropout one time, and the bare losses."""
-    model = model_of(dropout=0.3, **CONFIGS[config])
+    model = model_of(dropout=0.3, **CONFIGS[config]).to(device)
     if checkpointing:  # runs every layer once more in the backward pass, and replays its dropout too
         model.gradient_checkpointing_enable()
+    chunks = [{name: value.to(device) for name, value in chunk.items()} for chunk in read(PAIRS, 4)]
+    ids, form = ids_of(PAIRS).to(device), model.config.instance_logits
+    generator_state = torch.cuda.get_rng_state if device == "cuda" else torch.get_rng_state
     torch.manual_seed(5)
-    outputs = [model(**chunk, return_loss=False) for chunk in read(PAIRS, 4)]
+    outputs = [model(**chunk, return_loss=False) for chunk in chunks]
     images, texts = (
         torch.cat([output[name].pooler_output for output in outputs])
         for name in ("vision_model_output", "text_model_output")
     )
-    where_it_ends = torch.get_rng_state()
-    ids, form = ids_of(PAIRS), model.config.instance_logits
+    where_it_ends = generator_state()
     instance = sum(losses.instance_loss(f, model.classifier.weight, ids, form, 0.1) for f in (images, texts))
     embeds = [torch.nn.functional.normalize(features, dim=-1) for features in (images, texts)]
     if config == "sigmoid":
@@ -143,13 +149,13 @@ def test_dropout_is_that_of_the_first_pass(model_of, read, config, checkpointing
     gradients = gradients_of(model)
 
     torch.manual_seed(5)
-    ours, our_gradients = in_chunks(model, read, PAIRS, 4, 1.0, 2.0)
+    ours = backward_in_chunks(model, lambda: chunks, ids, 1.0, 2.0)
     torch.testing.assert_close(ours.loss, (instance + 2 * contrastive).detach(), rtol=1e-5, atol=1e-6)
-    assert_same_gradients(our_gradients, gradients)
-    assert torch.equal(torch.get_rng_state(), where_it_ends)  # the next step draws other numbers
-    others = in_chunks(model, read, PAIRS, 4, 1.0, 2.0)[1]
+    assert_same_gradients(gradients_of(model), gradients)
+    assert torch.equal(generator_state(), where_it_ends)  # the next step draws other numbers
+    backward_in_chunks(model, lambda: chunks, ids, 1.0, 2.0)
     name = "text_projection.weight"
-    assert (others[name] - gradients[name]).norm() > 0.01 * gradients[name].norm()
+    assert (gradients_of(model)[name] - gradients[name]).norm() > 0.01 * gradients[name].norm()
 
 
 def test_no_pass_sees_more_than_a_chunk(model_of, read, monkeypatch):
