@@ -5,6 +5,7 @@ positives, we keep them apart rather than mask them: every row then has the same
 forward pass is spent on a pair that no loss uses.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -229,6 +230,55 @@ class PairCollator:
         # Convolutional towers run two to three times as fast on a CPU in this memory format; transformers do not mind.
         inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
         return {**inputs, "group_ids": torch.tensor([item["group_id"] for item in items])}
+
+
+class PairChunks(torch.utils.data.Dataset):
+    """Hands out a batch unread: `read_chunks`, which reads it chunk by chunk as often as it is called, and `group_ids`.
+
+    Cached gradients (`gradient_cache.py`) pass over a batch twice. Its pictures are decoded in each pass instead of
+    being kept: 4,096 of 224 pixels are 2.4 GB as floats and 0.6 GB as bytes, while decoding again costs a few percent
+    of a training step, or nothing where worker processes do it ahead. So, whatever the batch, there are as many
+    pictures in memory as workers prefetch chunks. A chunk's sentences are padded to the longest of the chunk.
+
+    Args:
+        pairs: the data set.
+        collate_fn: turns a chunk's items into the model's inputs.
+        chunk_size: pairs in a chunk; a batch's last one may be smaller.
+        num_workers: processes that read chunks ahead. They live as long as this object.
+        pin_memory: as in `DataLoader`.
+    """
+
+    def __init__(
+        self,
+        pairs: PairDataset,
+        collate_fn: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+        chunk_size: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        self.pairs = pairs
+        self.chunk_size = chunk_size
+        self._chunks: list[list[Pair]] = []  # what the loader reads next
+        self._loader = DataLoader(
+            pairs,
+            batch_sampler=self._chunks,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # a loader draws a seed for its workers: not from the training's numbers
+        )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitems__(self, pairs: list[Pair]) -> dict[str, Any]:
+        group_ids = torch.tensor([pair.group_id for pair in pairs])
+        return {"read_chunks": functools.partial(self._read, pairs), "group_ids": group_ids}
+
+    def _read(self, pairs: list[Pair]) -> Iterator[dict[str, torch.Tensor]]:
+        self._chunks[:] = [pairs[i : i + self.chunk_size] for i in range(0, len(pairs), self.chunk_size)]
+        yield from self._loader
 
 
 class GroupDataLoader(DataLoader):

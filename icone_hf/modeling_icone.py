@@ -374,6 +374,7 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         pooled_image: torch.Tensor | None = None,
         pooled_text: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> IConEOutput:
         """Embeds images, sentences or both, and computes the losses of pairs (row i of both belong together).
@@ -393,6 +394,7 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
                 no `group_ids`: all pairs then count as different groups.
             pooled_image, pooled_text: `(batch, width)`, the towers' pooled outputs (`pool_image`, `pool_text`) if they
                 are known already; the towers are then not run.
+            num_items_in_batch: pairs that the instance loss is averaged over, if these are a chunk of a larger batch.
             kwargs: to both towers (`output_hidden_states`, `output_attentions`).
 
         Raises:
@@ -432,7 +434,14 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
                 known_groups = cast(torch.Tensor, group_ids)
                 num_samples = self.config.instance_samples if self.training else 0
                 instance = instance_objective(
-                    self.config, class_vectors, image_features, text_features, known_groups, num_ranks, num_samples
+                    self.config,
+                    class_vectors,
+                    image_features,
+                    text_features,
+                    known_groups,
+                    num_ranks,
+                    num_samples,
+                    num_items_in_batch,
                 )
             if contrastive_weight:
                 contrastive = contrastive_objective(

@@ -60,6 +60,19 @@ def check_pairs(
             )
 
 
+def count_pairs(group_ids: torch.Tensor, num_ranks: int = 1) -> torch.Tensor:
+    """Pairs of a batch over all ranks, a scalar. Fillers do not count.
+
+    Args:
+        group_ids: `(batch,)`, of this rank's share.
+        num_ranks: processes that hold a share of the batch.
+    """
+    num_pairs = (group_ids != IGNORED_GROUP).sum()
+    if num_ranks > 1:
+        torch.distributed.all_reduce(num_pairs)
+    return num_pairs
+
+
 def instance_objective(
     config: Any,
     class_vectors: torch.Tensor,
@@ -68,6 +81,7 @@ def instance_objective(
     group_ids: torch.Tensor,
     num_ranks: int = 1,
     num_samples: int = 0,
+    num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """Equation (5): the instance loss of the images plus that of the sentences, a scalar.
 
@@ -82,10 +96,10 @@ def instance_objective(
         num_ranks: processes that hold a share of the batch.
         num_samples: classes that stand for all that are not in the batch of all ranks, the same for every rank; 0
             scores every class. See [`sample_classes`].
+        num_items_in_batch: pairs that the mean is taken over, if these are a chunk of a larger batch. `None`: these.
     """
-    num_rows = (group_ids != IGNORED_GROUP).sum()
-    if num_ranks > 1:
-        torch.distributed.all_reduce(num_rows)
+    if num_items_in_batch is None:
+        num_items_in_batch = count_pairs(group_ids, num_ranks)
     log_counts = None
     if num_samples:
         scored = sample_classes(_gather_ids(group_ids, num_ranks), len(class_vectors), num_samples, num_ranks)
@@ -96,7 +110,7 @@ def instance_objective(
         instance_loss(features, class_vectors, group_ids, config.instance_logits, temperature, "sum", log_counts)
         for features in (image_features, text_features)
     )
-    return (image_loss + text_loss) * num_ranks / num_rows
+    return (image_loss + text_loss) * num_ranks / num_items_in_batch
 
 
 def contrastive_objective(

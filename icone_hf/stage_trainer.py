@@ -9,10 +9,11 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
-from .batching import GroupBatchSampler, GroupDataLoader, PairCollator, PairDataset
+from .batching import GroupBatchSampler, GroupDataLoader, PairChunks, PairCollator, PairDataset
 from .encoding import GroupEmbeddings, encode_groups, measure_embeddings
 from .feature_cache import FeatureCache
-from .modeling_icone import IConEModel
+from .gradient_cache import backward_in_chunks
+from .modeling_icone import IConEModel, IConEOutput
 from .sparse_rows import AdamWithSparseRows, with_dense_gradients
 from .stages import Stage
 from .training_args import IConETrainingArguments
@@ -57,15 +58,22 @@ class StageTrainer(Trainer):
             class_vectors=(lambda: classifier.weight) if args.neighbour_run else None,
             neighbour_run=args.neighbour_run,
         )
-        is_cached = isinstance(self.pairs, FeatureCache)
-        # The cache hands out whole batches from mapped memory: worker processes would only copy them.
-        num_workers = 0 if is_cached else self.args.dataloader_num_workers
+        pin_memory = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+        if isinstance(self.pairs, FeatureCache):
+            # It hands out whole batches from mapped memory: worker processes would only copy them, and heads alone
+            # need no chunks.
+            return GroupDataLoader(self.pairs, batch_sampler=sampler, collate_fn=_as_it_is, pin_memory=pin_memory)
+        collator, num_workers = PairCollator(self.processing_class), self.args.dataloader_num_workers
+        chunk_size = args.per_device_chunk_size
+        if chunk_size is not None and chunk_size < self.args.per_device_train_batch_size:
+            chunks = PairChunks(self.pairs, collator, chunk_size, num_workers, pin_memory)
+            return GroupDataLoader(chunks, batch_sampler=sampler, collate_fn=_as_it_is)
         return GroupDataLoader(
             self.pairs,
             batch_sampler=sampler,
-            collate_fn=_as_it_is if is_cached else PairCollator(self.processing_class),
+            collate_fn=collator,
             num_workers=num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            pin_memory=pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers and num_workers > 0,
         )
 
@@ -91,6 +99,31 @@ class StageTrainer(Trainer):
             torch.distributed.broadcast(rows.data, src=0)
         return self.optimizer
 
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        if "read_chunks" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        optimizer, scaler = cast(Any, self.optimizer), self.accelerator.scaler
+        if callable(getattr(optimizer, "train", None)):  # a schedule-free optimizer has modes too
+            optimizer.train()
+        output = backward_in_chunks(
+            self.accelerator.unwrap_model(model),
+            lambda: map(self._prepare_inputs, inputs["read_chunks"]()),
+            inputs["group_ids"].to(self.args.device),
+            self.stage.instance_weight,
+            self.stage.contrastive_weight,
+            self.accelerator.backward,
+            loss_scale=1.0 if scaler is None else scaler.get_scale(),
+            autocast=self.accelerator.autocast,
+        )
+        self._count_losses(output)
+        return cast(torch.Tensor, output.loss)
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -104,11 +137,14 @@ class StageTrainer(Trainer):
             contrastive_weight=self.stage.contrastive_weight,
             return_loss=True,
         )
+        self._count_losses(output)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def _count_losses(self, output: IConEOutput) -> None:
         for name in ("instance_loss", "contrastive_loss"):
             if (loss := getattr(output, name)) is not None:
                 self._loss_sums[name] = self._loss_sums.get(name, 0) + loss.detach()
         self._loss_steps += 1
-        return (output.loss, output) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._loss_steps:

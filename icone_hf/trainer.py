@@ -138,6 +138,11 @@ class IConETrainer:
                 f"{sampling} touches the sampled class vectors alone, so that weight_decay={self.args.weight_decay:g} "
                 "would not reach the others: set one of the two to 0."
             )
+        if self.args.per_device_chunk_size is not None:
+            raise ValueError(
+                f"{sampling} draws a sample for a whole batch, per_device_chunk_size="
+                f"{self.args.per_device_chunk_size} would draw one for each chunk: set one of the two to 0 or None."
+            )
         for engine in ("FSDP", "DeepSpeed"):
             launched = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
             if launched or getattr(self.args, engine.lower()):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 CLASS_VECTORS = ("random", "group_means")
@@ -32,9 +33,15 @@ DECISIVE_ARGUMENTS = (
 class IConETrainingArguments(TrainingArguments):
     """transformers' arguments with this project's defaults. A stage sets `learning_rate` and `num_train_epochs` itself.
 
-    The batch that InfoNCE takes its negatives from is `per_device_train_batch_size` times the number of processes (the
-    paper: 128); gradient accumulation adds no negatives. The optimizer is Adam (AdamW without weight decay), the
-    schedule a cosine after a warm-up of 5% of the steps. The epoch with the best validation Rsum is kept.
+    The batch that InfoNCE takes its negatives from is `global_batch_size` or, without it, `per_device_train_batch_size`
+    times the number of processes (the paper: 128); gradient accumulation adds no negatives. A batch that does not fit
+    into memory is computed in chunks of `per_device_chunk_size` pairs, with the same loss and gradients. The optimizer
+    is Adam (AdamW without weight decay), the schedule a cosine after a warm-up of 5% of the steps. The epoch with the
+    best validation Rsum is kept.
+
+    Raises:
+        ValueError: for a `global_batch_size` or `per_device_chunk_size` that cannot be, or beside
+            `gradient_accumulation_steps`, or for chunks under FSDP or DeepSpeed.
     """
 
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Image/sentence pairs a process and step."})
@@ -51,6 +58,21 @@ class IConETrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(default="rsum", metadata={"help": "Picks a stage's best epoch."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should grow."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: groups become pairs later."})
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs of one update over all processes, a multiple of these; it takes the place of "
+            "per_device_train_batch_size. Default: per_device_train_batch_size times the processes."
+        },
+    )
+    per_device_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs of one forward pass, if a process's share of the batch is too large for its memory: same "
+            "loss and gradients, about 4/3 of the time. Stages with frozen encoders need none and take none. "
+            "Default: the whole share at once."
+        },
+    )
     pairs_per_group: int = field(
         default=1, metadata={"help": "Sentences of a group in a batch; above 1 with several_positives."}
     )
@@ -71,3 +93,35 @@ class IConETrainingArguments(TrainingArguments):
     feature_cache_dtype: str = field(
         default="float32", metadata={"help": "What they are kept as: float32, or bfloat16 in half the space."}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("global_batch_size", "per_device_chunk_size"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more.")
+            if self.gradient_accumulation_steps > 1:
+                raise ValueError(
+                    f"{name}={value} describes one update, of which gradient_accumulation_steps="
+                    f"{self.gradient_accumulation_steps} would add up several: leave it at 1. What saves memory is "
+                    "per_device_chunk_size."
+                )
+        if self.global_batch_size is not None:
+            if self.global_batch_size % self.world_size:
+                raise ValueError(
+                    f"global_batch_size={self.global_batch_size} must be a multiple of the {self.world_size} processes."
+                )
+            # transformers, the sampler and the recipe all count by this field.
+            self.per_device_train_batch_size = self.global_batch_size // self.world_size
+        is_sharded = (
+            self.fsdp
+            or self.deepspeed
+            or any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+        )
+        if self.per_device_chunk_size is not None and is_sharded:
+            raise ValueError(
+                f"per_device_chunk_size={self.per_device_chunk_size} needs whole weights in every process, FSDP and "
+                "DeepSpeed hold shares of them: train with DDP, or without chunks."
+            )

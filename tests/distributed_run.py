@@ -1,6 +1,6 @@
 """Run by test_distributed.py, under torchrun or alone: trains a tiny model and writes what came out.
 
-python tests/distributed_run.py VISION TEXT OUTPUT PER_DEVICE_BATCH INSTANCE_SAMPLES
+python tests/distributed_run.py VISION TEXT OUTPUT PER_DEVICE_BATCH CHUNK_SIZE INSTANCE_SAMPLES (0: none of either)
 """
 
 import json
@@ -22,7 +22,7 @@ STAGES = (
 NUM_GROUPS = 150  # of three sentences: four batches of 112 or 113 pairs, so that fillers are needed
 
 
-def main(vision, text, output, per_device_batch, instance_samples):
+def main(vision, text, output, per_device_batch, chunk_size, instance_samples):
     torch.manual_seed(0)
     # Dropout draws other numbers on every rank; without it the two runs must agree.
     text_model = BertModel(tiny_text_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
@@ -32,6 +32,7 @@ def main(vision, text, output, per_device_batch, instance_samples):
         num_groups=NUM_GROUPS,
         projection_dim=16,
         text_pooling="mean",
+        learn_temperature=True,
         instance_samples=instance_samples,
     )
     if instance_samples and int(os.environ.get("RANK", 0)):
@@ -40,6 +41,7 @@ def main(vision, text, output, per_device_batch, instance_samples):
         output,
         use_cpu=True,
         per_device_train_batch_size=per_device_batch,
+        per_device_chunk_size=chunk_size or None,
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
@@ -55,4 +57,4 @@ def main(vision, text, output, per_device_batch, instance_samples):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    main(*sys.argv[1:4], *map(int, sys.argv[4:]))

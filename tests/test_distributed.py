@@ -12,8 +12,9 @@ import torch
 HERE = Path(__file__).parent
 
 
-def run(towers, output, processes, per_device_batch, instance_samples):
-    command = [str(HERE / "distributed_run.py"), *towers, str(output), str(per_device_batch), str(instance_samples)]
+def run(towers, output, processes, per_device_batch, chunk_size=0, instance_samples=0):
+    numbers = map(str, (per_device_batch, chunk_size, instance_samples))
+    command = [str(HERE / "distributed_run.py"), *towers, str(output), *numbers]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     else:
@@ -33,11 +34,14 @@ def run(towers, output, processes, per_device_batch, instance_samples):
     return result["metrics"], history, torch.load(output / "weights.pt")
 
 
-@pytest.mark.parametrize("instance_samples", [0, 20])
-def test_two_ranks_of_64_train_as_one_process_of_128(towers, tmp_path, instance_samples):
-    """With sampled classes too: all ranks score those of the whole batch and the sample that rank 0 has drawn."""
-    alone = run(towers, tmp_path / "one", 1, 128, instance_samples)
-    together = run(towers, tmp_path / "two", 2, 64, instance_samples)
+@pytest.mark.parametrize(("chunk_size", "instance_samples"), [(0, 0), (24, 0), (0, 20)])
+def test_two_ranks_of_64_train_as_one_process_of_128(towers, tmp_path, chunk_size, instance_samples):
+    """With the learned temperature, which in chunks (cached gradients) no forward of DDP sees.
+
+    With sampled classes too: all ranks score those of the whole batch and the sample that rank 0 has drawn.
+    """
+    alone = run(towers, tmp_path / "one", 1, 128, 0, instance_samples)
+    together = run(towers, tmp_path / "two", 2, 64, chunk_size, instance_samples)
     assert len(alone[1]) == 4 * 2 + 8 * 3
     assert together[1] == pytest.approx(alone[1], rel=1e-5)
     assert together[0]["validation"]["rsum"] == pytest.approx(alone[0]["validation"]["rsum"], abs=1e-6)
@@ -106,3 +110,64 @@ def test_gradients_of_the_gathered_losses_are_those_of_one_process(
     assert expected.keys() == gathered["gradients"].keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(gathered["gradients"][name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def _chunked_gradients(rank, port, folder, towers):
+    """One of two processes: its half of a batch of fourteen, fillers at the end, in chunks, behind a DDP wrapper."""
+    from conftest import make_groups
+
+    from icone_hf import IConEModel, IConEProcessor
+    from icone_hf.gradient_cache import backward_in_chunks
+
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = IConEModel.from_encoders(*towers, num_groups=12, projection_dim=16, **SIGMOID).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    rows = [*range(12), 0, 0]
+    group_ids = torch.tensor([*range(12), -100, -100])
+    groups, processor = make_groups(12), IConEProcessor.from_encoders(*towers)
+
+    def chunk(places):
+        texts = [groups[rows[place]]["captions"][0] for place in places]
+        inputs = processor(images=[groups[rows[place]]["image"] for place in places], text=texts, return_tensors="pt")
+        return {**inputs, "group_ids": group_ids[list(places)]}
+
+    share = range(7 * rank, 7 * rank + 7)
+    chunks = [chunk(share[start : start + 5]) for start in (0, 5)]  # the second rank's last chunk is fillers alone
+    output = backward_in_chunks(wrapped.module, lambda: chunks, group_ids[7 * rank : 7 * rank + 7], 1.0, 1.0)
+    loss = output.loss.clone()
+    torch.distributed.all_reduce(loss)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.save({"gradients": gradients, "loss": loss / 2}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+SIGMOID = {"contrastive_loss": "sigmoid", "learn_temperature": True, "text_pooling": "mean"}
+
+
+def test_chunks_on_two_ranks_have_the_gradients_of_one_process(towers, make_model, processor, tmp_path):
+    """Those of the learned temperature and bias too, on every rank."""
+    from conftest import make_groups
+
+    port = 28600 + os.getpid() % 1000
+    torch.multiprocessing.spawn(_chunked_gradients, (port, str(tmp_path), towers), nprocs=2)
+    model = make_model(num_groups=12, **SIGMOID).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    groups = make_groups(12)
+    inputs = processor(images=groups["image"][:], text=[c[0] for c in groups["captions"]], return_tensors="pt")
+    output = model(**inputs, group_ids=torch.arange(12))
+    output.loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert {"logit_scale", "logit_bias"} <= expected.keys()
+    largest = max(gradient.norm() for gradient in expected.values())
+    for rank in range(2):
+        ours = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(ours["loss"], output.loss.detach(), rtol=1e-5, atol=1e-6)
+        assert ours["gradients"].keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (ours["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * largest, name

@@ -32,7 +32,7 @@ LAYERS = (
     ("stage_trainer",),
     ("embedding_shards", "feature_cache", "training_args", "heat_maps"),
     ("encoding", "digests", "run_folder"),
-    ("stages", "batching", "groups", "retrieval"),
+    ("stages", "batching", "groups", "retrieval", "gradient_cache"),
     ("scenes", "word_vectors", "sparse_rows", "sharded_classifier"),
     ("processing_icone", "modeling_icone"),
     ("configuration_icone", "objective"),

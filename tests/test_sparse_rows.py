@@ -154,6 +154,7 @@ def test_a_stage_without_instance_loss_leaves_the_class_vectors(make_trainer):
     [
         ({"weight_decay": 0.1}, r"instance_samples=4 .*weight_decay=0.1 would not reach"),
         ({"optim": "adafactor"}, "optim=adafactor: choose"),
+        ({"per_device_chunk_size": 2}, "per_device_chunk_size=2 would draw one for each chunk"),
     ],
 )
 def test_what_sparse_gradients_do_not_go_with_is_refused(make_trainer, arguments, message):

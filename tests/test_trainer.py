@@ -161,6 +161,19 @@ def test_the_cached_stage_gives_the_losses_of_plain_forward_passes(make_trainer,
                 "eval_steps": 1,
             },
         ),
+        (
+            "1-joint",
+            5,
+            {
+                "per_device_chunk_size": 3,
+                "dataloader_num_workers": 1,
+                "save_strategy": "steps",
+                "eval_strategy": "steps",
+                "save_steps": 2,
+                "eval_steps": 2,
+            },
+        ),
+        ("1-joint", 8, {"per_device_chunk_size": 3}),
     ],
 )
 def test_an_interrupted_run_gives_the_losses_of_an_uninterrupted_one(make_trainer, stage, step, arguments):
