@@ -64,15 +64,10 @@ class FeatureCache(torch.utils.data.Dataset):
         rows = np.array([pair.row for pair in pairs])
         texts = self._first_text[rows] + [pair.caption for pair in pairs]
         return {
-            "pooled_image": self.features(self.image[rows]),
-            "pooled_text": self.features(self.text[texts]),
+            "pooled_image": as_features(self.image[rows]).to(self.dtype),
+            "pooled_text": as_features(self.text[texts]).to(self.dtype),
             "group_ids": torch.tensor([pair.group_id for pair in pairs]),
         }
-
-    def features(self, stored: np.ndarray) -> torch.Tensor:
-        """Rows of `image` or `text`, copied from the map already, as features of type `dtype`."""
-        tensor = torch.from_numpy(stored)
-        return (tensor.view(torch.bfloat16) if stored.dtype == np.uint16 else tensor).to(self.dtype)
 
     @classmethod
     def build(
@@ -178,6 +173,12 @@ class _Rows:
             for row in rows:
                 done.seek(row)
                 done.write(b"\1")
+
+
+def as_features(stored: np.ndarray) -> torch.Tensor:
+    """Rows of `image` or `text`, copied from the map already, as a tensor of the type that they are stored as."""
+    tensor = torch.from_numpy(stored)
+    return tensor.view(torch.bfloat16) if stored.dtype == np.uint16 else tensor
 
 
 def _make_room(folder: Path, key: dict[str, str], arrays: Iterable[_Rows]) -> None:

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from .batching import GroupBatchSampler, GroupDataLoader, PairChunks, PairCollator, PairDataset
 from .encoding import GroupEmbeddings, encode_groups, measure_embeddings
-from .feature_cache import FeatureCache
+from .feature_cache import FeatureCache, as_features
 from .gradient_cache import backward_in_chunks
 from .modeling_icone import IConEModel, IConEOutput
 from .sparse_rows import AdamWithSparseRows, with_dense_gradients
@@ -189,7 +189,7 @@ def embed_cached(model: IConEModel, cache: FeatureCache, chunk_size: int = 4096)
     def project(features: Any, projection: torch.nn.Linear) -> torch.Tensor:
         weight = projection.weight
         starts = range(0, len(features), chunk_size)
-        chunks = (cache.features(np.array(features[i : i + chunk_size])) for i in starts)
+        chunks = (as_features(np.array(features[i : i + chunk_size])) for i in starts)
         return torch.cat([F.normalize(projection(chunk.to(weight)), dim=-1).float().cpu() for chunk in chunks])
 
     return GroupEmbeddings(

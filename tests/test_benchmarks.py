@@ -111,9 +111,6 @@ class Features:
         self.text = self.image.repeat(5, axis=0)[:, :8] + 0.1 * rng.standard_normal((5 * groups, 8), dtype=np.float32)
         self.text_to_image = torch.arange(groups).repeat_interleave(5)
 
-    def features(self, stored):
-        return torch.from_numpy(stored)
-
 
 @pytest.mark.parametrize("name", list(peers.TRAINERS))
 def test_a_peer_trains_for_the_protocols_updates_and_gives_its_best_epoch_back(name):
