@@ -3,6 +3,7 @@
 # make test-slow    the long tests too
 # make check        ruff and mypy
 # make smoke        every experiment of the paper on a handful of scenes, in minutes: that it runs from data to page
+# make bench       how fast it is, beside bare loops and peers: every table of docs/performance.md (half an hour, on a quiet machine)
 # make reproduce    every experiment in miniature, and its page and pictures into docs/reproduction (about an hour)
 
 VENV := .venv
@@ -18,7 +19,7 @@ export MALLOC_MMAP_MAX_ := 0
 # Nothing is fetched from the model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-slow check smoke reproduce clean
+.PHONY: quickstart test test-slow check smoke bench reproduce clean
 
 quickstart: outputs/towers/minilm/config.json
 	@echo "[3/4] Training both stages and testing: log and checkpoints in $(OUTPUT)"
@@ -57,6 +58,9 @@ check: $(VENV)/dev
 
 smoke: $(VENV)/quickstart
 	$(VENV)/bin/icone reproduce all --smoke
+
+bench: $(VENV)/dev outputs/towers/minilm/config.json
+	$(PYTHON) -m benchmarks all
 
 reproduce: $(VENV)/quickstart
 	$(VENV)/bin/icone reproduce all --miniature
