@@ -236,8 +236,8 @@ class PairChunks(torch.utils.data.Dataset):
     """Hands out a batch unread: `read_chunks`, which reads it chunk by chunk as often as it is called, and `group_ids`.
 
     Cached gradients (`gradient_cache.py`) pass over a batch twice. Its pictures are decoded in each pass instead of
-    being kept: 4,096 of 224 pixels are 2.4 GB as floats and 0.6 GB as bytes, while decoding again costs a few percent
-    of a training step, or nothing where worker processes do it ahead. So, whatever the batch, there are as many
+    being kept: 4,096 of 224 pixels are 2.4 GB as floats and 0.6 GB as bytes, while decoding again costs little
+    beside the towers, or nothing where worker processes do it ahead. So, whatever the batch, there are as many
     pictures in memory as workers prefetch chunks. A chunk's sentences are padded to the longest of the chunk.
 
     Args:
