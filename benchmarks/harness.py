@@ -1,5 +1,6 @@
 """What all measurements of speed share: timing in turns, memory of a fresh process, results, the page made of them."""
 
+import contextlib
 import datetime
 import gc
 import importlib
@@ -10,14 +11,17 @@ import os
 import pkgutil
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from benchmarks import performance
 from benchmarks.recipes_report import write_between
+from icone_hf.run_folder import write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "performance"
@@ -53,6 +57,17 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int = 5, warm_up:
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> float:
     """The median over rounds of `name`'s seconds divided by those of `to` in the same round."""
     return median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
+
+
+@contextlib.contextmanager
+def one_core_spared() -> Iterator[None]:
+    """A block in which torch gets all cores but one: that one decodes and tokenises."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def peak_memory(function: Callable[..., Any], *args: Any) -> dict[str, float]:
@@ -97,10 +112,7 @@ def write_results(name: str, figures: dict[str, Any]) -> None:
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
         **figures,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    unfinished = RESULTS / f"{name}.tmp"
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(RESULTS / f"{name}.json")
+    write_json(RESULTS / f"{name}.json", content)
 
 
 def _processor() -> str:

@@ -8,6 +8,7 @@ chosen, trained again with the same seeds. What results/intra_modal.json holds a
 """
 
 import argparse
+import functools
 import itertools
 import time
 from typing import Any
@@ -26,6 +27,7 @@ TOWERS_ALONE = "towers"
 RECIPES = ["infonce", "from_means", "neighbours", "max_hinge", "cosine_instance", "paper"]
 
 
+@functools.cache
 def views_cache() -> FeatureCache:
     """The test scenes laid out anew, encoded."""
     processor, model = IConEProcessor.from_encoders(*recipes.TOWERS), recipes.towers_model(0, {})
@@ -44,13 +46,14 @@ def measure(embeds: GroupEmbeddings, queries: torch.Tensor) -> dict[str, float]:
 
 def measure_towers() -> None:
     """What the towers' own outputs find, before any head is trained, into the results."""
+    if any(run["recipe"] == TOWERS_ALONE for run in RESULTS.read()):
+        return
+    recipes.prepare(3000)
     test, views = recipes.open_caches(3000, "plain")["test"], views_cache()
-    outputs = (F.normalize(torch.tensor(rows), dim=-1) for rows in (test.image, test.text, views.image))
-    images, texts, queries = outputs
+    images, texts, queries = (F.normalize(torch.tensor(rows), dim=-1) for rows in (test.image, test.text, views.image))
     found = measure(GroupEmbeddings(images, texts, test.text_to_image), queries)
     cell = {"recipe": TOWERS_ALONE, "groups": 0, "batch": 0, "condition": "plain", "seed": 0, "point": None}
-    if not any(run["recipe"] == TOWERS_ALONE for run in RESULTS.read()):
-        RESULTS.add({**cell, "test": found})
+    RESULTS.add({**cell, "test": found})
 
 
 def train(
@@ -78,11 +81,11 @@ def main() -> None:
     recipes.WORK.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     tuned = recipes.RESULTS.read()
-    recipes.prepare(3000)
-    measure_towers()
-    for groups, batch, name in itertools.product(options.groups, options.batches, options.recipes):
-        with FileLock(str(recipes.WORK / "features.lock")):
+    with FileLock(str(recipes.WORK / "features.lock")):
+        measure_towers()
+        for groups in options.groups:
             recipes.prepare(groups)
+    for groups, batch, name in itertools.product(options.groups, options.batches, options.recipes):
         cell = {"recipe": name, "groups": groups, "batch": batch, "condition": options.condition}
         for run in recipes_report.final_runs(tuned, **cell):
             settings = {**cell, "seed": run["seed"], "point": run["point"]}

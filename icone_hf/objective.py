@@ -102,7 +102,7 @@ def instance_objective(
         num_items_in_batch = count_pairs(group_ids, num_ranks)
     log_counts = None
     if num_samples:
-        scored = sample_classes(_gather_ids(group_ids, num_ranks), len(class_vectors), num_samples, num_ranks)
+        scored = sample_classes(gather_rows(group_ids, num_ranks), len(class_vectors), num_samples, num_ranks)
         class_vectors = scored_rows(class_vectors, scored.class_ids, num_ranks)
         group_ids, log_counts = scored.positions(group_ids), scored.log_counts
     temperature = config.instance_temperature or config.temperature
@@ -140,7 +140,7 @@ def contrastive_objective(
             for embeds in (image_embeds, text_embeds)
         )
         if group_ids is not None:
-            group_ids = _gather_ids(group_ids, num_ranks)
+            group_ids = gather_rows(group_ids, num_ranks)
     if config.contrastive_loss == "infonce":
         return contrastive_loss(image_embeds, text_embeds, temperature, group_ids, config.several_positives)
     if config.contrastive_loss == "sigmoid":
@@ -150,10 +150,10 @@ def contrastive_objective(
     return hinge_loss(image_embeds, text_embeds, config.margin, group_ids, hardest)
 
 
-def _gather_ids(group_ids: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """The group ids of all ranks' rows, in the order of the ranks."""
+def gather_rows(rows: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """All ranks' rows, in the order of the ranks, without a gradient."""
     if num_ranks == 1:
-        return group_ids
-    gathered = [torch.empty_like(group_ids) for _ in range(num_ranks)]
-    torch.distributed.all_gather(gathered, group_ids.contiguous())
+        return rows
+    gathered = [torch.empty_like(rows) for _ in range(num_ranks)]
+    torch.distributed.all_gather(gathered, rows.contiguous())
     return torch.cat(gathered)

@@ -39,7 +39,7 @@ def retrieval_ranks(
         ValueError: if shapes do not fit, an embedding is not finite, an index is out of range or an image has no
             sentence.
     """
-    text_ranks, image_ranks = _rank(image_embeds, text_embeds, text_to_image, 1, chunk_size, share)
+    text_ranks, image_ranks = fold_ranks(image_embeds, text_embeds, text_to_image, 1, chunk_size, share)
     return text_ranks[0], image_ranks[0]
 
 
@@ -61,17 +61,6 @@ def fold_ranks(
     Raises:
         ValueError: if the images cannot be cut into `folds` equal parts, and as [`retrieval_ranks`].
     """
-    return _rank(image_embeds, text_embeds, text_to_image, folds, chunk_size, share)
-
-
-def _rank(
-    image_embeds: torch.Tensor,
-    text_embeds: torch.Tensor,
-    text_to_image: torch.Tensor,
-    folds: int,
-    chunk_size: int | None,
-    share: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor]:
     image_embeds, text_embeds, text_to_image = (torch.as_tensor(t) for t in (image_embeds, text_embeds, text_to_image))
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be 1 or more.")

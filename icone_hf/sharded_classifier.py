@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .losses import IGNORED_GROUP, instance_scores
+from .objective import count_ranks, gather_rows
 
 NAME = "classifier.weight"  # in a checkpoint of IConEModel
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -27,13 +28,9 @@ def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def _num_ranks() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
 def _reduce(tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
     """The sum, or the largest, over the ranks, in place."""
-    if _num_ranks() > 1:
+    if count_ranks() > 1:
         torch.distributed.all_reduce(
             tensor, torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
         )
@@ -64,7 +61,7 @@ class ShardedClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.num_groups = num_groups
-        self.rows = shard(num_groups, _rank(), _num_ranks())
+        self.rows = shard(num_groups, _rank(), count_ranks())
         generator = torch.Generator().manual_seed(torch.initial_seed() + _rank())
         weight = torch.empty(self.rows.stop - self.rows.start, projection_dim, dtype=dtype)
         self.weight = nn.Parameter(weight.normal_(std=std, generator=generator))
@@ -91,7 +88,7 @@ class ShardedClassifier(nn.Module):
             if not valid.all():
                 wrong = group_ids[~valid][0].item()
                 raise ValueError(f"group_ids holds {wrong}, but the classes are 0..{self.num_groups - 1}.")
-        features, group_ids = _GatherRows.apply(features), _gather(group_ids)
+        features, group_ids = _GatherRows.apply(features), gather_rows(group_ids, count_ranks())
         scores = instance_scores(features, self.weight, logits, temperature)
         losses = _ShardedCrossEntropy.apply(scores, group_ids, self.rows.start)
         return losses.sum() / (group_ids != IGNORED_GROUP).sum()
@@ -110,7 +107,7 @@ class ShardedClassifier(nn.Module):
                 if NAME in stored.keys():  # noqa: SIM118  (safe_open is no dict)
                     weight = stored.get_slice(NAME)
                     num_groups, dim = weight.get_shape()
-                    rows = shard(num_groups, _rank(), _num_ranks())
+                    rows = shard(num_groups, _rank(), count_ranks())
                     own = weight[rows.start : rows.stop]
                     classifier = cls(num_groups, dim, dtype=own.dtype)
                     classifier.weight.data.copy_(own)
@@ -168,27 +165,19 @@ def clip_sharded_norm(
     return norm
 
 
-def _gather(rows: torch.Tensor) -> torch.Tensor:
-    """All ranks' rows, one under the other."""
-    if _num_ranks() == 1:
-        return rows.view_as(rows)
-    gathered = [torch.empty_like(rows) for _ in range(_num_ranks())]
-    torch.distributed.all_gather(gathered, rows.contiguous())
-    return torch.cat(gathered)
-
-
 class _GatherRows(torch.autograd.Function):
     """All ranks' rows; the gradient of this rank's is summed over the ranks, and `num_ranks` times that."""
 
     @staticmethod
     def forward(ctx, rows):  # type: ignore[no-untyped-def]
         ctx.num_rows = len(rows)
-        return _gather(rows)
+        gathered = gather_rows(rows, count_ranks())
+        return gathered.view_as(gathered)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         total = _reduce(gradient.clone())
-        return total[_rank() * ctx.num_rows : (_rank() + 1) * ctx.num_rows] * _num_ranks()
+        return total[_rank() * ctx.num_rows : (_rank() + 1) * ctx.num_rows] * count_ranks()
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):
@@ -223,7 +212,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
 
 
 def _barrier() -> None:
-    if _num_ranks() > 1:
+    if count_ranks() > 1:
         torch.distributed.barrier()
 
 

@@ -143,10 +143,8 @@ class IConETrainer:
                 f"{sampling} draws a sample for a whole batch, per_device_chunk_size="
                 f"{self.args.per_device_chunk_size} would draw one for each chunk: set one of the two to 0 or None."
             )
-        for engine in ("FSDP", "DeepSpeed"):
-            launched = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
-            if launched or getattr(self.args, engine.lower()):
-                raise ValueError(f"{sampling} needs one process or DDP, not {engine}: set it to 0.")
+        if engine := self.args.sharding_engine:
+            raise ValueError(f"{sampling} needs one process or DDP, not {engine}: set it to 0.")
 
     # --- the run ---
 

@@ -115,13 +115,16 @@ class IConETrainingArguments(TrainingArguments):
                 )
             # transformers, the sampler and the recipe all count by this field.
             self.per_device_train_batch_size = self.global_batch_size // self.world_size
-        is_sharded = (
-            self.fsdp
-            or self.deepspeed
-            or any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
-        )
-        if self.per_device_chunk_size is not None and is_sharded:
+        if self.per_device_chunk_size is not None and self.sharding_engine:
             raise ValueError(
                 f"per_device_chunk_size={self.per_device_chunk_size} needs whole weights in every process, FSDP and "
                 "DeepSpeed hold shares of them: train with DDP, or without chunks."
             )
+
+    @property
+    def sharding_engine(self) -> str | None:
+        """`FSDP` or `DeepSpeed`, if an argument or the launcher asks for it: parameters spread over the processes."""
+        for engine in ("FSDP", "DeepSpeed"):
+            if getattr(self, engine.lower()) or parse_flag_from_env(f"ACCELERATE_USE_{engine.upper()}"):
+                return engine
+        return None

@@ -5,7 +5,6 @@ one, which decodes; on a machine that has no core to spare that work is added to
 """
 
 import itertools
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,26 +14,18 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.recipes import TOWERS
 from icone_hf import IConEModel, IConEProcessor, encode, load_groups, load_pictures
 from icone_hf.encoding import in_batches
 
 DRAWN, COPIES, SIDE = 256, 4, 480  # pictures, of so many pixels a side: about Flickr30k's
 BATCH_SIZE = 64
 ROUNDS = 3
-TOWERS = "outputs/towers/efficientnet-lite0", "outputs/towers/minilm"
 LABELS = {"0 workers": "decoded by a thread (no workers)", "1 worker": "decoded by one worker process"}
 
 
+@harness.one_core_spared()
 def measure() -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
-    try:
-        return _measure()
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _measure() -> dict[str, Any]:
     model, processor = IConEModel.from_encoders(*TOWERS).eval(), IConEProcessor.from_encoders(*TOWERS)
     groups = load_groups("openmoji-scenes", "test", num_groups=DRAWN, image_size=SIDE)
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,6 @@ but one, which decodes and tokenises; on a machine that has no core to spare tha
 """
 
 import itertools
-import os
 import tempfile
 from collections.abc import Iterable
 from statistics import median
@@ -14,13 +13,13 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.recipes import TOWERS
 from icone_hf import FeatureCache, IConEModel, IConEProcessor, load_groups
 from icone_hf.encoding import by_length, captions_of, in_batches, pool_images, pool_texts
 
 GROUPS = 512
 BATCH_SIZE = 64
 ROUNDS = 3
-TOWERS = "outputs/towers/efficientnet-lite0", "outputs/towers/minilm"
 LABELS = {
     "bare pictures": "pictures, bare tower",
     "pictures, thread": "pictures, decoded by a thread (no workers)",
@@ -43,16 +42,8 @@ def run_sentences(model: IConEModel, batches: Iterable[Any]) -> None:
         model.pool_text(model.text_model(**inputs, return_dict=True), inputs["attention_mask"])
 
 
+@harness.one_core_spared()
 def measure() -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
-    try:
-        return _measure()
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _measure() -> dict[str, Any]:
     model, processor = IConEModel.from_encoders(*TOWERS).eval(), IConEProcessor.from_encoders(*TOWERS)
     groups = load_groups("openmoji-scenes", "test", num_groups=GROUPS)
     captions, _ = captions_of(groups)
