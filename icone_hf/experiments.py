@@ -105,8 +105,8 @@ class Run:
         return 4 * sum(self.parameters().values()) + 12 * max(self._trained())
 
     def checkpoint_bytes(self) -> int:
-        """At most, while it runs: each stage's best and last checkpoint, with Adam's two moments."""
-        return sum(2 * (4 * sum(self.parameters().values()) + 8 * trained) for trained in self._trained())
+        """At most, while it runs: each stage's best and last checkpoint of what it trains, with Adam's two moments."""
+        return sum(2 * (4 + 8) * trained for trained in self._trained())
 
     def _trained(self) -> list[int]:
         count = self.parameters()

@@ -249,6 +249,15 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
         """DDP asks for this. The sparse gradient of sampled classes is averaged in `forward`'s graph instead."""
         return ["classifier.weight"] if self.config.instance_samples else []
 
+    def heads(self) -> "IConEModel":
+        """This model without its towers, which embeds pooled outputs alone. Weights and config are this model's own.
+
+        Its `state_dict` is that of projections, classifier and temperature.
+        """
+        heads = copy.copy(self)
+        heads._modules = {**self._modules, "vision_model": nn.Identity(), "text_model": nn.Identity()}
+        return heads
+
     # --- training modes ---
 
     def set_encoders_trainable(self, trainable: bool) -> None:

@@ -5,7 +5,7 @@ OUTPUT_DIR/
   metrics.json                           retrieval metrics: validation, stages, test
   recipe.json                            all that decides the numbers
   feature_cache/                         frozen towers' outputs
-  stages/0-NAME/checkpoint-*/            transformers' checkpoints
+  stages/0-NAME/checkpoint-*/            transformers' checkpoints; of heads alone where the towers are frozen
   stages/0-NAME/stage.json               there once the stage is done: its best epoch, metrics and logs
 """
 

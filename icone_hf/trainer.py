@@ -173,12 +173,11 @@ class IConETrainer:
         PartialState().wait_for_everyone()
         for index, stage in enumerate(self.stages[:first]):
             logger.warning(f"Stage {index + 1} of {len(self.stages)}, {stage.name!r}, is done already.")
-        if first:
-            best = self.folder.stage(first - 1) / self.folder.read_stage(first - 1)["best_checkpoint"]
-            load_model(self.model, best / SAFE_WEIGHTS_NAME)
+            best = self.folder.stage(index) / self.folder.read_stage(index)["best_checkpoint"]
+            load_model(self._trained_part(stage), best / SAFE_WEIGHTS_NAME)
         for index in range(first, len(self.stages)):
             self._run_stage(index, checkpoint if index == first else None)
-        self.model.eval()  # as from_pretrained leaves it
+        self.model.set_modes(False)  # as from_pretrained leaves it; a stage may have put the heads alone into training
         return self._finish(anew=first < len(self.stages))
 
     def _run_stage(self, index: int, checkpoint: Path | None) -> None:
@@ -194,6 +193,8 @@ class IConETrainer:
         args.learning_rate = stage.learning_rate
         args.num_train_epochs = stage.num_train_epochs
         args.seed = self.args.seed + index  # other batches in every stage
+        if not stage.train_encoders:  # heads have nothing to checkpoint; gradient_ is the name before transformers 5.23
+            args.activation_checkpointing = args.gradient_checkpointing = False
         self.model.set_encoders_trainable(stage.train_encoders)
         for parameters, weight in (
             (self.model.classifier, stage.instance_weight),
@@ -213,10 +214,11 @@ class IConETrainer:
         if self.args.class_vectors == "group_means" and is_first_use and checkpoint is None:
             self._start_class_vectors(train_dataset)
         callbacks = copy.deepcopy(self.callbacks)
-        trainer = StageTrainer(self.model, args, stage, train_dataset, eval_dataset, self.processor, callbacks)
+        model = self._trained_part(stage)
+        trainer = StageTrainer(model, args, stage, train_dataset, eval_dataset, self.processor, callbacks)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # Mixed precision wraps forward; the next stage's accelerator must find it as it was.
-        self.model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
         kept = Path(best) if best else self.folder.last_checkpoint(index)
         # The metrics of the weights that are kept: logged at the step that names the checkpoint (transformers measures
@@ -232,6 +234,10 @@ class IConETrainer:
             }
             self.folder.write_stage(index, result)
         PartialState().wait_for_everyone()
+
+    def _trained_part(self, stage: Stage) -> IConEModel:
+        """What a stage trains and its checkpoints hold. Frozen towers would cost a walk over their weights a step."""
+        return self.model if stage.train_encoders else self.model.heads()
 
     @torch.no_grad()
     def _start_class_vectors(self, pairs: PairDataset | FeatureCache) -> None:

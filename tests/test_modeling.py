@@ -109,6 +109,23 @@ def test_pooled_features_take_the_towers_place(make_model, batch):
     assert pooled.vision_model_output is None
 
 
+def test_heads_are_the_models_own_without_the_towers(make_model):
+    model = make_model(learn_temperature=True)
+    heads = model.heads()
+    towers = ("vision_model.", "text_model.")
+    assert set(heads.state_dict()) == {name for name in model.state_dict() if not name.startswith(towers)}
+    widths = model.visual_projection.in_features, model.text_projection.in_features
+    pooled = dict(zip(("pooled_image", "pooled_text"), (torch.randn(4, width) for width in widths), strict=True))
+    before = model(**pooled).logits_per_text.detach()
+    heads(**pooled, group_ids=torch.arange(4)).loss.backward()
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.sub_(parameter.grad)
+        assert torch.equal(heads(**pooled).logits_per_text, model(**pooled).logits_per_text)
+        assert not torch.equal(before, model(**pooled).logits_per_text)
+    assert model.vision_model.config is model.config.vision_config  # the model has its towers still
+
+
 def test_return_dict_false_gives_the_outputs_that_exist(make_model, batch):
     model = make_model().eval()
     output = model(**batch, group_ids=GROUP_IDS)
