@@ -1,7 +1,7 @@
-"""Measures how fast the package is, one claim at a time, and writes docs/performance.md from the results.
+"""Measures how fast the package is, one claim at a time, and writes the tables of docs/performance.md and scaling.md.
 
     python -m benchmarks NAME [NAME ...]     # or all; runs NAME again and replaces results/performance/NAME.json
-    python -m benchmarks --report            # writes the tables of docs/performance.md, runs nothing
+    python -m benchmarks --report            # writes these pages' tables, runs nothing
 
 Every speed is a ratio to a bare loop that runs in turns with it, so that a noisy machine disturbs both alike.
 """
@@ -20,7 +20,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--report", action="store_true", help="Write the page from the results that there are.")
+    parser.add_argument("--report", action="store_true", help="Write the pages from the results that there are.")
     options = parser.parse_args()
     unknown = set(options.names) - {*claims, "all"}
     if unknown or not (options.names or options.report):
@@ -28,7 +28,7 @@ def main() -> None:
     for name in claims if "all" in options.names else options.names:
         harness.write_results(name, claims[name].measure())
         print(claims[name].table(harness.read_results(name)), flush=True)
-    harness.write_page()
+    harness.write_pages()
 
 
 if __name__ == "__main__":

@@ -132,13 +132,18 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def blocks() -> dict[str, str]:
-    """The page's tables by claim, for the claims that have results."""
+    """The tables by claim, for the claims that have results."""
     measured = {name: module for name, module in claims().items() if (RESULTS / f"{name}.json").is_file()}
     return {name: module.table(read_results(name)) for name, module in measured.items()}
 
 
-def write_page() -> None:
-    """Puts every table between its marks in docs/performance.md."""
+def page_of(name: str) -> Path:
+    """The page that shows a claim's table: its module's own, or docs/performance.md."""
+    return getattr(claims()[name], "PAGE", PAGE)
+
+
+def write_pages() -> None:
+    """Puts every table between its marks in its page."""
     for name, table in blocks().items():
         marks = f"<!-- {name}: python -m benchmarks --report -->", f"<!-- end of {name} -->"
-        write_between(PAGE, marks, table)
+        write_between(page_of(name), marks, table)

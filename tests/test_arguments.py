@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from icone_hf import PAPER_STAGES, IConEConfig, IConETrainingArguments, Stage, load_groups
 from icone_hf.arguments import DataArguments, ModelArguments, RecipeArguments, parse_arguments
@@ -124,3 +125,12 @@ def test_data_arguments_are_load_groups_keywords():
     groups = load_groups(**arguments.load_arguments("validation"))
     assert len(groups) == 4
     assert groups[0]["image"].size == (48, 48)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_takes_the_configs_of_many_processes(path, make_model):
+    config = load_config_from_file(str(path))  # raises for a key that it does not know
+    assert config.num_processes == 8 * config.num_machines
+    layers = config.fsdp_config.get("fsdp_transformer_layer_cls_to_wrap")
+    if layers:  # CLIP's and BERT's
+        assert set(layers.split(",")) <= {type(module).__name__ for module in make_model().modules()}

@@ -47,6 +47,6 @@ def test_a_process_that_ends_is_reported():
         harness.peak_memory(fail)
 
 
-def test_the_page_shows_what_was_measured():
+def test_the_pages_show_what_was_measured():
     for name, table in harness.blocks().items():
-        assert table in harness.PAGE.read_text(encoding="utf-8"), f"{name}: python -m benchmarks --report"
+        assert table in harness.page_of(name).read_text(encoding="utf-8"), f"{name}: python -m benchmarks --report"

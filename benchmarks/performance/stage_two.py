@@ -125,14 +125,15 @@ def bare_loop(batches: Sequence[dict[str, torch.Tensor]], losses: bool) -> float
 # --- ours ---
 
 
-def ours(groups: Dataset) -> float:
+def ours(groups: Dataset, **changed: Any) -> float:
+    """Our trainer, with these of its arguments `changed`."""
     model = IConEModel.from_encoders(
         *TOWERS, num_groups=GROUPS, projection_dim=DIM, text_pooling="mean", temperature=0.1, instance_logits="cosine"
     )
     stage = Stage("joint", 1, 1e-4, instance_weight=1, contrastive_weight=1, train_encoders=True)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = {**common(folder), "save_strategy": "steps", "eval_strategy": "steps"}
+        arguments = {**common(folder), "save_strategy": "steps", "eval_strategy": "steps", **changed}
         steps: dict[str, Any] = {"save_steps": 10**6, "eval_steps": 10**6, "load_best_model_at_end": False}
         args = IConETrainingArguments(**arguments, **steps)
         validation = load_groups("openmoji-scenes", "validation", num_groups=2, image_size=PIXELS)
