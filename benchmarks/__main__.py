@@ -1,4 +1,4 @@
-"""Measures how fast the package is, one claim at a time, and writes the tables of docs/performance.md and scaling.md.
+"""Measures how fast the package is, one claim at a time, and writes the tables of docs/ and README.
 
     python -m benchmarks NAME [NAME ...]     # or all; runs NAME again and replaces results/performance/NAME.json
     python -m benchmarks --report            # writes these pages' tables, runs nothing
@@ -8,7 +8,7 @@ Every speed is a ratio to a bare loop that runs in turns with it, so that a nois
 
 import argparse
 
-from benchmarks import harness
+from benchmarks import harness, summary
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
         harness.write_results(name, claims[name].measure())
         print(claims[name].table(harness.read_results(name)), flush=True)
     harness.write_pages()
+    summary.write()
 
 
 if __name__ == "__main__":

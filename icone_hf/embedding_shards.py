@@ -110,7 +110,7 @@ def _encode_pictures(
     batches = {shard: in_batches(shards.rows(shard), batch_size) for shard in shards.share()}
     unreadable: dict[int, str] = {}
     pooled = pool_images(model, processor, source, [*chain(*batches.values())], num_workers, unreadable)
-    embeds = (F.normalize(model.visual_projection(batch), dim=-1).float().cpu() for batch in pooled)
+    embeds = (F.normalize(model.visual_projection(batch).float(), dim=-1).cpu() for batch in pooled)
     for shard in batches:
         # zip asks the batches first: when they end, no embedding of the next shard is taken
         parts = [part for _, part in zip(batches[shard], embeds, strict=False)]
@@ -137,7 +137,7 @@ def _encode_sentences(
         for shard, order in orders.items()
     }
     pooled = pool_texts(model, processor, [*chain(*batches.values())])
-    embeds = (F.normalize(model.text_projection(batch), dim=-1).float().cpu() for batch in pooled)
+    embeds = (F.normalize(model.text_projection(batch).float(), dim=-1).cpu() for batch in pooled)
     for shard, order in orders.items():
         parts = torch.cat([part for _, part in zip(batches[shard], embeds, strict=False)])
         embeddings = torch.empty_like(parts)

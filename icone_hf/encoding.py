@@ -142,11 +142,11 @@ def encode_groups(
 
     def images(rows: np.ndarray) -> Iterator[torch.Tensor]:
         for pooled in pool_images(model, processor, groups, in_batches(rows.tolist(), batch_size), num_workers):
-            yield F.normalize(model.visual_projection(pooled), dim=-1)
+            yield F.normalize(model.visual_projection(pooled).float(), dim=-1)
 
     def texts(rows: np.ndarray) -> Iterator[torch.Tensor]:
         for pooled in pool_texts(model, processor, in_batches([captions[row] for row in rows], batch_size)):
-            yield F.normalize(model.text_projection(pooled), dim=-1)
+            yield F.normalize(model.text_projection(pooled).float(), dim=-1)
 
     return GroupEmbeddings(
         _over_processes(np.arange(len(groups)), images),
@@ -185,7 +185,7 @@ def _over_processes(rows: np.ndarray, embed: Callable[[np.ndarray], Iterator[tor
     """Embeds `rows`, each process every n-th of them; returns the embeddings by row number."""
     state = PartialState()
     mine = rows[state.process_index :: state.num_processes]
-    parts = [(mine, torch.cat([embeds.float().cpu() for embeds in embed(mine)]))] if len(mine) else []
+    parts = [(mine, torch.cat([embeds.cpu() for embeds in embed(mine)]))] if len(mine) else []
     if state.num_processes > 1:
         parts = gather_object(parts)
     embeds = torch.empty(len(rows), parts[0][1].shape[1])

@@ -190,7 +190,7 @@ def embed_cached(model: IConEModel, cache: FeatureCache, chunk_size: int = 4096)
         weight = projection.weight
         starts = range(0, len(features), chunk_size)
         chunks = (as_features(np.array(features[i : i + chunk_size])) for i in starts)
-        return torch.cat([F.normalize(projection(chunk.to(weight)), dim=-1).float().cpu() for chunk in chunks])
+        return torch.cat([F.normalize(projection(chunk.to(weight)).float(), dim=-1).cpu() for chunk in chunks])
 
     return GroupEmbeddings(
         project(cache.image, model.visual_projection), project(cache.text, model.text_projection), cache.text_to_image

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_groups
 
-from icone_hf.encoding import ahead, by_length, in_batches, pool_images
+from icone_hf.encoding import ahead, by_length, encode_groups, in_batches, pool_images
 
 
 @pytest.fixture
@@ -81,3 +81,19 @@ def test_unreadable_pictures_are_left_out_or_raised(make_model, processor, group
         ).pixel_values
         expected = model.pool_image(model.vision_model(pixel_values))
     torch.testing.assert_close(torch.cat(pooled), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bf16_gives_embeddings_of_length_1_near_those_of_float32(make_model, processor, dtype):
+    """As the model's dtype, or by autocast: what is 1/256 off in bf16 is normalised in float32."""
+    model, groups = make_model().eval(), make_groups(6)
+    exact = encode_groups(model, processor, groups)
+    model.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        rounded = encode_groups(model, processor, groups)
+    for name in ("image_embeds", "text_embeds"):
+        plain, embeds = getattr(exact, name), getattr(rounded, name)
+        assert embeds.dtype == torch.float32
+        assert not torch.equal(embeds, plain)
+        torch.testing.assert_close(embeds.norm(dim=1), torch.ones(len(embeds)))
+        assert (embeds * plain).sum(1).min() > 0.999

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import harness  # noqa: E402
+from benchmarks import harness, summary  # noqa: E402
 
 
 def allocate(megabytes):
@@ -50,3 +50,7 @@ def test_a_process_that_ends_is_reported():
 def test_the_pages_show_what_was_measured():
     for name, table in harness.blocks().items():
         assert table in harness.page_of(name).read_text(encoding="utf-8"), f"{name}: python -m benchmarks --report"
+
+
+def test_the_readme_shows_what_was_measured():
+    assert summary.table() in summary.README.read_text(encoding="utf-8"), "python -m benchmarks --report"
