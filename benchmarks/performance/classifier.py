@@ -104,7 +104,7 @@ def table(results: dict[str, Any]) -> str:
             [
                 f"{groups:,}",
                 _mib(3 * 4 * groups * results["dim"]),
-                _mib(4 * 4 * groups * results["dim"]),
+                _mib(4 * 4 * groups * results["dim"] + 24 * groups * results["batch"]),
                 f"{exact['peak_mib']:,}",
                 f"{sampled['peak_mib']:,}",
                 f"{1000 * slow:,.0f}",
@@ -115,7 +115,7 @@ def table(results: dict[str, Any]) -> str:
     heads = (
         "groups",
         "12 z d, MiB",
-        "16 z d, MiB",
+        "16 z d + 24 b z, MiB",
         "all: peak MiB",
         f"{results['samples']:,} sampled: peak MiB",
         "all: ms a step",
