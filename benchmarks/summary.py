@@ -25,7 +25,7 @@ def table() -> str:
         [
             "Stage I, 25 epochs, all included",
             f"{ratio(heads, 'stage', to='bare'):.2f} times one pass of the bare towers and the bare heads' epochs",
-            f"a {uncached:.0f}th of the time without cached features",
+            f"1/{uncached:.0f} of the time without cached features",
         ],
         ["Stage II, pairs/s", f"{ratio(joint, 'bare loop', to='icone_hf'):.2f} of a bare loop's", ", ".join(peers)],
         [
