@@ -22,11 +22,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch.nn import functional as F
 from transformers.utils import logging
 
 from .digests import digest_heads, digest_pictures, digest_processor, digest_towers
-from .encoding import by_length, captions_of, in_batches, pool_images, pool_texts
+from .encoding import by_length, captions_of, embed_pooled, in_batches, pool_images, pool_texts
 from .modeling_icone import IConEModel
 
 logger = logging.get_logger(__name__)
@@ -110,7 +109,7 @@ def _encode_pictures(
     batches = {shard: in_batches(shards.rows(shard), batch_size) for shard in shards.share()}
     unreadable: dict[int, str] = {}
     pooled = pool_images(model, processor, source, [*chain(*batches.values())], num_workers, unreadable)
-    embeds = (F.normalize(model.visual_projection(batch).float(), dim=-1).cpu() for batch in pooled)
+    embeds = (embed_pooled(batch, model.visual_projection) for batch in pooled)
     for shard in batches:
         # zip asks the batches first: when they end, no embedding of the next shard is taken
         parts = [part for _, part in zip(batches[shard], embeds, strict=False)]
@@ -137,7 +136,7 @@ def _encode_sentences(
         for shard, order in orders.items()
     }
     pooled = pool_texts(model, processor, [*chain(*batches.values())])
-    embeds = (F.normalize(model.text_projection(batch).float(), dim=-1).cpu() for batch in pooled)
+    embeds = (embed_pooled(batch, model.text_projection) for batch in pooled)
     for shard, order in orders.items():
         parts = torch.cat([part for _, part in zip(batches[shard], embeds, strict=False)])
         embeddings = torch.empty_like(parts)

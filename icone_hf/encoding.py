@@ -120,6 +120,11 @@ def by_length(processor: Any, captions: Sequence[str]) -> np.ndarray:
     return np.argsort(lengths, kind="stable")
 
 
+def embed_pooled(pooled: torch.Tensor, projection: torch.nn.Linear) -> torch.Tensor:
+    """Pooled outputs `(rows, width)` as embeddings `(rows, projection_dim)`: L2-normalised in float32, on the CPU."""
+    return F.normalize(projection(pooled).float(), dim=-1).cpu()
+
+
 @torch.no_grad()
 def encode_groups(
     model: IConEModel, processor: Any, groups: Dataset, batch_size: int = 64, num_workers: int = 0
@@ -142,11 +147,11 @@ def encode_groups(
 
     def images(rows: np.ndarray) -> Iterator[torch.Tensor]:
         for pooled in pool_images(model, processor, groups, in_batches(rows.tolist(), batch_size), num_workers):
-            yield F.normalize(model.visual_projection(pooled).float(), dim=-1)
+            yield embed_pooled(pooled, model.visual_projection)
 
     def texts(rows: np.ndarray) -> Iterator[torch.Tensor]:
         for pooled in pool_texts(model, processor, in_batches([captions[row] for row in rows], batch_size)):
-            yield F.normalize(model.text_projection(pooled).float(), dim=-1)
+            yield embed_pooled(pooled, model.text_projection)
 
     return GroupEmbeddings(
         _over_processes(np.arange(len(groups)), images),
@@ -185,7 +190,7 @@ def _over_processes(rows: np.ndarray, embed: Callable[[np.ndarray], Iterator[tor
     """Embeds `rows`, each process every n-th of them; returns the embeddings by row number."""
     state = PartialState()
     mine = rows[state.process_index :: state.num_processes]
-    parts = [(mine, torch.cat([embeds.cpu() for embeds in embed(mine)]))] if len(mine) else []
+    parts = [(mine, torch.cat(list(embed(mine))))] if len(mine) else []
     if state.num_processes > 1:
         parts = gather_object(parts)
     embeds = torch.empty(len(rows), parts[0][1].shape[1])

@@ -6,11 +6,10 @@ import numpy as np
 import torch
 import torch.distributed
 from datasets import Dataset
-from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
 from .batching import GroupBatchSampler, GroupDataLoader, PairChunks, PairCollator, PairDataset
-from .encoding import GroupEmbeddings, encode_groups, measure_embeddings
+from .encoding import GroupEmbeddings, embed_pooled, encode_groups, measure_embeddings
 from .feature_cache import FeatureCache, as_features
 from .gradient_cache import backward_in_chunks
 from .modeling_icone import IConEModel, IConEOutput
@@ -190,7 +189,7 @@ def embed_cached(model: IConEModel, cache: FeatureCache, chunk_size: int = 4096)
         weight = projection.weight
         starts = range(0, len(features), chunk_size)
         chunks = (as_features(np.array(features[i : i + chunk_size])) for i in starts)
-        return torch.cat([F.normalize(projection(chunk.to(weight)).float(), dim=-1).cpu() for chunk in chunks])
+        return torch.cat([embed_pooled(chunk.to(weight), projection) for chunk in chunks])
 
     return GroupEmbeddings(
         project(cache.image, model.visual_projection), project(cache.text, model.text_projection), cache.text_to_image

@@ -207,10 +207,12 @@ def test_a_finished_run_is_not_done_again(make_trainer, tmp_path, stages):
     metrics = make_trainer(stages=stages).train()
     write_metrics(tmp_path / "run", {"test": {"rsum": 1.0}})
     trainer = make_trainer(stages=stages, callbacks=[StopAt("", 1)])
+    before = trainer.model.visual_projection.weight.detach().clone()
     assert trainer.train(resume_from_checkpoint="auto") == {**metrics, "test": {"rsum": 1.0}}
+    assert not torch.equal(before, trainer.model.visual_projection.weight)  # the trained model is there
     assert trainer.evaluate()["rsum"] == pytest.approx(metrics["validation"]["rsum"], abs=1e-6)
     for name, value in IConEModel.from_pretrained(tmp_path / "run").state_dict().items():
-        assert torch.equal(trainer.model.state_dict()[name], value), name  # the trained model is there
+        assert torch.equal(trainer.model.state_dict()[name], value), name
 
 
 def test_checkpoints_hold_what_their_stage_trains(make_trainer):

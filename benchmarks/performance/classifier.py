@@ -17,6 +17,7 @@ import torch
 from transformers import BertConfig, CLIPVisionConfig
 
 from benchmarks import harness
+from benchmarks.performance.scaling import logits_bytes
 from icone_hf import IConEConfig, IConEModel
 from icone_hf.sparse_rows import AdamWithSparseRows, with_dense_gradients
 
@@ -104,7 +105,7 @@ def table(results: dict[str, Any]) -> str:
             [
                 f"{groups:,}",
                 _mib(3 * 4 * groups * results["dim"]),
-                _mib(4 * 4 * groups * results["dim"] + 24 * groups * results["batch"]),
+                _mib(4 * 4 * groups * results["dim"] + logits_bytes(groups, results["batch"])),
                 f"{exact['peak_mib']:,}",
                 f"{sampled['peak_mib']:,}",
                 f"{1000 * slow:,.0f}",

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers import set_seed
 
 from benchmarks import harness, recipes
-from benchmarks.performance import stage_two
+from benchmarks.performance import cached_bfloat16, stage_two
+from benchmarks.performance.sampled_classes import CONFIG
 from icone_hf import (
     IConEModel,
     IConEProcessor,
@@ -31,8 +32,7 @@ from icone_hf import (
 )
 from icone_hf.encoding import by_length, captions_of, in_batches
 
-GROUPS, TESTED, BATCH_SIZE = 1000, 250, 64
-CONFIG = {"temperature": 0.05, "instance_logits": "cosine", "instance_temperature": 0.1}
+TESTED, BATCH_SIZE = 250, 64
 TRAINED = 320  # groups of the short runs of Stage II
 
 
@@ -95,16 +95,6 @@ TRAINING: dict[str, dict[str, Any]] = {
 }
 
 
-def train_heads() -> IConEModel:
-    """Heads on the frozen towers, as docs/recipes.md trains them."""
-    set_seed(0)
-    recipes.prepare(GROUPS)
-    model = recipes.towers_model(GROUPS, CONFIG)
-    stage = Stage("heads", 8, 3e-3, instance_weight=1, contrastive_weight=1, train_encoders=False)
-    recipes.train_heads(model, stage, recipes.open_caches(GROUPS, "plain"), 128, seed=0)
-    return model.eval()
-
-
 class Encoder:
     """A trained model under one option, and what it encodes."""
 
@@ -129,7 +119,9 @@ class Encoder:
 
 
 def measure_encoding() -> dict[str, Any]:
-    model, processor = train_heads(), IConEProcessor.from_encoders(*recipes.TOWERS)
+    recipes.prepare(cached_bfloat16.GROUPS)
+    model = cached_bfloat16.train(recipes.open_caches(cached_bfloat16.GROUPS, "plain"), seed=0)
+    processor = IConEProcessor.from_encoders(*recipes.TOWERS)
     groups = recipes.scenes("test", TESTED)
     captions, text_to_image = captions_of(groups)
     order = by_length(processor, captions)

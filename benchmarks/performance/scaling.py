@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks import harness
 from benchmarks.performance.stage_two import Clock
 from benchmarks.recipes import TOWERS, towers_model
-from icone_hf import FeatureCache, IConEModel, IConEProcessor, IConETrainer, IConETrainingArguments, Stage, load_groups
+from icone_hf import FeatureCache, IConEProcessor, IConETrainer, IConETrainingArguments, Stage, load_groups
 from icone_hf.encoding import by_length, captions_of, in_batches, pool_images, pool_texts
 from icone_hf.stage_trainer import StageTrainer
 
@@ -65,6 +65,11 @@ def head_products(groups: int, batch: int, dim: int) -> int:
     return 4 * batch * dim * sum(WIDTHS) + 12 * batch * groups * dim
 
 
+def logits_bytes(groups: int, batch: int) -> int:
+    """Logits, softmax and gradient of both modalities over all classes, float32."""
+    return 3 * 4 * 2 * batch * groups
+
+
 def head_terms(groups: int, batch: int, dim: int, epochs: int) -> list[float]:
     """What the constants of a stage with frozen towers are multiplied by, in the order of [`Constants`]."""
     steps = epochs * -(-groups * SENTENCES // batch)
@@ -104,7 +109,7 @@ class Constants:
     def stage_two_mib(self, groups: int, batch: int, dim: int, towers: int) -> float:
         """Peak memory: weights, gradients and two moments; activations; logits, their softmax and gradient."""
         weights = 16 * (towers + head_parameters(groups, dim)) / 2**20
-        return self.process_mib + weights + batch * self.pair_mib + 2 * 3 * 4 * batch * groups / 2**20
+        return self.process_mib + weights + batch * self.pair_mib + logits_bytes(groups, batch) / 2**20
 
 
 def traffic(ranks: int, share: int, dim: int, parameters: int) -> float:
@@ -122,10 +127,9 @@ def plan() -> str:
     rows = []
     for groups, dim in PLANNED:
         whole = 16 * groups * dim
-        logits = 3 * 4 * 2 * PLANNED_BATCH * groups
         sampled = 12 * groups * dim + 4 * dim * (PLANNED_BATCH + PLANNED_SAMPLES)
         cache = groups * (1 + SENTENCES) * 768 * 2
-        sizes = whole, sampled, whole / PLANNED_RANKS, logits / PLANNED_RANKS, cache
+        sizes = whole, sampled, whole / PLANNED_RANKS, logits_bytes(groups, PLANNED_BATCH) / PLANNED_RANKS, cache
         rows.append([f"{groups:,}", f"{dim:,}", *map(readable, sizes)])
     heads = [
         "groups",
@@ -192,8 +196,8 @@ def train_heads(groups: int, batch: int, dim: int, epochs: int) -> float:
         return time.perf_counter() - began
 
 
-def train_stages(stage: Stage, groups: int, batch: int, dim: int, steps: int = -1) -> tuple[float, Clock, IConEModel]:
-    """Seconds of a run of IConETrainer, the clock of its steps, and the model."""
+def train_stages(stage: Stage, groups: int, batch: int, dim: int, steps: int = -1) -> tuple[float, Clock]:
+    """Seconds of a run of IConETrainer, and the clock of its steps."""
     model = towers_model(groups, {"projection_dim": dim, "temperature": 0.1})
     train, validation = (
         load_groups("openmoji-scenes", split, num_groups=count, image_size=PIXELS)
@@ -210,7 +214,7 @@ def train_stages(stage: Stage, groups: int, batch: int, dim: int, steps: int = -
         trainer = IConETrainer(model, args, train, validation, processor, [stage], [clock])
         began = time.perf_counter()
         trainer.train()
-        return time.perf_counter() - began, clock, model
+        return time.perf_counter() - began, clock
 
 
 def train_joint(groups: int, batch: int, dim: int) -> float:
