@@ -26,7 +26,7 @@ from icone_hf.run_folder import write_json
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "performance"
 PAGE = HERE.parent / "docs" / "performance.md"
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "sentence-transformers", "numpy")
 
 
 def claims() -> dict[str, ModuleType]:

@@ -58,6 +58,11 @@ class ModelArguments:
         metadata={"help": "Train LoRA adapters of this rank in both towers' linear layers, not the towers. 0: none."},
     )
 
+    jpeg_draft: bool = field(
+        default=False,
+        metadata={"help": "Read large JPEG pictures at a part of their size: much faster, slightly other pixels."},
+    )
+
     def __post_init__(self) -> None:
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank} must be 0 (no adapters) or more.")
@@ -66,6 +71,7 @@ class ModelArguments:
         """The fields that [`IConEModel.from_encoders`] takes as keywords. `lora_alpha` is twice the rank."""
         values = {name: value for name, value in asdict(self).items() if not name.endswith("name_or_path")}
         rank = values.pop("lora_rank")
+        del values["jpeg_draft"]  # the processor's
         for name in ("vision_lora", "text_lora"):
             values[name] = {"r": rank, "lora_alpha": 2 * rank} if rank else None
         return values

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from datasets import Dataset
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler
 
 from .losses import IGNORED_GROUP
+from .pictures import Pictures
 
 
 @dataclass(frozen=True)
@@ -187,34 +187,24 @@ class GroupBatchSampler(Sampler[list[Pair]]):
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """Groups, indexed by [`Pair`]: the decoded picture, the sentence and the group id."""
+    """Groups, indexed by [`Pair`]: the decoded picture, the sentence and the group id.
 
-    def __init__(self, groups: Dataset):
-        self.groups = groups.select_columns(["image", "captions"])
+    Args:
+        groups: in the groups' contract.
+        smallest_side: see [`Pictures`].
+    """
+
+    def __init__(self, groups: Dataset, smallest_side: int | None = None):
+        self.pictures = Pictures(groups, smallest_side)
+        self.captions = groups.select_columns(["captions"])
         self.captions_per_group = [len(captions) for captions in groups["captions"]]
 
     def __len__(self) -> int:
         return sum(self.captions_per_group)
 
     def __getitem__(self, pair: Pair) -> dict[str, Any]:
-        group = read_group(self.groups, pair.row)
-        return {"image": group["image"], "caption": group["captions"][pair.caption], "group_id": pair.group_id}
-
-
-def read_group(groups: Dataset, row: int) -> dict[str, Any]:
-    """One row, its picture decoded.
-
-    Raises:
-        ValueError: if the picture cannot be decoded, naming the row and, where it is a file, the path.
-    """
-    try:
-        return groups[row]
-    except Exception as error:
-        stored = groups.cast_column("image", datasets.Image(decode=False))[row]["image"]
-        raise ValueError(
-            f"The picture of row {row} ({stored['path'] or 'embedded'}) cannot be decoded: {error}. Replace it or "
-            "leave this row out."
-        ) from error
+        caption = self.captions[pair.row]["captions"][pair.caption]
+        return {"image": self.pictures[pair.row], "caption": caption, "group_id": pair.group_id}
 
 
 class PairCollator:

@@ -117,8 +117,9 @@ def train(argv: Sequence[str]) -> None:
 
     set_seed(args.seed)
     towers = model_args.vision_model_name_or_path, model_args.text_model_name_or_path
-    processor = IConEProcessor.from_encoders(*towers)
-    model = IConEModel.from_encoders(*towers, num_groups=len(splits["train"]), **model_args.config())
+    processor = IConEProcessor.from_encoders(*towers, jpeg_draft=model_args.jpeg_draft)
+    num_groups = 0 if args.shard_classifier else len(splits["train"])  # the trainer makes each process's share
+    model = IConEModel.from_encoders(*towers, num_groups=num_groups, **model_args.config())
     trainer = IConETrainer(model, args, splits["train"], splits["validation"], processor, stages)
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if "test" in splits and "test" not in metrics:
@@ -143,6 +144,13 @@ class EncodeArguments:
     split: str = field(default="test", metadata={"help": "Which split to take."})
     batch_size: int = field(default=64, metadata={"help": "Pictures, or sentences, encoded at a time."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures ahead."})
+    jpeg_draft: bool = field(
+        default=False,
+        metadata={
+            "help": "Read large JPEG pictures at a part of their size, whether the model was trained so or not: much "
+            "faster, slightly other pixels."
+        },
+    )
 
 
 @dataclass
@@ -254,7 +262,7 @@ def _encode_shards(
 
     source = load_pictures(data_args.source) if shard_args.pictures_only else _load(data_args, encode_args)
     unreadable = encode(
-        *_load_model(checkpoint),
+        *_load_model(checkpoint, encode_args),
         source,
         out,
         shard_size=shard_args.shard_size,
@@ -271,7 +279,7 @@ def _embed(checkpoint: str, data_args: Any, encode_args: EncodeArguments) -> tup
     from .encoding import encode_groups
 
     groups = _load(data_args, encode_args)
-    model, processor = _load_model(checkpoint)
+    model, processor = _load_model(checkpoint, encode_args)
     return groups, encode_groups(model, processor, groups, encode_args.batch_size, encode_args.num_workers)
 
 
@@ -284,11 +292,13 @@ def _load(data_args: Any, encode_args: EncodeArguments) -> "Dataset":
         return load_groups(**data_args.load_arguments(encode_args.split))
 
 
-def _load_model(checkpoint: str) -> tuple["IConEModel", "IConEProcessor"]:
+def _load_model(checkpoint: str, encode_args: EncodeArguments) -> tuple["IConEModel", "IConEProcessor"]:
     from accelerate import PartialState
 
     from .modeling_icone import IConEModel
     from .processing_icone import IConEProcessor
 
     model = IConEModel.from_pretrained(checkpoint).to(PartialState().device)
-    return model, IConEProcessor.from_pretrained(checkpoint)
+    processor = IConEProcessor.from_pretrained(checkpoint)
+    processor.jpeg_draft |= encode_args.jpeg_draft
+    return model, processor

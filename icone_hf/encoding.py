@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .batching import read_group
 from .modeling_icone import IConEModel
+from .pictures import Pictures
 from .retrieval import fold_ranks, mean_over_folds, metrics_of_ranks
 
 
@@ -49,17 +49,17 @@ def ahead(items: Iterable[Any]) -> Iterator[Any]:
             yield item
 
 
-class _Pictures(torch.utils.data.Dataset):
+class _PixelValues(torch.utils.data.Dataset):
     """`pixel_values` `(channels, height, width)` by row; with `notes_errors`, of what cannot be decoded, why."""
 
     def __init__(self, groups: Dataset, processor: Any, notes_errors: bool):
-        self.groups = groups.select_columns(["image"])
+        self.pictures = Pictures(groups, processor.smallest_side)
         self.processor = processor
         self.notes_errors = notes_errors
 
     def __getitem__(self, row: int) -> torch.Tensor | str:
         try:
-            picture = read_group(self.groups, row)["image"]
+            picture = self.pictures[row]
         except ValueError as error:
             if self.notes_errors:
                 return str(error)
@@ -89,7 +89,7 @@ def pool_images(
     Pictures are decoded while the tower runs: by a thread, or by `num_workers` processes. What cannot be decoded raises
     a ValueError; with `unreadable`, it is left out of its batch instead, and put there as `{row: why}`.
     """
-    dataset = _Pictures(groups, processor, notes_errors=unreadable is not None)
+    dataset = _PixelValues(groups, processor, notes_errors=unreadable is not None)
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=_stack)
     with eval_mode(model):
         decoded = zip(batches, loader if num_workers else ahead(loader), strict=True)

@@ -148,7 +148,8 @@ def _backward_chunk(
 
 
 def _average_gradients(model: IConEModel, num_ranks: int) -> None:
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    own = model._ddp_params_and_buffers_to_ignore  # a share of the class vectors is each rank's own
+    gradients = [p.grad for name, p in model.named_parameters() if p.grad is not None and name not in own]
     running = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
     for work in running:
         work.wait()

@@ -32,9 +32,9 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .batching import read_group
 from .encoding import eval_mode
 from .modeling_icone import IConEModel
+from .pictures import Pictures
 
 # A convolutional tower's last map is coarse (5 x 5 for the quickstart's pictures): it sees the picture enlarged.
 # Of 1, 1.5, 2, 3 and 4 the best on validation scenes.
@@ -124,11 +124,11 @@ def pointing_game(
             f"The pointing game needs objects with boxes, and these groups have {', '.join(scenes.column_names)}: take "
             "scenes of draw_scenes or load_groups('openmoji-scenes', ...)."
         )
+    named, pictures = scenes.select_columns(["captions", "objects"]), Pictures(scenes)
     views: dict[tuple[int, int], View] = {}
     hits, chances, centres = [], [], []
     for row in tqdm(range(len(scenes)), desc=f"Pointing game, {method}", unit=" scenes"):
-        scene = read_group(scenes, row)
-        image = scene["image"]
+        scene, image = named[row], pictures[row]
         sentence = scene["captions"][row % len(scene["captions"])]
         boxes = named_boxes(sentence, scene["objects"])
         if not boxes:

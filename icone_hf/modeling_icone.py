@@ -18,7 +18,8 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_icone import IConEConfig, tower_width
 from .lora import LoraTowersMixin, merged_state_dict, set_trainable
-from .objective import check_pairs, contrastive_objective, count_ranks, instance_objective
+from .objective import check_pairs, contrastive_objective, count_ranks, instance_objective, rank_index
+from .sharded_classifier import ShardedClassifier
 from .towers import load_tower, max_text_tokens, pool, pooled_positions, run_vision_tower, saved_pooling
 
 logger = logging.get_logger(__name__)
@@ -102,7 +103,9 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
             setattr(config, name, tower.config)
         self.visual_projection = nn.Linear(tower_width(config.vision_config), config.projection_dim, bias=False)
         self.text_projection = nn.Linear(tower_width(config.text_config), config.projection_dim, bias=False)
-        self.classifier = nn.Linear(config.projection_dim, config.num_groups, bias=False) if config.num_groups else None
+        self.classifier: nn.Linear | ShardedClassifier | None = None
+        if config.num_groups:
+            self.classifier = nn.Linear(config.projection_dim, config.num_groups, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(())) if config.learn_temperature else None
         self.logit_bias = nn.Parameter(torch.empty(())) if config.contrastive_loss == "sigmoid" else None
         self.post_init()
@@ -222,20 +225,53 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
         changed: dict[str, Any] = {} if with_classifier else {"num_groups": 0}
         if merge_lora:
             changed |= {"vision_lora": None, "text_lora": None}
-        if not changed:
-            super().save_pretrained(save_directory, **kwargs)
-            return
-        state_dict = merged_state_dict(self) if merge_lora else kwargs.pop("state_dict", None) or self.state_dict()
-        if not with_classifier:
+        state_dict = kwargs.pop("state_dict", None)
+        if merge_lora:
+            state_dict = merged_state_dict(self)
+        sharded = self.classifier if isinstance(self.classifier, ShardedClassifier) else None
+        if sharded is not None or not with_classifier:
+            state_dict = self.state_dict() if state_dict is None else state_dict
             state_dict = {name: value for name, value in state_dict.items() if not name.startswith("classifier.")}
+        if sharded is not None:
+            kwargs["max_shard_size"] = "1000TB"  # the rest as one file, to which the class vectors are added
         before = {name: getattr(self.config, name) for name in changed}
         try:
             for name, value in changed.items():
                 setattr(self.config, name, value)
-            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+            if sharded is None or rank_index() == 0:
+                super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
             for name, value in before.items():
                 setattr(self.config, name, value)
+        if sharded is not None and with_classifier:
+            sharded.add_to_checkpoint(save_directory)
+
+    def shard_classifier(self, classifier: ShardedClassifier | None = None) -> None:
+        """Puts this rank's rows of the class vectors in the place of all: `classifier` becomes a [`ShardedClassifier`].
+
+        In an initialised process group; training, losses and [`save_pretrained`], which every rank then calls, do what
+        they did, but no rank holds more than its share.
+
+        Args:
+            classifier: the rows: new ones, or those of a checkpoint ([`ShardedClassifier.from_pretrained`]), of which
+                the model, built or loaded with `num_groups=0`, need never hold all. `None`: cut out of the model's own.
+
+        Raises:
+            ValueError: if there are no class vectors to cut, or `classifier` has another `projection_dim`.
+        """
+        if classifier is None:
+            if self.classifier is None:
+                raise ValueError("This model has no class vectors (num_groups=0): pass a ShardedClassifier.")
+            weight = self.classifier.weight
+            classifier = ShardedClassifier(self.config.num_groups, self.config.projection_dim, dtype=weight.dtype)
+            classifier.weight.data.copy_(weight.data[classifier.rows])
+        if classifier.weight.shape[1] != self.config.projection_dim:
+            raise ValueError(
+                f"The class vectors have {classifier.weight.shape[1]} dimensions, projection_dim is "
+                f"{self.config.projection_dim}."
+            )
+        self.classifier = classifier.to(self.visual_projection.weight.device)
+        self.config.num_groups = classifier.num_groups
 
     @property
     def temperature(self) -> float | torch.Tensor:
@@ -246,8 +282,9 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """DDP asks for this. The sparse gradient of sampled classes is averaged in `forward`'s graph instead."""
-        return ["classifier.weight"] if self.config.instance_samples else []
+        """DDP asks for this. `forward`'s graph averages samples' sparse gradient; that of shards needs no mean."""
+        is_sharded = isinstance(self.classifier, ShardedClassifier)
+        return ["classifier.weight"] if self.config.instance_samples or is_sharded else []
 
     def heads(self) -> "IConEModel":
         """This model without its towers, which embeds pooled outputs alone. Weights and config are this model's own.
@@ -439,19 +476,18 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
             check_pairs(self.config, image_features, text_features, group_ids, instance_weight, contrastive_weight)
             num_ranks = count_ranks() if self.training else 1
             if instance_weight:
-                class_vectors = cast(nn.Linear, self.classifier).weight
                 known_groups = cast(torch.Tensor, group_ids)
-                num_samples = self.config.instance_samples if self.training else 0
-                instance = instance_objective(
-                    self.config,
-                    class_vectors,
-                    image_features,
-                    text_features,
-                    known_groups,
-                    num_ranks,
-                    num_samples,
-                    num_items_in_batch,
-                )
+                pairs = self.config, image_features, text_features, known_groups
+                if isinstance(self.classifier, ShardedClassifier):
+                    instance = self.classifier.objective(*pairs, num_items_in_batch)
+                else:
+                    instance = instance_objective(
+                        *pairs,
+                        cast(nn.Linear, self.classifier).weight,
+                        num_ranks,
+                        self.config.instance_samples if self.training else 0,
+                        num_items_in_batch,
+                    )
             if contrastive_weight:
                 contrastive = contrastive_objective(
                     self.config, self.temperature, self.logit_bias, image_embeds, text_embeds, group_ids, num_ranks

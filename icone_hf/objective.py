@@ -16,6 +16,11 @@ def count_ranks() -> int:
     return torch.distributed.get_world_size() if is_distributed else 1
 
 
+def rank_index() -> int:
+    """Which of them this one is."""
+    return torch.distributed.get_rank() if count_ranks() > 1 else 0
+
+
 def check_pairs(
     config: Any,
     image_features: torch.Tensor | None,
@@ -50,13 +55,22 @@ def check_pairs(
             "The instance loss needs the classifier, and this model has none (num_groups=0): build or load it with "
             "num_groups=, or pass instance_weight=0."
         )
-    # On an accelerator this check would wait for the device at every step; IConETrainer checks the data beforehand.
-    if instance_weight and group_ids.device.type == "cpu":
-        valid = ((group_ids >= 0) & (group_ids < config.num_groups)) | (group_ids == IGNORED_GROUP)
+    if instance_weight:
+        check_group_ids(group_ids, config.num_groups)
+
+
+def check_group_ids(group_ids: torch.Tensor, num_groups: int) -> None:
+    """Refuses ids that no class has. On an accelerator it would wait for the device at every step, and does nothing.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    if group_ids.device.type == "cpu":
+        valid = ((group_ids >= 0) & (group_ids < num_groups)) | (group_ids == IGNORED_GROUP)
         if not valid.all():
             raise ValueError(
-                f"group_ids holds {group_ids[~valid][0].item()}, but the classifier's classes are "
-                f"0..{config.num_groups - 1} (num_groups={config.num_groups})."
+                f"group_ids holds {group_ids[~valid][0].item()}, but the classifier's classes are 0..{num_groups - 1} "
+                f"(num_groups={num_groups})."
             )
 
 
@@ -75,10 +89,10 @@ def count_pairs(group_ids: torch.Tensor, num_ranks: int = 1) -> torch.Tensor:
 
 def instance_objective(
     config: Any,
-    class_vectors: torch.Tensor,
     image_features: torch.Tensor,
     text_features: torch.Tensor,
     group_ids: torch.Tensor,
+    class_vectors: torch.Tensor,
     num_ranks: int = 1,
     num_samples: int = 0,
     num_items_in_batch: torch.Tensor | int | None = None,
@@ -90,9 +104,9 @@ def instance_objective(
 
     Args:
         config: an [`IConEConfig`].
-        class_vectors: `(num_groups, dim)`, the shared classifier's weight.
         image_features, text_features: `(batch, dim)`, projected, not normalised.
         group_ids: `(batch,)`, or [`IGNORED_GROUP`].
+        class_vectors: `(num_groups, dim)`, the shared classifier's weight.
         num_ranks: processes that hold a share of the batch.
         num_samples: classes that stand for all that are not in the batch of all ranks, the same for every rank; 0
             scores every class. See [`sample_classes`].

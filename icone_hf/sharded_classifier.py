@@ -1,4 +1,4 @@
-"""The shared classifier cut into rows, one share on each rank: exact, for training loops of your own.
+"""The shared classifier cut into rows, one share on each rank: exact.
 
 Every class is scored, as in `losses.instance_loss`, but no rank holds more than its share of the weights, of their
 gradients and moments, and of the logits: the vocabulary-parallel cross-entropy of Megatron-LM (Shoeybi et al. 2019,
@@ -7,9 +7,9 @@ section 3) for class vectors.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed
@@ -17,15 +17,12 @@ from safetensors import safe_open
 from torch import nn
 
 from .losses import IGNORED_GROUP, instance_scores
-from .objective import count_ranks, gather_rows
+from .objective import check_group_ids, count_ranks, gather_rows, rank_index
 
 NAME = "classifier.weight"  # in a checkpoint of IConEModel
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+REST_FILE, CLASSES_FILE = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _reduce(tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
@@ -43,11 +40,11 @@ def shard(num_groups: int, rank: int, num_ranks: int) -> slice:
 
 
 class ShardedClassifier(nn.Module):
-    """This rank's rows of `W_share`, beside an [`IConEModel`] without a classifier (`num_groups=0`).
+    """This rank's rows of `W_share`: [`IConEModel.shard_classifier`] puts them in the place of all of them.
 
-    Keep it outside of DistributedDataParallel, with an optimizer of its own: each rank's rows are its own. Its gradient
-    is that of the loss and needs no averaging. Learning rates and schedules are as without shards; clip by
-    [`clip_sharded_norm`].
+    Each rank's rows are its own, and their gradient is that of the loss, which needs no averaging: the model tells
+    DistributedDataParallel to leave them alone. An optimizer that moves every number by itself (Adam, SGD) moves them
+    as it would in one process; clip by [`clip_sharded_norm`].
 
     Args:
         num_groups: classes of all ranks together.
@@ -61,21 +58,27 @@ class ShardedClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.num_groups = num_groups
-        self.rows = shard(num_groups, _rank(), count_ranks())
-        generator = torch.Generator().manual_seed(torch.initial_seed() + _rank())
+        self.rows = shard(num_groups, rank_index(), count_ranks())
+        generator = torch.Generator().manual_seed(torch.initial_seed() + rank_index())
         weight = torch.empty(self.rows.stop - self.rows.start, projection_dim, dtype=dtype)
         self.weight = nn.Parameter(weight.normal_(std=std, generator=generator))
 
     def forward(
-        self, features: torch.Tensor, group_ids: torch.Tensor, logits: str = "dot", temperature: float = 0.05
+        self,
+        features: torch.Tensor,
+        group_ids: torch.Tensor,
+        logits: str = "dot",
+        temperature: float = 0.05,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The instance loss of one modality's rows on all ranks, each against every class.
+        """The instance loss of one modality's rows on all ranks, each against every class. All ranks call it together.
 
         Args:
             features: `(batch, dim)`, this rank's, of the same size on all ranks. Their gradient is `num_ranks` times
                 that of the loss, as DDP, which takes the mean over ranks, needs it.
             group_ids: `(batch,)`, `0..num_groups-1`, or [`IGNORED_GROUP`].
             logits, temperature: as in [`instance_loss`].
+            num_items_in_batch: rows that the mean is taken over, if these are a chunk of a larger batch. `None`: these.
 
         Returns:
             A scalar, in float32: the mean over the rows of all ranks, the same on every rank.
@@ -83,15 +86,26 @@ class ShardedClassifier(nn.Module):
         Raises:
             ValueError: for group ids out of range (on a CPU alone: elsewhere looking would wait for the device).
         """
-        if group_ids.device.type == "cpu":
-            valid = ((group_ids >= 0) & (group_ids < self.num_groups)) | (group_ids == IGNORED_GROUP)
-            if not valid.all():
-                wrong = group_ids[~valid][0].item()
-                raise ValueError(f"group_ids holds {wrong}, but the classes are 0..{self.num_groups - 1}.")
+        check_group_ids(group_ids, self.num_groups)
         features, group_ids = _GatherRows.apply(features), gather_rows(group_ids, count_ranks())
         scores = instance_scores(features, self.weight, logits, temperature)
         losses = _ShardedCrossEntropy.apply(scores, group_ids, self.rows.start)
-        return losses.sum() / (group_ids != IGNORED_GROUP).sum()
+        return losses.sum() / ((group_ids != IGNORED_GROUP).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def objective(
+        self,
+        config: Any,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        group_ids: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Equation (5), as [`instance_objective`] computes it from all class vectors."""
+        temperature = config.instance_temperature or config.temperature
+        return sum(
+            self(features, group_ids, config.instance_logits, temperature, num_items_in_batch)
+            for features in (image_features, text_features)
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "ShardedClassifier":
@@ -105,41 +119,66 @@ class ShardedClassifier(nn.Module):
         if file is not None:
             with safe_open(Path(folder) / file, framework="pt") as stored:
                 if NAME in stored.keys():  # noqa: SIM118  (safe_open is no dict)
-                    weight = stored.get_slice(NAME)
-                    num_groups, dim = weight.get_shape()
-                    rows = shard(num_groups, _rank(), count_ranks())
-                    own = weight[rows.start : rows.stop]
+                    num_groups, dim = stored.get_slice(NAME).get_shape()
+                    own = load_rows(Path(folder) / file)[NAME]
                     classifier = cls(num_groups, dim, dtype=own.dtype)
                     classifier.weight.data.copy_(own)
                     return classifier
         raise ValueError(f"{folder} has no class vectors: it was saved with with_classifier=False.")
 
-    def save_pretrained(self, folder: str | os.PathLike, model: Any) -> None:
-        """Saves `model` and all class vectors as one checkpoint, which `IConEModel.from_pretrained` loads like any.
+    def add_to_checkpoint(self, folder: str | os.PathLike) -> None:
+        """Adds all class vectors to a checkpoint without them, in transformers' layout of several files.
 
-        All ranks call it. Each writes its rows to their place in one file, so that no rank holds them all; the folder
-        must be one that all ranks see.
-
-        Args:
-            folder: of the checkpoint.
-            model: the [`IConEModel`] without a classifier; the first rank's is saved.
+        All ranks call it, the first one after it has saved the rest as one file.
         """
-        classes_file = Path(folder) / "model-00002-of-00002.safetensors"
-        shape = (self.num_groups, self.weight.shape[1])
-        size = shape[0] * shape[1] * self.weight.element_size()
-        entry = {"dtype": DTYPES[self.weight.dtype], "shape": shape, "data_offsets": (0, size)}
-        header = json.dumps({"__metadata__": {"format": "pt"}, NAME: entry}).encode()
-        header += b" " * (-len(header) % 8)
-        if _rank() == 0:
-            _save_rest(model, Path(folder), self.num_groups, classes_file.name, size)
-            with open(classes_file, "wb") as file:
-                file.write(len(header).to_bytes(8, "little") + header)
-                file.truncate(8 + len(header) + size)
+        folder = Path(folder)
+        save_rows(folder / CLASSES_FILE, {NAME: self.weight}, self.num_groups)
+        if rank_index() == 0:
+            (folder / SINGLE_FILE).replace(folder / REST_FILE)
+            with safe_open(folder / REST_FILE, framework="pt") as stored:
+                files = {**dict.fromkeys(stored.keys(), REST_FILE), NAME: CLASSES_FILE}
+            size = sum((folder / name).stat().st_size for name in (REST_FILE, CLASSES_FILE))
+            content = {"metadata": {"total_size": size}, "weight_map": files}
+            (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n")
         _barrier()
-        with open(classes_file, "r+b") as file:
-            file.seek(8 + len(header) + self.rows.start * shape[1] * self.weight.element_size())
-            _write(file, self.weight)
-        _barrier()
+
+
+def save_rows(file: str | os.PathLike, tensors: Mapping[str, torch.Tensor], num_rows: int) -> None:
+    """Writes tensors of `num_rows` rows, of which each rank holds its [`shard`], as one safetensors file.
+
+    All ranks call it, and see one file system. Each writes its rows to their place, so that no rank holds them all.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        shape = [num_rows, *tensor.shape[1:]]
+        size = tensor.element_size() * torch.Size(shape).numel()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    start = 8 + len(encoded)
+    if rank_index() == 0:
+        with open(file, "wb") as stored:
+            stored.write(len(encoded).to_bytes(8, "little") + encoded)
+            stored.truncate(start + end)
+    _barrier()
+    first = shard(num_rows, rank_index(), count_ranks()).start
+    with open(file, "r+b") as stored:
+        for name, tensor in tensors.items():
+            row_size = tensor.element_size() * tensor.shape[1:].numel()
+            stored.seek(start + header[name]["data_offsets"][0] + first * row_size)
+            for part in tensor.detach().split(4096):
+                if part.numel():
+                    stored.write(part.cpu().contiguous().view(torch.uint8).numpy().data)
+    _barrier()
+
+
+def load_rows(file: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """This rank's [`shard`] of the rows of every tensor in a safetensors file."""
+    with safe_open(file, framework="pt") as stored:
+        slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+        return {name: rows[shard(rows.get_shape()[0], rank_index(), count_ranks())] for name, rows in slices.items()}
 
 
 @torch.no_grad()
@@ -149,14 +188,15 @@ def clip_sharded_norm(
     """`torch.nn.utils.clip_grad_norm_` over the parameters that all ranks share and every rank's class vectors.
 
     Args:
-        parameters: those that every rank holds, with gradients that are the same on all ranks (after DDP's mean).
+        parameters: those that every rank holds, with gradients that are the same on all ranks (after DDP's mean); the
+            class vectors may be among them.
         classifier: whose rows differ.
         max_norm: the largest norm.
 
     Returns:
         The norm before clipping, a scalar, the same on every rank.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    parameters = [p for p in parameters if p.grad is not None and p is not classifier.weight]
     shared = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     own = classifier.weight.grad
     of_classes = _reduce(torch.zeros_like(shared) if own is None else own.float().square().sum())
@@ -177,7 +217,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         total = _reduce(gradient.clone())
-        return total[_rank() * ctx.num_rows : (_rank() + 1) * ctx.num_rows] * count_ranks()
+        return total[rank_index() * ctx.num_rows :][: ctx.num_rows] * count_ranks()
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):
@@ -214,28 +254,3 @@ class _ShardedCrossEntropy(torch.autograd.Function):
 def _barrier() -> None:
     if count_ranks() > 1:
         torch.distributed.barrier()
-
-
-def _save_rest(model: Any, folder: Path, num_groups: int, classes_file: str, classes_size: int) -> None:
-    """Everything but the class vectors, in transformers' layout of several files, and the index that names them."""
-    before, model.config.num_groups = model.config.num_groups, num_groups
-    try:
-        model.save_pretrained(folder, max_shard_size="1000TB")
-    finally:
-        model.config.num_groups = before
-    rest = folder / "model-00001-of-00002.safetensors"
-    (folder / SINGLE_FILE).replace(rest)
-    with safe_open(rest, framework="pt") as stored:
-        names = list(stored.keys())
-    index = {
-        "metadata": {"total_size": rest.stat().st_size + classes_size},
-        "weight_map": {**dict.fromkeys(names, rest.name), NAME: classes_file},
-    }
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write(file: BinaryIO, rows: torch.Tensor, chunk: int = 4096) -> None:
-    """The bytes of `rows`, `chunk` rows at a time."""
-    for part in rows.detach().split(chunk):
-        if part.numel():
-            file.write(part.cpu().contiguous().view(torch.uint8).numpy().data)

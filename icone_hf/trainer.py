@@ -14,9 +14,8 @@ import torch
 import transformers
 from accelerate import PartialState
 from datasets import Dataset
-from safetensors.torch import load_model
 from transformers import TrainerCallback
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 
 from .batching import PairDataset
 from .digests import digest_captions
@@ -25,6 +24,8 @@ from .feature_cache import STORED_DTYPES, FeatureCache
 from .groups import check_captions, check_disjoint
 from .modeling_icone import IConEModel
 from .run_folder import RunFolder
+from .sharded_classifier import ShardedClassifier
+from .sharded_trainer import ShardedStageTrainer, load_weights
 from .stage_trainer import StageTrainer, embed_cached
 from .stages import PAPER_STAGES, Stage
 from .training_args import CLASS_VECTORS, DECISIVE_ARGUMENTS, IConETrainingArguments
@@ -43,7 +44,8 @@ class IConETrainer:
         model: trained in place.
         args: [`IConETrainingArguments`].
         train_dataset: groups; row number = class number, so `model.config.num_groups` must be its length wherever a
-            stage uses the instance loss.
+            stage uses the instance loss. With `args.shard_classifier` it may also be 0: each process then draws its own
+            share of the class vectors, and none ever holds them all.
         eval_dataset: groups, which pick each stage's best epoch.
         processor: an [`IConEProcessor`]; its text length is limited to the text tower's positions.
         stages: the recipe.
@@ -72,6 +74,9 @@ class IConETrainer:
         self.stages = tuple(stages)
         self.folder = RunFolder(str(args.output_dir), [stage.name for stage in self.stages])
         self.callbacks = callbacks
+        if args.shard_classifier and not isinstance(model.classifier, ShardedClassifier):
+            fresh = ShardedClassifier(len(train_dataset), model.config.projection_dim, dtype=model.dtype)
+            model.shard_classifier(None if model.classifier is not None else fresh)
         self._check()
         processor.limit_text_length(model.config.text_config)
 
@@ -99,8 +104,8 @@ class IConETrainer:
                 f"The classifier has {self.model.config.num_groups} classes, the training split "
                 f"{len(self.train_dataset)} groups: build or load the model with num_groups=len(train_dataset)."
             )
-        if self.model.config.instance_samples and needs_classifier:
-            self._check_sampling()
+        if needs_classifier and (self.model.config.instance_samples or self.args.shard_classifier):
+            self._check_class_options()
         if self.args.class_vectors not in CLASS_VECTORS:
             raise ValueError(f"class_vectors={self.args.class_vectors!r} must be one of {', '.join(CLASS_VECTORS)}.")
         if self.args.feature_cache_dtype not in STORED_DTYPES:
@@ -124,27 +129,36 @@ class IConETrainer:
                 "the same, and not no: every checkpoint is measured, and the best one gone on with."
             )
 
-    def _check_sampling(self) -> None:
-        """Sampled classes have sparse gradients, which not every optimizer and engine takes."""
-        sampling = f"instance_samples={self.model.config.instance_samples}"
-        optim = self.args.to_dict()["optim"]
-        if optim not in ("adamw_torch", "adamw_torch_fused"):
+    def _check_class_options(self) -> None:
+        """Sampled classes have sparse gradients, shards differ between ranks: not everything knows how to."""
+        samples, arguments = self.model.config.instance_samples, self.args.to_dict()
+        option = f"instance_samples={samples}" if samples else "shard_classifier=True"
+        if samples and self.args.shard_classifier:
+            raise ValueError(f"{option} scores a sample of the classes, shard_classifier=True all: choose one of them.")
+        if engine := self.args.sharding_engine:
+            raise ValueError(f"{option} needs one process or DDP, not {engine}: leave one of the two out.")
+        if arguments["optim"] not in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError(
-                f"{sampling} steps the classifier by SparseAdam, beside optim=adamw_torch_fused or adamw_torch, but "
-                f"optim={optim}: choose one of these, or set instance_samples to 0."
+                f"{option} steps class vectors by Adam, beside optim=adamw_torch_fused or adamw_torch, but "
+                f"optim={arguments['optim']}: choose one of these, or leave {option} out."
             )
-        if self.args.weight_decay:
+        if samples and self.args.weight_decay:
             raise ValueError(
-                f"{sampling} touches the sampled class vectors alone, so that weight_decay={self.args.weight_decay:g} "
+                f"{option} touches the sampled class vectors alone, so that weight_decay={self.args.weight_decay:g} "
                 "would not reach the others: set one of the two to 0."
             )
-        if self.args.per_device_chunk_size is not None:
+        if samples and self.args.per_device_chunk_size is not None:
             raise ValueError(
-                f"{sampling} draws a sample for a whole batch, per_device_chunk_size="
-                f"{self.args.per_device_chunk_size} would draw one for each chunk: set one of the two to 0 or None."
+                f"{option} draws a sample for a whole batch, per_device_chunk_size={self.args.per_device_chunk_size} "
+                "would draw one for each chunk: set one of the two to 0 or None."
             )
-        if engine := self.args.sharding_engine:
-            raise ValueError(f"{sampling} needs one process or DDP, not {engine}: set it to 0.")
+        if self.args.shard_classifier and self.args.fp16:
+            raise ValueError(f"{option} and fp16, whose steps one process might skip alone: use bf16.")
+        if self.args.shard_classifier and self.args.neighbour_run:
+            raise ValueError(
+                f"{option} leaves no process all class vectors, which neighbour_run={self.args.neighbour_run} looks "
+                "through: set it to 0."
+            )
 
     # --- the run ---
 
@@ -174,7 +188,7 @@ class IConETrainer:
         for index, stage in enumerate(self.stages[:first]):
             logger.warning(f"Stage {index + 1} of {len(self.stages)}, {stage.name!r}, is done already.")
             best = self.folder.stage(index) / self.folder.read_stage(index)["best_checkpoint"]
-            load_model(self._trained_part(stage), best / SAFE_WEIGHTS_NAME)
+            load_weights(self._trained_part(stage), best)
         for index in range(first, len(self.stages)):
             self._run_stage(index, checkpoint if index == first else None)
         self.model.set_modes(False)  # as from_pretrained leaves it; a stage may have put the heads alone into training
@@ -206,7 +220,10 @@ class IConETrainer:
         train_dataset: PairDataset | FeatureCache
         eval_dataset: Dataset | FeatureCache
         if stage.train_encoders:
-            train_dataset, eval_dataset = PairDataset(self.train_dataset), self.eval_dataset
+            train_dataset, eval_dataset = (
+                PairDataset(self.train_dataset, self.processor.smallest_side),
+                self.eval_dataset,
+            )
         else:
             train_dataset = self._cache("train", self.train_dataset)
             eval_dataset = self._cache("validation", self.eval_dataset)
@@ -215,7 +232,8 @@ class IConETrainer:
             self._start_class_vectors(train_dataset)
         callbacks = copy.deepcopy(self.callbacks)
         model = self._trained_part(stage)
-        trainer = StageTrainer(model, args, stage, train_dataset, eval_dataset, self.processor, callbacks)
+        kind = ShardedStageTrainer if self.args.shard_classifier else StageTrainer
+        trainer = kind(model, args, stage, train_dataset, eval_dataset, self.processor, callbacks)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # Mixed precision wraps forward; the next stage's accelerator must find it as it was.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
@@ -242,7 +260,10 @@ class IConETrainer:
     @torch.no_grad()
     def _start_class_vectors(self, pairs: PairDataset | FeatureCache) -> None:
         embeds = embed_cached(self.model, pairs) if isinstance(pairs, FeatureCache) else self.encode(self.train_dataset)
-        cast(torch.nn.Linear, self.model.classifier).weight.copy_(group_means(embeds))
+        classifier, means = self.model.classifier, group_means(embeds)
+        cast(Any, classifier).weight.copy_(
+            means[classifier.rows] if isinstance(classifier, ShardedClassifier) else means
+        )
 
     def _cache(self, split: str, groups: Dataset) -> FeatureCache:
         self.model.to(self.args.device)  # type: ignore[arg-type]
@@ -258,17 +279,26 @@ class IConETrainer:
 
     def _finish(self, anew: bool) -> dict[str, Any]:
         results = [self.folder.read_stage(index) for index in range(len(self.stages))]
-        if PartialState().is_main_process and (anew or self.folder.read_metrics() is None):
+        anew = anew or self.folder.read_metrics() is None
+        PartialState().wait_for_everyone()  # all have looked
+        if anew:
             self.save_model(self.folder.path)
+        if anew and PartialState().is_main_process:
             stages = {result["stage"]["name"]: result["validation"] for result in results}
             self.folder.replace_metrics({"validation": results[-1]["validation"], "stages": stages})
         PartialState().wait_for_everyone()
         return self.folder.read_metrics() or {}
 
     def save_model(self, output_dir: str | os.PathLike, with_classifier: bool = True) -> None:
-        """Saves model and processor as one checkpoint folder, LoRA adapters merged into the towers' weights."""
-        self.model.save_pretrained(output_dir, with_classifier=with_classifier, merge_lora=True)
-        self.processor.save_pretrained(output_dir)
+        """Saves model and processor as one checkpoint folder, LoRA adapters merged into the towers' weights.
+
+        All processes call it: the first saves, and the others their shares of a sharded classifier.
+        """
+        is_main = PartialState().is_main_process
+        if is_main or isinstance(self.model.classifier, ShardedClassifier):
+            self.model.save_pretrained(output_dir, with_classifier=with_classifier, merge_lora=True)
+        if is_main:
+            self.processor.save_pretrained(output_dir)
 
     def evaluate(self, groups: Dataset | None = None) -> dict[str, float]:
         """Retrieval metrics of the model as it is now, on `groups` or the validation groups."""

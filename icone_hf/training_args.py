@@ -26,6 +26,7 @@ DECISIVE_ARGUMENTS = (
     "neighbour_run",
     "class_vectors",
     "feature_cache_dtype",
+    "shard_classifier",
 )
 
 
@@ -71,6 +72,13 @@ class IConETrainingArguments(TrainingArguments):
             "help": "Pairs of one forward pass, if a process's share of the batch is too large for its memory: same "
             "loss and gradients, about 4/3 of the time. Stages with frozen encoders need none and take none. "
             "Default: the whole share at once."
+        },
+    )
+    shard_classifier: bool = field(
+        default=False,
+        metadata={
+            "help": "Spread the class vectors, their gradients, moments and logits over the n processes: the same "
+            "numbers as without, 1/n of the memory in each."
         },
     )
     pairs_per_group: int = field(

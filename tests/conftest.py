@@ -11,7 +11,15 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import BertConfig, BertModel, BertTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    TrainerCallback,
+)
 
 from icone_hf import IConEModel, IConEProcessor
 
@@ -106,3 +114,14 @@ def batch(processor):
     """Inputs of four pairs."""
     groups = make_groups(4)
     return processor(images=groups["image"][:], text=[c[0] for c in groups["captions"]], return_tensors="pt")
+
+
+class StopAt(TrainerCallback):
+    """Kills the run, as a lost machine would, after a number of steps of a stage."""
+
+    def __init__(self, stage, step):
+        self.stage, self.step = stage, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.output_dir.endswith(self.stage) and state.global_step == self.step:
+            raise KeyboardInterrupt

@@ -1,6 +1,6 @@
 """Run by test_distributed.py, under torchrun or alone: trains a tiny model and writes what came out.
 
-python tests/distributed_run.py VISION TEXT OUTPUT PER_DEVICE_BATCH CHUNK_SIZE INSTANCE_SAMPLES (0: none of either)
+python tests/distributed_run.py VISION TEXT OUTPUT '{"instance_samples": 0, "stop_at": null, ARGUMENT: VALUE, ...}'
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import make_groups, tiny_text_config
+from conftest import StopAt, make_groups, tiny_text_config
 from datasets import concatenate_datasets
 from transformers import BertModel, CLIPVisionModel
 
@@ -22,7 +22,7 @@ STAGES = (
 NUM_GROUPS = 150  # of three sentences: four batches of 112 or 113 pairs, so that fillers are needed
 
 
-def main(vision, text, output, per_device_batch, chunk_size, instance_samples):
+def main(vision, text, output, instance_samples=0, stop_at=None, **arguments):
     torch.manual_seed(0)
     # Dropout draws other numbers on every rank; without it the two runs must agree.
     text_model = BertModel(tiny_text_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
@@ -40,21 +40,19 @@ def main(vision, text, output, per_device_batch, chunk_size, instance_samples):
     args = IConETrainingArguments(
         output,
         use_cpu=True,
-        per_device_train_batch_size=per_device_batch,
-        per_device_chunk_size=chunk_size or None,
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
+        **arguments,
     )
     train = concatenate_datasets([make_groups(30, start=30 * i) for i in range(NUM_GROUPS // 30)])
-    trainer = IConETrainer(
-        model, args, train, make_groups(20, start=NUM_GROUPS), IConEProcessor.from_encoders(vision, text), STAGES
-    )
-    metrics = trainer.train()
+    validation, processor = make_groups(20, start=NUM_GROUPS), IConEProcessor.from_encoders(vision, text)
+    callbacks = [StopAt(*stop_at)] if stop_at else None
+    trainer = IConETrainer(model, args, train, validation, processor, STAGES, callbacks)
+    metrics = trainer.train(resume_from_checkpoint="auto")
     if args.process_index == 0:
-        torch.save(model.state_dict(), Path(output) / "weights.pt")
         (Path(output) / "result.json").write_text(json.dumps({"world_size": args.world_size, "metrics": metrics}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *map(int, sys.argv[4:]))
+    main(*sys.argv[1:4], **json.loads(sys.argv[4]))

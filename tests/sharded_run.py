@@ -1,10 +1,11 @@
-"""What each rank of test_sharded_classifier.py checks. It imports little, since every rank does."""
+"""What each rank of test_sharded_classifier.py checks."""
 
 import torch
 import torch.distributed
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from icone_hf import IConEModel
 from icone_hf.sharded_classifier import ShardedClassifier, clip_sharded_norm, shard
 
 DIM, ROWS = 6, 3  # of a rank
@@ -81,14 +82,14 @@ def check_checkpoint(rank, plain, folder, weight):
     """Reads a checkpoint that one process has saved, and saves it again from here."""
     classifier = ShardedClassifier.from_pretrained(plain)
     assert torch.equal(classifier.weight.data, weight[classifier.rows])
-    model = None
-    if rank == 0:
-        from icone_hf import IConEModel
-
-        model = IConEModel.from_pretrained(plain, num_groups=0)
-    classifier.save_pretrained(folder, model)
-    classifier.save_pretrained(folder, model)  # over an older one
+    model = IConEModel.from_pretrained(plain, num_groups=0)
+    model.shard_classifier(classifier)
+    model.save_pretrained(folder)
+    model.save_pretrained(folder)  # over an older one
     assert torch.equal(ShardedClassifier.from_pretrained(folder).weight.data, weight[classifier.rows])
+    cut = IConEModel.from_pretrained(plain)
+    cut.shard_classifier()
+    assert torch.equal(cut.classifier.weight.data, weight[classifier.rows])
 
 
 def check(rank, num_ranks, port, plain, folder, weight):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_groups
-from datasets import Dataset, Features, Image, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +13,6 @@ from icone_hf.batching import (
     PairCollator,
     PairDataset,
     neighbour_order,
-    read_group,
 )
 from icone_hf.losses import IGNORED_GROUP
 
@@ -165,12 +163,3 @@ def test_workers_change_no_batch(processor):
         loader.set_epoch(3)
         batches.append(list(loader))
     assert all(torch.equal(a[name], b[name]) for a, b in zip(*batches, strict=True) for name in a)
-
-
-def test_a_broken_picture_is_named(tmp_path):
-    path = tmp_path / "broken.png"
-    path.write_bytes(b"no picture")
-    features = Features({"image": Image(), "captions": List(Value("string"))})
-    groups = Dataset.from_dict({"image": [str(path)], "captions": [["a"]]}, features=features)
-    with pytest.raises(ValueError, match=r"row 0 \(.*broken\.png\) cannot be decoded"):
-        read_group(groups, 0)

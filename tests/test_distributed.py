@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from icone_hf import IConEModel
 
 HERE = Path(__file__).parent
 
 
-def run(towers, output, processes, per_device_batch, chunk_size=0, instance_samples=0):
-    numbers = map(str, (per_device_batch, chunk_size, instance_samples))
-    command = [str(HERE / "distributed_run.py"), *towers, str(output), *numbers]
+def launch(towers, output, processes, **options):
+    """Runs distributed_run.py to its end; returns its exit code and what it wrote to stderr."""
+    command = [str(HERE / "distributed_run.py"), *towers, str(output), json.dumps(options)]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     else:
@@ -22,35 +25,71 @@ def run(towers, output, processes, per_device_batch, chunk_size=0, instance_samp
     done = subprocess.run(
         [*launcher, *command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    return done.returncode, done.stderr
+
+
+def run(towers, output, processes, per_device_train_batch_size, **options):
+    code, errors = launch(towers, output, processes, per_device_train_batch_size=per_device_train_batch_size, **options)
+    assert code == 0, errors[-3000:]
     result = json.loads((output / "result.json").read_text())
     assert result["world_size"] == processes
     history = {}
     for stage in ("0-instance", "1-joint"):
         log = json.loads((output / "stages" / stage / "stage.json").read_text())["log_history"]
-        history |= {
-            (stage, e["step"], k): e[k] for e in log for k in ("loss", "instance_loss", "contrastive_loss") if k in e
-        }
-    return result["metrics"], history, torch.load(output / "weights.pt")
+        names = ("loss", "instance_loss", "contrastive_loss", "grad_norm")
+        history |= {(stage, e["step"], k): e[k] for e in log for k in names if k in e}
+    return result["metrics"], history, IConEModel.from_pretrained(output).state_dict()
 
 
-@pytest.mark.parametrize(("chunk_size", "instance_samples"), [(0, 0), (24, 0), (0, 20)])
-def test_two_ranks_of_64_train_as_one_process_of_128(towers, tmp_path, chunk_size, instance_samples):
-    """With the learned temperature, which in chunks (cached gradients) no forward of DDP sees.
-
-    With sampled classes too: all ranks score those of the whole batch and the sample that rank 0 has drawn.
-    """
-    alone = run(towers, tmp_path / "one", 1, 128, 0, instance_samples)
-    together = run(towers, tmp_path / "two", 2, 64, chunk_size, instance_samples)
-    assert len(alone[1]) == 4 * 2 + 8 * 3
-    assert together[1] == pytest.approx(alone[1], rel=1e-5)
-    assert together[0]["validation"]["rsum"] == pytest.approx(alone[0]["validation"]["rsum"], abs=1e-6)
-    for name, weight in alone[2].items():
+def assert_same(ours, expected):
+    assert ours[1] == pytest.approx(expected[1], rel=1e-5)
+    assert ours[0]["validation"]["rsum"] == pytest.approx(expected[0]["validation"]["rsum"], abs=1e-6)
+    assert ours[2].keys() == expected[2].keys()
+    for name, weight in expected[2].items():
         # A softmax does not see the key's bias: its gradient is zero but for rounding, which Adam turns into whole
         # steps.
-        if name.endswith(("key.bias", "k_proj.bias")):
-            continue
-        torch.testing.assert_close(together[2][name], weight, atol=1e-5, rtol=0)
+        if not name.endswith(("key.bias", "k_proj.bias")):
+            torch.testing.assert_close(ours[2][name], weight, atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def alone(towers, tmp_path_factory):
+    """One process with the whole batch, every class and no chunks."""
+    result = run(towers, tmp_path_factory.mktemp("alone") / "run", 1, 128)
+    assert len(result[1]) == 4 * 3 + 8 * 4
+    return result
+
+
+@pytest.mark.parametrize("shard_classifier", [False, True])
+@pytest.mark.parametrize("chunk_size", [None, 24])
+def test_two_ranks_of_64_train_as_one_process_of_128(alone, towers, tmp_path, chunk_size, shard_classifier):
+    """With the learned temperature, which in chunks (cached gradients) no forward of DDP sees."""
+    options = {"per_device_chunk_size": chunk_size, "shard_classifier": shard_classifier}
+    assert_same(run(towers, tmp_path / "two", 2, 64, **options), alone)
+
+
+def test_all_ranks_score_the_sample_that_the_first_has_drawn(towers, tmp_path):
+    expected = run(towers, tmp_path / "one", 1, 128, instance_samples=20)
+    assert_same(run(towers, tmp_path / "two", 2, 64, instance_samples=20), expected)
+
+
+def test_shards_are_taken_up_again_by_another_number_of_ranks(alone, towers, tmp_path):
+    """Killed on two ranks in the second stage's second epoch, ended on four: as if it had never stopped."""
+    code, errors = launch(
+        towers,
+        tmp_path / "run",
+        2,
+        per_device_train_batch_size=64,
+        shard_classifier=True,
+        stop_at=["1-joint", 6],
+    )
+    assert code != 0
+    assert "KeyboardInterrupt" in errors
+    moments = load_file(tmp_path / "run" / "stages" / "1-joint" / "checkpoint-4" / "class_moments.safetensors")
+    assert {name: tuple(rows.shape) for name, rows in moments.items()} == dict.fromkeys(
+        ("exp_avg", "exp_avg_sq"), (150, 16)
+    )
+    assert_same(run(towers, tmp_path / "run", 4, 32, shard_classifier=True), alone)
 
 
 def _gradients(rank, port, folder, group_ids, towers):
@@ -142,6 +181,9 @@ def _chunked_gradients(rank, port, folder, towers):
     torch.distributed.all_reduce(loss)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     torch.save({"gradients": gradients, "loss": loss / 2}, f"{folder}/{rank}.pt")
+    # If DDP were the last to let go of the process group, it would join gloo's threads without letting go of the GIL,
+    # and one of these may be waiting for it.
+    del wrapped
     torch.distributed.destroy_process_group()
 
 

@@ -7,10 +7,10 @@ import sys
 import peft
 import pytest
 import torch
-from conftest import make_groups, tiny_text_config
+from conftest import StopAt, make_groups, tiny_text_config
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
-from test_trainer import STAGES, StopAt, losses
+from test_trainer import STAGES, losses
 from tower_kinds import TEXT, VISION
 from transformers import AutoModel, ResNetConfig, ResNetModel
 

@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_groups
-from test_trainer import StopAt
+from conftest import StopAt, make_groups
 from torch.nn import functional as F
 from transformers import get_scheduler
 

@@ -4,9 +4,8 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import make_groups
+from conftest import StopAt, make_groups
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from icone_hf import (
     FeatureCache,
@@ -59,17 +58,6 @@ def losses(trainer):
         history = json.loads((trainer.folder.stage(index) / "stage.json").read_text())["log_history"]
         found |= {(stage.name, entry["step"]): entry["loss"] for entry in history if "loss" in entry}
     return found
-
-
-class StopAt(TrainerCallback):
-    """Kills the run, as a lost machine would, after a number of steps of a stage."""
-
-    def __init__(self, stage, step):
-        self.stage, self.step = stage, step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.output_dir.endswith(self.stage) and state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_a_run_leaves_a_checkpoint_metrics_and_recipe(make_trainer, tmp_path):

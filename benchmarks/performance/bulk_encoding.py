@@ -1,7 +1,8 @@
 """Encoding a folder of pictures into shards runs at 0.95 of the bare tower's speed or more.
 
 The bare loop has its tensors ready; `encode` reads JPEG files, decodes, resizes and writes. torch gets all cores but
-one, which decodes; on a machine that has no core to spare that work is added to the tower's own.
+one, which decodes; on a machine that has no core to spare that work is added to the tower's own. Then photographs of
+12 megapixels, read in full and at a part of their size.
 """
 
 import itertools
@@ -12,15 +13,19 @@ from statistics import median
 from typing import Any
 
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch.nn import functional as F
 
 from benchmarks import harness
 from benchmarks.recipes import TOWERS
 from icone_hf import IConEModel, IConEProcessor, encode, load_groups, load_pictures
-from icone_hf.encoding import in_batches
+from icone_hf.encoding import in_batches, pool_images
 
 DRAWN, COPIES, SIDE = 256, 4, 480  # pictures, of so many pixels a side: about Flickr30k's
 BATCH_SIZE = 64
 ROUNDS = 3
+PHOTOS, PHOTO_SIZE = 32, (4000, 2668)
 LABELS = {"0 workers": "decoded by a thread (no workers)", "1 worker": "decoded by one worker process"}
 
 
@@ -55,7 +60,28 @@ def measure() -> dict[str, Any]:
 
         runs = {"bare": bare, "0 workers": lambda: run(0), "1 worker": lambda: run(1)}
         seconds = harness.interleaved(runs, ROUNDS)
-    return {"pictures": len(pictures), "side": SIDE, "threads": torch.get_num_threads(), "seconds": seconds}
+    figures = {"pictures": len(pictures), "side": SIDE, "threads": torch.get_num_threads(), "seconds": seconds}
+    return {**figures, "photos": measure_photos(model)}
+
+
+def measure_photos(model: IConEModel) -> dict[str, Any]:
+    """Two photographs, enlarged, turned and cropped into different ones."""
+    whole, drafted = (IConEProcessor.from_encoders(*TOWERS, jpeg_draft=jpeg_draft) for jpeg_draft in (False, True))
+    photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(PHOTOS):
+            photo = photos[number % len(photos)].rotate(number, Image.Resampling.BICUBIC)
+            crop = photo.crop((number, number, photo.width - number, photo.height - number))
+            crop.resize(PHOTO_SIZE, Image.Resampling.BICUBIC).save(Path(folder, f"{number}.jpg"), quality=90)
+        pictures = load_pictures(folder)
+
+        def run(processor: IConEProcessor) -> torch.Tensor:
+            batches = in_batches(range(PHOTOS), BATCH_SIZE)
+            return torch.cat([F.normalize(x, dim=-1) for x in pool_images(model, processor, pictures, batches)])
+
+        cosines = F.cosine_similarity(run(whole), run(drafted))
+        seconds = harness.interleaved({"whole": lambda: run(whole), "draft": lambda: run(drafted)}, ROUNDS)
+    return {"pictures": PHOTOS, "size": PHOTO_SIZE, "seconds": seconds, "lowest_cosine": cosines.min().item()}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -66,4 +92,14 @@ def table(results: dict[str, Any]) -> str:
         for name, label in LABELS.items()
     ]
     heads = (f"{count} JPEG files, {results['side']} px", "pictures/s", "speed, bare tower = 1")
-    return harness.markdown(heads, rows)
+    photos = results["photos"]
+    seconds, count, (width, height) = photos["seconds"], photos["pictures"], photos["size"]
+    other = [
+        (label, f"{count / median(seconds[name]):.1f}", f"{harness.ratio(seconds, 'whole', name):.1f}", cosine)
+        for name, label, cosine in (
+            ("whole", "read in full", "1"),
+            ("draft", "`--jpeg_draft`", f"{photos['lowest_cosine']:.4f}"),
+        )
+    ]
+    others = (f"{count} JPEG files, {width} x {height}", "pictures/s", "speed, in full = 1", "lowest cosine")
+    return f"{harness.markdown(heads, rows)}\n\n{harness.markdown(others, other)}"
