@@ -1,4 +1,4 @@
-"""The command line, `icone train|evaluate|encode|reproduce`. Nothing heavy is imported before one is chosen."""
+"""The command line: `icone train`, `evaluate` and so on. Nothing heavy is imported before one is chosen."""
 
 import importlib
 import json
@@ -20,6 +20,10 @@ COMMANDS = {
     "train": "train a model through all stages and test it",
     "evaluate": "measure a checkpoint on a split, and draw what it retrieves",
     "encode": "embed pictures and sentences into a folder of Parquet shards, or into a file",
+    "data": "write groups, pictures included, as Parquet files that are ready for the Hub",
+    "export": "write a checkpoint as ONNX graphs, for ONNX Runtime and transformers.js",
+    "info": "say what a checkpoint is: towers, parameters, groups, recipe, metrics, size",
+    "push": "write a checkpoint's model card and upload both to the Hub",
     "reproduce": "run the paper's experiments and write their tables and figures",
 }
 USAGE = """usage: icone COMMAND ...
@@ -44,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong is raised.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
+    described = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE.format(commands=commands), file=sys.stdout if argv else sys.stderr, end="")
+        print(USAGE.format(commands=described), file=sys.stdout if argv else sys.stderr, end="")
         return 0 if argv else 2
     if argv[0] == "--version":
         from . import __version__
@@ -61,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "reproduce":
             importlib.import_module(".reproduce", __package__).reproduce(argv[1:])
         else:
-            {"train": train, "evaluate": evaluate, "encode": encode}[name](argv[1:])
+            commands = (train, evaluate, encode, data, export, info, push)
+            {command.__name__: command for command in commands}[name](argv[1:])
     except (ValueError, OSError, ImportError) as error:
         if not _is_the_users(error):
             raise
@@ -89,6 +94,7 @@ def train(argv: Sequence[str]) -> None:
 
     from .arguments import DataArguments, ModelArguments, RecipeArguments, parse_arguments
     from .groups import MissingSplitError, check_disjoint, load_groups
+    from .hub import write_card
     from .modeling_icone import IConEModel
     from .processing_icone import IConEProcessor
     from .retrieval import metrics_table
@@ -120,7 +126,9 @@ def train(argv: Sequence[str]) -> None:
     processor = IConEProcessor.from_encoders(*towers, jpeg_draft=model_args.jpeg_draft)
     num_groups = 0 if args.shard_classifier else len(splits["train"])  # the trainer makes each process's share
     model = IConEModel.from_encoders(*towers, num_groups=num_groups, **model_args.config())
-    trainer = IConETrainer(model, args, splits["train"], splits["validation"], processor, stages)
+    trainer = IConETrainer(
+        model, args, splits["train"], splits["validation"], processor, stages, data_name=data_args.source
+    )
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if "test" in splits and "test" not in metrics:
         test = trainer.evaluate(splits["test"])
@@ -131,7 +139,10 @@ def train(argv: Sequence[str]) -> None:
         if "test" in metrics:
             rows["test"] = metrics["test"]
         print(metrics_table(rows))
-        print(f"Checkpoint, metrics.json and recipe.json: {args.output_dir}")
+        write_card(args.output_dir)
+        print(f"Checkpoint, model card, metrics.json and recipe.json: {args.output_dir}")
+        if args.push_to_hub:
+            print(f"On the Hub: {trainer.push_to_hub()}")
 
 
 # --- evaluate and encode ---
@@ -302,3 +313,125 @@ def _load_model(checkpoint: str, encode_args: EncodeArguments) -> tuple["IConEMo
     processor = IConEProcessor.from_pretrained(checkpoint)
     processor.jpeg_draft |= encode_args.jpeg_draft
     return model, processor
+
+
+# --- data ---
+
+
+@dataclass
+class DataFolderArguments:
+    """What `icone data` takes besides."""
+
+    push: str | None = field(default=None, metadata={"help": "Hub id of a data set to upload the folder to."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+
+
+def data(argv: Sequence[str]) -> None:
+    """`icone data SOURCE OUT [--push REPO]`: every split that the source has."""
+    from .arguments import DataArguments, parse_arguments
+    from .group_files import push_groups, save_groups
+    from .groups import SPLITS, MissingSplitError, check_disjoint, load_groups
+
+    data_args, args, positional = parse_arguments(
+        (DataArguments, DataFolderArguments),
+        argv,
+        prog="icone data",
+        positionals={"source": _SOURCE, "out": {"help": "A folder that holds no data yet."}},
+        description=COMMANDS["data"],
+    )
+    splits = {}
+    for split in SPLITS:
+        try:
+            splits[split] = load_groups(**data_args.load_arguments(split))
+        except MissingSplitError as error:
+            print(f"No {split} split: {error}", file=sys.stderr)
+    if not splits:
+        raise ValueError(f"{data_args.source} has none of the splits {', '.join(SPLITS)}.")
+    check_disjoint(splits)
+    save_groups(splits, positional.out)
+    print(f"{', '.join(f'{len(groups)} {split}' for split, groups in splits.items())} groups: {positional.out}")
+    if args.push:
+        print(f"On the Hub: {push_groups(positional.out, args.push, args.private or None)}")
+
+
+# --- export ---
+
+
+@dataclass
+class ExportArguments:
+    """What `icone export` takes besides."""
+
+    format: str = field(default="onnx", metadata={"help": "onnx: there is no other yet."})
+    int8: bool = field(default=False, metadata={"help": "Graphs with int8 weights too."})
+
+
+def export(argv: Sequence[str]) -> None:
+    """`icone export CHECKPOINT OUT [--format onnx] [--int8 true]`."""
+    from .arguments import parse_arguments
+
+    args, positional = parse_arguments(
+        (ExportArguments,),
+        argv,
+        prog="icone export",
+        positionals={"checkpoint": _CHECKPOINT, "out": {"help": "A folder."}},
+        description=COMMANDS["export"],
+    )
+    if args.format != "onnx":
+        raise ValueError(f"format={args.format!r} must be onnx.")
+    from .modeling_icone import IConEModel
+    from .onnx_export import export_onnx  # onnxruntime is an extra
+    from .processing_icone import IConEProcessor
+
+    model = IConEModel.from_pretrained(positional.checkpoint, num_groups=0)
+    out = export_onnx(model, IConEProcessor.from_pretrained(positional.checkpoint), positional.out, args.int8)
+    for file in sorted((out / "onnx").glob("*.onnx")):
+        print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+
+
+# --- info ---
+
+
+@dataclass
+class InfoArguments:
+    """What `icone info` takes besides."""
+
+    revision: str | None = field(default=None, metadata={"help": "Of a Hub id: a branch, a tag or a commit."})
+    json: bool = field(default=False, metadata={"help": "Print JSON, for a program to read."})
+
+
+def info(argv: Sequence[str]) -> None:
+    """`icone info CHECKPOINT [--json]`."""
+    from .arguments import parse_arguments
+    from .checkpoint_info import as_text, describe
+
+    args, positional = parse_arguments(
+        (InfoArguments,), argv, prog="icone info", positionals={"checkpoint": _CHECKPOINT}, description=COMMANDS["info"]
+    )
+    facts = describe(positional.checkpoint, args.revision)
+    print(json.dumps(facts, indent=2) if args.json else as_text(facts))
+
+
+# --- push ---
+
+
+@dataclass
+class PushArguments:
+    """What `icone push` takes besides."""
+
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    license: str | None = field(
+        default=None, metadata={"help": "The model's, by the Hub's name for it. Default: other."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to. Default: main."})
+
+
+def push(argv: Sequence[str]) -> None:
+    """`icone push FOLDER REPO [--private true]`."""
+    from .arguments import parse_arguments
+    from .hub import push
+
+    positionals = {"folder": {"help": "Of a checkpoint."}, "repo": {"help": "Hub id: made if it does not exist."}}
+    args, positional = parse_arguments(
+        (PushArguments,), argv, prog="icone push", positionals=positionals, description=COMMANDS["push"]
+    )
+    print(push(positional.folder, positional.repo, args.private or None, args.license, args.revision))

@@ -137,3 +137,4 @@ class IConEConfig(PreTrainedConfig):
 
 
 AutoConfig.register("icone", IConEConfig, exist_ok=True)
+IConEConfig.register_for_auto_class()  # a checkpoint takes this module along: it loads without the package

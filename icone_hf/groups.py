@@ -27,7 +27,9 @@ SPLITS = ("train", "validation", "test")
 SCENES_PER_SPLIT = {"train": 2500, "validation": 250, "test": 500}
 # Other names under which sources keep the three splits. Karpathy's COCO file keeps 30,504 training images as "restval".
 SPLIT_NAMES = {"train": ("train", "restval"), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
-CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
+# Columns of our own layout, and those of the copies of Flickr30k and COCO that stand on the Hub.
+CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentences_raw", "alt_text", "text")
+ID_COLUMNS = ("image_id", "cocoid", "img_id", "imgid")
 _SHOWN = 5  # how many offenders an error message names
 
 
@@ -57,13 +59,14 @@ def load_groups(
               Parquet files, or pictures with a `metadata.csv`, `.jsonl` or `.parquet` (an ImageFolder);
             - `"openmoji-scenes"`, drawn on this machine.
         split: `"train"`, `"validation"` or `"test"`. `val`, `valid` and `dev` are read as validation, `restval` as
-            train.
+            train. Where a data set on the Hub has a column `split` with such names, as copies of Flickr30k have, the
+            column counts, and not the split that its rows lie in.
         image_root: folder that the JSON's file names start from. For COCO the one that holds `train2014` and `val2014`.
         image_column: the column with the pictures.
-        caption_column: the column with a caption or a list of captions. `None`: the first of `captions`, `caption`,
-            `sentences`, `text` that is there.
+        caption_column: the column with a caption, a list of captions, or Karpathy's `{"raw": caption}`. `None`: the
+            first of `captions`, `caption`, `sentences`, `sentences_raw`, `alt_text`, `text` that is there.
         id_column: the column that names a picture. Rows with the same id are one group; so are, without it, rows of the
-            same local file. `None`: `image_id`, if that is there.
+            same local file. `None`: the first of `image_id`, `cocoid`, `img_id`, `imgid` that is there.
         num_groups: the number of scenes. Default: 2,500 for training, 250 for validation, 500 for test.
         image_size: the scenes' side in pixels. Default: 160.
         seed: of the scenes.
@@ -243,8 +246,8 @@ def _load_columns(
                 f"{source} has no column {', '.join(CAPTION_COLUMNS)}, only {', '.join(names)}: pass caption_column=. "
                 "(A folder of pictures needs a metadata.csv with the columns file_name and caption.)"
             )
-    if id_column is None and "image_id" in names:
-        id_column = "image_id"
+    if id_column is None:
+        id_column = next((name for name in ID_COLUMNS if name in names), None)
     for argument, name in (
         ("image_column", image_column),
         ("caption_column", caption_column),
@@ -293,9 +296,9 @@ def _load_columns(
 
 
 def _as_captions(value: Any) -> list[str]:
-    """One caption, a list of captions, or Karpathy's list of `{"raw": caption}`."""
-    if value is None or isinstance(value, str):
-        return [value or ""]
+    """One caption, a list of captions, or Karpathy's `{"raw": caption}` in the place of each."""
+    if value is None or isinstance(value, str | dict):
+        value = [value or ""]
     return [caption["raw"] if isinstance(caption, dict) else caption for caption in value]
 
 
@@ -307,6 +310,14 @@ def _load_table(source: str, split: str) -> Dataset:
     loaded = load(source)
     if isinstance(loaded, Dataset):
         loaded = DatasetDict({str(loaded.split or "train"): loaded})
+    if all("split" in names for names in loaded.column_names.values()):
+        table = datasets.concatenate_datasets(list(loaded.values()))
+        named = [_our_split(name) for name in table["split"]]
+        if set(named) <= set(SPLITS):
+            if split not in named:
+                raise _no_split_error(split, source, sorted(set(table["split"])))
+            rows = [row for row, name in enumerate(named) if name == split]
+            return table.select(rows).remove_columns("split")
     found = [name for name in SPLIT_NAMES[split] if name in loaded]
     if not found:
         raise _no_split_error(split, source, loaded)

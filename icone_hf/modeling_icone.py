@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .configuration_icone import IConEConfig, tower_width
 from .lora import LoraTowersMixin, merged_state_dict, set_trainable
 from .objective import check_pairs, contrastive_objective, count_ranks, instance_objective, rank_index
+from .sentence_transformers_files import write_sentence_transformers_files
 from .sharded_classifier import ShardedClassifier
 from .towers import load_tower, max_text_tokens, pool, pooled_positions, run_vision_tower, saved_pooling
 
@@ -213,7 +214,7 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
         merge_lora: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As in transformers, and always all weights, those of adapters too.
+        """As in transformers, and always all weights, those of adapters too; and what sentence-transformers reads.
 
         Args:
             save_directory: of the checkpoint.
@@ -234,12 +235,16 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
             state_dict = {name: value for name, value in state_dict.items() if not name.startswith("classifier.")}
         if sharded is not None:
             kwargs["max_shard_size"] = "1000TB"  # the rest as one file, to which the class vectors are added
+        # transformers notes one Auto class of a model; a pipeline asks for this one.
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = {"AutoModelForZeroShotImageClassification": "modeling_icone.IConEModel", **auto_map}
         before = {name: getattr(self.config, name) for name in changed}
         try:
             for name, value in changed.items():
                 setattr(self.config, name, value)
             if sharded is None or rank_index() == 0:
                 super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+                write_sentence_transformers_files(save_directory)
         finally:
             for name, value in before.items():
                 setattr(self.config, name, value)
@@ -508,3 +513,5 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
 
 
 AutoModel.register(IConEConfig, IConEModel, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(IConEConfig, IConEModel, exist_ok=True)
+IConEModel.register_for_auto_class("AutoModel")  # a checkpoint takes this module along

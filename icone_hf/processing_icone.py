@@ -109,16 +109,22 @@ class IConEProcessor(ProcessorMixin):
         """
         if text is None:
             return super().__call__(images=images, **kwargs)
-        kwargs.setdefault("padding", self.text_padding)
-        kwargs.setdefault("padding_side", "right")
-        kwargs.setdefault("return_attention_mask", self.text_padding == "longest")
-        kwargs.setdefault("truncation", True)
-        inputs = super().__call__(images=images, text=text, **kwargs)
+        # sentence-transformers gives the tokenizer's options in a dict of their own, and then not beside it too.
+        text_kwargs = dict(kwargs.pop("text_kwargs", None) or {})
+        defaults = {
+            "padding": self.text_padding,
+            "padding_side": "right",
+            "return_attention_mask": self.text_padding == "longest",
+            "truncation": True,
+        }
+        text_kwargs = {name: value for name, value in defaults.items() if name not in kwargs} | text_kwargs
+        inputs = super().__call__(images=images, text=text, text_kwargs=text_kwargs, **kwargs)
+        options = {**text_kwargs, **kwargs}
         longest = len(inputs["input_ids"][0])
-        is_full = longest == kwargs.get("max_length", self.tokenizer.model_max_length)
-        if kwargs["padding"] == "max_length":  # every row is that long
+        is_full = longest == options.get("max_length", self.tokenizer.model_max_length)
+        if options["padding"] == "max_length":  # every row is that long
             is_full = any(self.tokenizer.pad_token_id not in row for row in inputs["input_ids"])
-        if kwargs["truncation"] and is_full:
+        if options["truncation"] and is_full:
             logger.warning_once(
                 f"Sentences of {longest} tokens or more: what lies beyond token {longest} is cut off, since the text "
                 "tower has no positions for it. (Said once.)"
@@ -157,3 +163,4 @@ def _with_pil_backend(image_processor: Any) -> Any:
 
 
 AutoProcessor.register(IConEConfig, IConEProcessor, exist_ok=True)
+IConEProcessor.register_for_auto_class()  # a checkpoint takes this module along

@@ -22,6 +22,7 @@ from .digests import digest_captions
 from .encoding import GroupEmbeddings, encode_groups, group_means, measure_embeddings
 from .feature_cache import STORED_DTYPES, FeatureCache
 from .groups import check_captions, check_disjoint
+from .hub import make_repository, push
 from .modeling_icone import IConEModel
 from .run_folder import RunFolder
 from .sharded_classifier import ShardedClassifier
@@ -31,6 +32,9 @@ from .stages import PAPER_STAGES, Stage
 from .training_args import CLASS_VECTORS, DECISIVE_ARGUMENTS, IConETrainingArguments
 
 logger = logging.get_logger(__name__)
+
+# Fields of a config that decide no number.
+NO_SETTINGS = ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype")
 
 
 class IConETrainer:
@@ -50,6 +54,7 @@ class IConETrainer:
         processor: an [`IConEProcessor`]; its text length is limited to the text tower's positions.
         stages: the recipe.
         callbacks: transformers' callbacks, for every stage.
+        data_name: what the data are called, for `recipe.json` and the model card.
 
     Raises:
         ValueError: before any work starts, naming the field or the data at fault: no validation groups, pictures in
@@ -65,6 +70,7 @@ class IConETrainer:
         processor: Any,
         stages: Sequence[Stage] = PAPER_STAGES,
         callbacks: list[TrainerCallback] | None = None,
+        data_name: str | None = None,
     ):
         self.model = model
         self.args = args
@@ -74,6 +80,7 @@ class IConETrainer:
         self.stages = tuple(stages)
         self.folder = RunFolder(str(args.output_dir), [stage.name for stage in self.stages])
         self.callbacks = callbacks
+        self.data_name = data_name
         if args.shard_classifier and not isinstance(model.classifier, ShardedClassifier):
             fresh = ShardedClassifier(len(train_dataset), model.config.projection_dim, dtype=model.dtype)
             model.shard_classifier(None if model.classifier is not None else fresh)
@@ -182,6 +189,8 @@ class IConETrainer:
         first, checkpoint = self.folder.resume_point(resume_from_checkpoint, recipe)
         PartialState().wait_for_everyone()  # all have looked at the folder before one writes to it
         if PartialState().is_main_process:
+            if self.args.push_to_hub:  # the Hub's refusal shows now, not after the run
+                make_repository(self._repo_id, self.args.hub_private_repo, self.args.hub_token)
             self.folder.write_recipe(recipe)
             self.folder.forget_after(first, checkpoint)
         PartialState().wait_for_everyone()
@@ -193,6 +202,15 @@ class IConETrainer:
             self._run_stage(index, checkpoint if index == first else None)
         self.model.set_modes(False)  # as from_pretrained leaves it; a stage may have put the heads alone into training
         return self._finish(anew=first < len(self.stages))
+
+    def push_to_hub(self) -> str:
+        """Uploads the run's result with its card to `args.hub_model_id`, by default the folder's name; see [`push`]."""
+        args = self.args
+        return push(self.folder.path, self._repo_id, args.hub_private_repo, None, args.hub_revision, args.hub_token)
+
+    @property
+    def _repo_id(self) -> str:
+        return self.args.hub_model_id or self.folder.path.resolve().name
 
     def _run_stage(self, index: int, checkpoint: Path | None) -> None:
         stage = self.stages[index]
@@ -207,6 +225,7 @@ class IConETrainer:
         args.learning_rate = stage.learning_rate
         args.num_train_epochs = stage.num_train_epochs
         args.seed = self.args.seed + index  # other batches in every stage
+        args.push_to_hub = False  # what is published is the whole run's result
         if not stage.train_encoders:  # heads have nothing to checkpoint; gradient_ is the name before transformers 5.23
             args.activation_checkpointing = args.gradient_checkpointing = False
         self.model.set_encoders_trainable(stage.train_encoders)
@@ -317,13 +336,16 @@ class IConETrainer:
         recipe = {
             "decisive": {
                 "stages": [asdict(stage) for stage in self.stages],
-                "model": _without(config, ("transformers_version", "_name_or_path", "architectures", "dtype")),
+                "model": _without(
+                    config, ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype")
+                ),
                 "train_groups": len(self.train_dataset),
                 "train_captions": digest_captions(self.train_dataset),
                 "validation_captions": digest_captions(self.eval_dataset),
                 "global_train_batch_size": self.args.per_device_train_batch_size * self.args.world_size,
                 **{name: arguments[name] for name in DECISIVE_ARGUMENTS},
             },
+            "data": self.data_name,
             "arguments": {name: value for name, value in arguments.items() if "token" not in name},
             "environment": {
                 "python": platform.python_version(),

@@ -225,7 +225,7 @@ def test_bad_arguments_are_refused_by_name(tmp_path, arguments, message):
 
 def test_a_source_without_captions_is_refused(tmp_path):
     make_groups(3).remove_columns("captions").save_to_disk(tmp_path)
-    with pytest.raises(ValueError, match="no column captions, caption, sentences, text"):
+    with pytest.raises(ValueError, match="no column captions, caption, sentences, "):
         load_groups(tmp_path, "train")
 
 

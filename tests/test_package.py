@@ -20,6 +20,7 @@ MODEL_ROOM = {
     "class_sampling",
     "encoders",
     "lora",
+    "sentence_transformers_files",
     "sharded_classifier",
     "towers",
 }
@@ -29,9 +30,9 @@ LAYERS = (
     ("cli",),
     ("reproduce",),
     ("report", "paper_figures"),
-    ("figures", "trainer", "arguments", "experiments", "offline_towers"),
-    ("sharded_trainer",),
-    ("stage_trainer",),
+    ("trainer", "arguments", "experiments", "offline_towers"),
+    ("hub", "sharded_trainer", "group_files", "onnx_export"),
+    ("figures", "stage_trainer", "checkpoint_info"),
     ("embedding_shards", "feature_cache", "training_args", "heat_maps"),
     ("encoding", "digests", "run_folder"),
     ("stages", "batching", "groups", "retrieval", "gradient_cache"),
@@ -39,7 +40,7 @@ LAYERS = (
     ("processing_icone", "modeling_icone"),
     ("sharded_classifier",),
     ("configuration_icone", "objective"),
-    ("class_sampling", "encoders", "lora", "towers"),
+    ("class_sampling", "encoders", "lora", "sentence_transformers_files", "towers"),
     ("losses",),
 )
 

@@ -1,7 +1,10 @@
 """Every Python block of the README runs, on a folder of captioned pictures and on towers that the tests make."""
 
 import csv
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,8 +63,17 @@ def test_measuring(folder):
     assert folder(block("retrieval_metrics("), **embeds)["metrics"]["rsum"] == 600
 
 
+def test_reading_by_other_tools(make_model, processor, tmp_path):
+    """In a process of its own, whose cache of travelling code is empty."""
+    make_model().save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    code = block("trust_remote_code").replace("YOU/scenes-model", str(tmp_path / "model"))
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
 def test_no_block_goes_untested():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def test_files_that_the_readme_names_are_there():

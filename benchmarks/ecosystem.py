@@ -1,0 +1,101 @@
+"""What other tools read from one of our checkpoints, beside what IConEModel computes: the table of docs/ecosystem.md.
+
+    python -m benchmarks.ecosystem
+
+Each reader is a script of examples/readers, run in a process of its own, once beside icone_hf and once where it cannot
+be imported.
+"""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from benchmarks.harness import markdown
+from benchmarks.recipes import TOWERS
+from benchmarks.recipes_report import write_between
+from icone_hf import IConEModel, IConEProcessor, load_groups
+
+ROOT = Path(__file__).parent.parent
+READERS = {  # and the package whose version counts
+    "with_transformers": "transformers",
+    "with_pipelines": "transformers",
+    "with_sentence_transformers": "sentence-transformers",
+}
+PAGE = ROOT / "docs" / "ecosystem.md"
+MARKS = "<!-- readers: python -m benchmarks.ecosystem -->", "<!-- end of readers -->"
+
+
+def write_inputs(groups: Dataset, folder: Path) -> None:
+    """Pictures and a sentence of each, as the readers want them."""
+    folder.mkdir()
+    for row, group in enumerate(groups):
+        group["image"].save(folder / f"{row:03}.png")
+    (folder / "sentences.txt").write_text("".join(f"{captions[0]}\n" for captions in groups["captions"]))
+
+
+def expected(checkpoint: Path, groups: Dataset) -> dict[str, np.ndarray]:
+    """What the readers should find, by IConEModel."""
+    model, processor = IConEModel.from_pretrained(checkpoint).eval(), IConEProcessor.from_pretrained(checkpoint)
+    sentences = [captions[0] for captions in groups["captions"]]
+    with torch.no_grad():
+        output = model(**processor(images=groups["image"][:], text=sentences, return_tensors="pt"))
+    embeds: dict[str, Any] = {"image_embeds": output.image_embeds, "text_embeds": output.text_embeds}
+    embeds["probabilities"] = output.logits_per_image.softmax(dim=1)
+    return {name: value.numpy() for name, value in embeds.items()}
+
+
+def largest_difference(
+    reader: str, checkpoint: Path, inputs: Path, right: dict[str, np.ndarray], with_package: bool
+) -> float:
+    """Runs a reader in a fresh process, and compares all that it has found.
+
+    Raises:
+        RuntimeError: if the reader fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # Modules that travel with a checkpoint are copied below HF_HOME; nothing is to be found there from before.
+        environment = {**os.environ, "HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
+        if not with_package:
+            Path(folder, "icone_hf.py").write_text("raise ImportError('icone_hf is not installed here.')\n")
+            environment["PYTHONPATH"] = folder
+        out = Path(folder, "out.npz")
+        command = [sys.executable, str(ROOT / "examples" / "readers" / f"{reader}.py"), checkpoint, inputs, out]
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, env=environment, cwd=folder, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{reader}: {done.stderr[-3000:]}")
+        found = dict(np.load(out))
+    return max(float(np.abs(value - right[name]).max()) for name, value in found.items())
+
+
+def main() -> None:
+    """Runs all readers on a model of real towers, and writes the table."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, inputs = Path(folder, "checkpoint"), Path(folder, "inputs")
+        IConEModel.from_encoders(*TOWERS, num_groups=100, projection_dim=512).save_pretrained(checkpoint)
+        IConEProcessor.from_encoders(*TOWERS).save_pretrained(checkpoint)
+        groups = load_groups("openmoji-scenes", "test", num_groups=8, image_size=160)
+        write_inputs(groups, inputs)
+        right = expected(checkpoint, groups)
+        for reader, package in READERS.items():
+            for with_package in (True, False):
+                difference = largest_difference(reader, checkpoint, inputs, right, with_package)
+                command = f"`python examples/readers/{reader}.py CHECKPOINT PICTURES OUT.npz`"
+                beside = "beside it" if with_package else "without it: `trust_remote_code=True`"
+                version = f"{package} {importlib.metadata.version(package)}"
+                rows.append((command, beside, version, f"{difference:.0e}"))
+    write_between(PAGE, MARKS, markdown(("reader", "icone_hf", "version", "largest difference"), rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What a checkpoint is, read from its small files and the heads of its weights: `icone info`."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_safetensors_metadata, snapshot_download
+from safetensors import safe_open
+
+SMALL_FILES = ["config.json", "recipe.json", "metrics.json"]
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
+LOSSES = ("instance_logits", "instance_temperature", "contrastive_loss", "temperature")
+PARTS = ("vision_model", "text_model", "visual_projection", "text_projection", "classifier")
+
+
+def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
+    """Towers, parameters, groups, recipe, metrics and size of a checkpoint: what `icone info --json` prints.
+
+    Args:
+        checkpoint: a folder, or the id of a repository on the Hub, of whose weights the heads alone are downloaded.
+        revision: of that repository: a branch, a tag or a commit.
+
+    Raises:
+        ValueError: if it is no checkpoint of IConE.
+        OSError: if it is not there (as huggingface_hub raises it).
+    """
+    folder = Path(checkpoint)
+    is_local = folder.is_dir()
+    if not is_local:
+        folder = Path(snapshot_download(str(checkpoint), revision=revision, allow_patterns=SMALL_FILES))
+    config = _read(folder / "config.json")
+    if config.get("model_type") != "icone":
+        raise ValueError(f"{checkpoint} is no checkpoint of IConE: its config.json has no model_type icone.")
+    parameters, size = dict.fromkeys((*PARTS, "other"), 0), 0
+    for name, dtype, shape in _local_tensors(folder) if is_local else _remote_tensors(str(checkpoint), revision):
+        part = name.partition(".")[0]
+        parameters[part if part in PARTS else "other"] += math.prod(shape)
+        size += math.prod(shape) * BYTES[dtype]
+    recipe, metrics = _read(folder / "recipe.json"), _read(folder / "metrics.json")
+    return {
+        "checkpoint": str(checkpoint),
+        "vision_tower": _tower(config["vision_config"]),
+        "text_tower": _tower(config["text_config"]),
+        "projection_dim": config["projection_dim"],
+        "num_groups": config["num_groups"],
+        "parameters": {**{name: count for name, count in parameters.items() if count}, "all": sum(parameters.values())},
+        "weight_bytes": size,
+        "dtype": config.get("dtype"),
+        "losses": {
+            name: config[name]
+            for name in ("instance_logits", "instance_temperature", "contrastive_loss", "temperature")
+        },
+        "stages": recipe.get("decisive", {}).get("stages", []),
+        "data": recipe.get("data"),
+        "batch_size": recipe.get("decisive", {}).get("global_train_batch_size"),
+        "train_groups": recipe.get("decisive", {}).get("train_groups"),
+        "metrics": {name: metrics[name] for name in metrics if name != "stages"},
+    }
+
+
+def as_text(info: Mapping[str, Any]) -> str:
+    """The same for a person to read."""
+    parameters = info["parameters"]
+    lines = [
+        f"{info['checkpoint']}: {count(parameters['all'])} parameters, {info['weight_bytes'] / 2**20:,.0f} MiB "
+        f"({info['dtype']})"
+    ]
+    for modality in ("vision", "text"):
+        tower = info[f"{modality}_tower"]
+        lines.append(
+            f"  {modality} tower: {tower['type']}, {count(parameters.get(f'{modality}_model', 0))} parameters"
+            + (f", from {tower['name']}" if tower["name"] else "")
+        )
+    groups = f"class vectors of {info['num_groups']:,} groups" if info["num_groups"] else "no class vectors"
+    lines.append(f"  common space: {info['projection_dim']} dimensions, {groups}")
+    for stage in info["stages"]:
+        lines.append(
+            f"  stage {stage['name']}: {stage['num_train_epochs']:g} epochs at {stage['learning_rate']:g}, "
+            f"{stage['instance_weight']:g} x instance + {stage['contrastive_weight']:g} x contrastive, encoders "
+            f"{'trained' if stage['train_encoders'] else 'frozen'}"
+        )
+    for split, values in info["metrics"].items():
+        lines.append(
+            f"  {split}: Rsum {values['rsum']:.1f}, t2i R@1 {values['t2i_r1']:.1f}, i2t R@1 {values['i2t_r1']:.1f}"
+        )
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _local_tensors(folder: Path) -> Iterator[tuple[str, str, Sequence[int]]]:
+    """Name, dtype and shape of every weight."""
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="np") as stored:
+            for name in stored.keys():  # noqa: SIM118  (safe_open is no dict)
+                rows = stored.get_slice(name)
+                yield name, rows.get_dtype(), rows.get_shape()
+
+
+def _remote_tensors(repo_id: str, revision: str | None) -> Iterator[tuple[str, str, Sequence[int]]]:
+    """The same of a repository on the Hub."""
+    for file in get_safetensors_metadata(repo_id, revision=revision).files_metadata.values():
+        for name, tensor in file.tensors.items():
+            yield name, tensor.dtype, tensor.shape
+
+
+def _tower(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": config["model_type"], "name": config.get("_name_or_path") or None}
+
+
+def count(number: int) -> str:
+    """A number of parameters for a person to read."""
+    return f"{number / 1e6:,.1f}M" if number >= 1e5 else f"{number:,}"

@@ -1,0 +1,96 @@
+"""The exported graphs against the model, by ONNX Runtime and by transformers.js in Node.js."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_groups
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from icone_hf import IConEModel, IConEProcessor
+from icone_hf.cli import main
+from icone_hf.onnx_export import session
+
+NODE = Path(__file__).parent.parent / "examples" / "onnx"
+GROUPS = make_groups(5)
+SENTENCES = [
+    "a red square",
+    "blue under a very long sentence about a green ground and a square",
+    "x",
+    "a ground",
+    "y z",
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(towers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx") / "checkpoint"
+    IConEModel.from_encoders(*towers, num_groups=7, projection_dim=16, text_pooling="mean").save_pretrained(folder)
+    IConEProcessor.from_encoders(*towers).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("onnx") / "out"
+    assert main(["export", str(checkpoint), str(out), "--int8", "true"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def right(checkpoint):
+    model, processor = IConEModel.from_pretrained(checkpoint).eval(), IConEProcessor.from_pretrained(checkpoint)
+    with torch.no_grad():
+        output = model(**processor(images=GROUPS["image"][:], text=SENTENCES, return_tensors="pt"))
+    return output.image_embeds, output.text_embeds
+
+
+def run(file, inputs):
+    return torch.from_numpy(session(file).run(None, {name: np.asarray(value) for name, value in inputs.items()})[0])
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("name", ["{}", "{}_quantized"])
+def test_graphs_embed_as_the_model_does(exported, right, count, name):
+    """Batches and lengths other than those of the export, through the files that came with it."""
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    pictures = AutoImageProcessor.from_pretrained(exported, backend="pil")
+    pixel_values = pictures(GROUPS["image"][:count], return_tensors="np")
+    tokens = tokenizer(SENTENCES[:count], padding=True, return_tensors="np")
+    tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    images = run(exported / "onnx" / f"{name.format('vision_model')}.onnx", pixel_values)
+    texts = run(exported / "onnx" / f"{name.format('text_model')}.onnx", tokens)
+    for ours, expected in ((images, right[0][:count]), (texts, right[1][:count])):
+        if "quantized" in name:
+            assert F.cosine_similarity(ours, expected).min() > 0.999
+        else:
+            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+
+
+def test_another_format_is_refused(checkpoint, tmp_path, capsys):
+    assert main(["export", str(checkpoint), str(tmp_path), "--format", "tflite"]) == 2
+    assert "format='tflite' must be onnx" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
+def test_nodejs_ranks_sentences(exported, right, tmp_path):
+    """examples/onnx/search.mjs, with transformers.js from npm."""
+    for file in NODE.iterdir():
+        if file.is_file():
+            shutil.copy(file, tmp_path)
+    environment = {**os.environ, "ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
+    subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--silent"], cwd=tmp_path, check=True, env=environment)
+    GROUPS[0]["image"].save(tmp_path / "picture.png")
+    command = ["node", "search.mjs", str(exported), "picture.png", *SENTENCES]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = [answer["score"] for answer in json.loads(done.stdout.splitlines()[-1])]
+    # Its resizing is not PIL's to the digit.
+    assert scores == pytest.approx((right[1] @ right[0][0]).tolist(), abs=0.02)
