@@ -21,14 +21,21 @@ from datasets import Dataset
 from benchmarks.harness import markdown
 from benchmarks.recipes import TOWERS
 from benchmarks.recipes_report import write_between
-from icone_hf import IConEModel, IConEProcessor, load_groups
+from icone_hf import IConEModel, IConEProcessor, load_groups, retrieval_metrics
+from icone_hf.onnx_export import export_onnx
 
 ROOT = Path(__file__).parent.parent
 READERS = {  # and the package whose version counts
     "with_transformers": "transformers",
     "with_pipelines": "transformers",
     "with_sentence_transformers": "sentence-transformers",
+    "with_onnxruntime": "onnxruntime",
+    "with_evaluate": "evaluate",
+    "with_mteb": "mteb",
 }
+NEED_THE_PACKAGE = ("with_evaluate", "with_mteb")
+READ_THE_EXPORT = ("with_onnxruntime",)  # what `icone export` writes, and not the checkpoint
+RUNS = [(name, beside) for name in READERS for beside in (True, False) if beside or name not in NEED_THE_PACKAGE]
 PAGE = ROOT / "docs" / "ecosystem.md"
 MARKS = "<!-- readers: python -m benchmarks.ecosystem -->", "<!-- end of readers -->"
 
@@ -49,7 +56,8 @@ def expected(checkpoint: Path, groups: Dataset) -> dict[str, np.ndarray]:
         output = model(**processor(images=groups["image"][:], text=sentences, return_tensors="pt"))
     embeds: dict[str, Any] = {"image_embeds": output.image_embeds, "text_embeds": output.text_embeds}
     embeds["probabilities"] = output.logits_per_image.softmax(dim=1)
-    return {name: value.numpy() for name, value in embeds.items()}
+    rsum = retrieval_metrics(output.image_embeds, output.text_embeds, torch.arange(len(groups)))["rsum"]
+    return {**{name: value.numpy() for name, value in embeds.items()}, "rsum": np.array(rsum)}
 
 
 def largest_difference(
@@ -82,18 +90,24 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, inputs = Path(folder, "checkpoint"), Path(folder, "inputs")
-        IConEModel.from_encoders(*TOWERS, num_groups=100, projection_dim=512).save_pretrained(checkpoint)
-        IConEProcessor.from_encoders(*TOWERS).save_pretrained(checkpoint)
+        model, processor = (
+            IConEModel.from_encoders(*TOWERS, num_groups=100, projection_dim=512),
+            IConEProcessor.from_encoders(*TOWERS),
+        )
+        model.save_pretrained(checkpoint)
+        processor.save_pretrained(checkpoint)
+        exported = export_onnx(model, processor, Path(folder, "exported"))
         groups = load_groups("openmoji-scenes", "test", num_groups=8, image_size=160)
         write_inputs(groups, inputs)
         right = expected(checkpoint, groups)
-        for reader, package in READERS.items():
-            for with_package in (True, False):
-                difference = largest_difference(reader, checkpoint, inputs, right, with_package)
-                command = f"`python examples/readers/{reader}.py CHECKPOINT PICTURES OUT.npz`"
-                beside = "beside it" if with_package else "without it: `trust_remote_code=True`"
-                version = f"{package} {importlib.metadata.version(package)}"
-                rows.append((command, beside, version, f"{difference:.0e}"))
+        for reader, with_package in RUNS:
+            source = exported if reader in READ_THE_EXPORT else checkpoint
+            difference = largest_difference(reader, source, inputs, right, with_package)
+            name = "EXPORTED" if reader in READ_THE_EXPORT else "CHECKPOINT"
+            command = f"`python examples/readers/{reader}.py {name} PICTURES OUT.npz`"
+            beside = "beside it" if with_package else "not installed"
+            package = READERS[reader]
+            rows.append((command, beside, f"{package} {importlib.metadata.version(package)}", f"{difference:.0e}"))
     write_between(PAGE, MARKS, markdown(("reader", "icone_hf", "version", "largest difference"), rows))
 
 

@@ -31,7 +31,7 @@ LAYERS = (
     ("reproduce",),
     ("report", "paper_figures"),
     ("trainer", "arguments", "experiments", "offline_towers"),
-    ("hub", "sharded_trainer", "group_files", "onnx_export"),
+    ("hub", "sharded_trainer", "group_files", "mteb_encoder", "onnx_export"),
     ("figures", "stage_trainer", "checkpoint_info"),
     ("embedding_shards", "feature_cache", "training_args", "heat_maps"),
     ("encoding", "digests", "run_folder"),

@@ -1,0 +1,100 @@
+"""What ONNX Runtime gains over torch on a CPU, and what int8 weights cost in Rsum."""
+
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks import harness, recipes
+from benchmarks.performance import cached_bfloat16
+from icone_hf import IConEProcessor, retrieval_metrics
+from icone_hf.encoding import by_length, captions_of, in_batches
+from icone_hf.onnx_export import export_onnx, session
+
+TESTED, BATCH_SIZE = 250, 32
+CONTENDERS = {"torch": "torch, float32", "onnx": "ONNX Runtime, float32", "int8": "ONNX Runtime, int8 weights"}
+
+
+def measure() -> dict[str, Any]:
+    recipes.prepare(cached_bfloat16.GROUPS)
+    model = cached_bfloat16.train(recipes.open_caches(cached_bfloat16.GROUPS, "plain"), seed=0).eval()
+    processor, groups = IConEProcessor.from_encoders(*recipes.TOWERS), recipes.scenes("test", TESTED)
+    captions, text_to_image = captions_of(groups)
+    order = by_length(processor, captions)
+    pictures = [
+        processor(images=groups[rows]["image"], return_tensors="pt")["pixel_values"]
+        for rows in in_batches(range(TESTED), BATCH_SIZE)
+    ]
+    sentences = [
+        processor(text=[captions[row] for row in rows], return_tensors="pt")
+        for rows in in_batches(order.tolist(), BATCH_SIZE)
+    ]
+
+    @torch.no_grad()
+    def torch_images() -> torch.Tensor:
+        layout = [batch.contiguous(memory_format=torch.channels_last) for batch in pictures]
+        return torch.cat([model.get_image_features(batch).pooler_output for batch in layout])
+
+    @torch.no_grad()
+    def torch_texts() -> torch.Tensor:
+        return torch.cat([model.get_text_features(**batch).pooler_output for batch in sentences])
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model, processor, folder, int8=True)
+        files = {file.stem: file.stat().st_size / 2**20 for file in Path(folder, "onnx").iterdir()}
+        graphs = {name: session(Path(folder, "onnx", f"{name}.onnx")) for name in files}
+
+    def images(graph: str) -> torch.Tensor:
+        outputs = [graphs[graph].run(None, {"pixel_values": batch.numpy()})[0] for batch in pictures]
+        return torch.cat([torch.from_numpy(output) for output in outputs])
+
+    def texts(graph: str) -> torch.Tensor:
+        names = ("input_ids", "attention_mask")
+        outputs = [graphs[graph].run(None, {key: batch[key].numpy() for key in names})[0] for batch in sentences]
+        return torch.cat([torch.from_numpy(output) for output in outputs])
+
+    image_runs = {
+        "torch": torch_images,
+        "onnx": lambda: images("vision_model"),
+        "int8": lambda: images("vision_model_quantized"),
+    }
+    text_runs = {
+        "torch": torch_texts,
+        "onnx": lambda: texts("text_model"),
+        "int8": lambda: texts("text_model_quantized"),
+    }
+    rows = text_to_image[torch.from_numpy(order)]
+    normalize = torch.nn.functional.normalize
+    rsum = {
+        name: retrieval_metrics(normalize(image_runs[name]()), normalize(text_runs[name]()), rows)["rsum"]
+        for name in CONTENDERS
+    }
+    return {
+        "pictures": TESTED,
+        "sentences": len(captions),
+        "megabytes": files,
+        "rsum": rsum,
+        "image_seconds": harness.interleaved(image_runs),
+        "text_seconds": harness.interleaved(text_runs),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    sizes = results["megabytes"]
+    of = {"onnx": ("vision_model", "text_model"), "int8": ("vision_model_quantized", "text_model_quantized")}
+    rows = [
+        [
+            label,
+            f"{results['pictures'] / median(results['image_seconds'][name]):.0f}",
+            f"{harness.ratio(results['image_seconds'], 'torch', name):.2f}",
+            f"{results['sentences'] / median(results['text_seconds'][name]):.0f}",
+            f"{harness.ratio(results['text_seconds'], 'torch', name):.2f}",
+            f"{results['rsum'][name]:.1f}",
+            " + ".join(f"{sizes[file]:.0f}" for file in of[name]) if name in of else "-",
+        ]
+        for name, label in CONTENDERS.items()
+    ]
+    heads = ["what", "pictures/s", "torch = 1", "sentences/s", "torch = 1", "test Rsum", "MiB, pictures + sentences"]
+    return harness.markdown(heads, rows)

@@ -1,0 +1,17 @@
+"""Embeds by the model that MTEB's tasks are given: CHECKPOINT PICTURES OUT.npz."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from icone_hf.mteb_encoder import IConEEncoder
+
+checkpoint, folder, out = sys.argv[1:]
+pictures = [Image.open(path) for path in sorted(Path(folder).glob("*.png"))]
+sentences = Path(folder, "sentences.txt").read_text().splitlines()
+
+model = IConEEncoder(checkpoint)  # mteb.evaluate(model, mteb.get_tasks(["Flickr30kT2IRetrieval"])) measures it
+image_embeds, text_embeds = model.encode([{"image": pictures}]), model.encode([{"text": sentences}])
+np.savez(out, image_embeds=image_embeds, text_embeds=text_embeds)
