@@ -3,7 +3,7 @@
 # make test-slow    the long tests too
 # make check        ruff and mypy
 # make smoke        every experiment of the paper on a handful of scenes, in minutes: that it runs from data to page
-# make bench       how fast it is, beside bare loops and peers: every table of docs/performance.md (half an hour, on a quiet machine)
+# make bench        how fast it is, beside bare loops and peers: every table of docs/performance.md (80 minutes, on a quiet machine)
 # make reproduce    every experiment in miniature, and its page and pictures into docs/reproduction (about an hour)
 
 VENV := .venv
