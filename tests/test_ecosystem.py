@@ -53,7 +53,14 @@ def exported(checkpoint, tmp_path_factory):
     return export_onnx(model, processor, tmp_path_factory.mktemp("ecosystem") / "exported")
 
 
-@pytest.mark.parametrize(("reader", "with_package"), ecosystem.RUNS)
+# Where the package is installed, the tests below read the checkpoint in this process too.
+RUNS = [
+    pytest.param(reader, beside, marks=[pytest.mark.slow] if beside and (reader, False) in ecosystem.RUNS else [])
+    for reader, beside in ecosystem.RUNS
+]
+
+
+@pytest.mark.parametrize(("reader", "with_package"), RUNS)
 def test_readers_find_what_the_model_finds(checkpoint, exported, inputs, right, reader, with_package):
     """In a process of their own, beside the package and where it cannot be imported."""
     is_export = reader in ecosystem.READ_THE_EXPORT
