@@ -46,13 +46,13 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
         "text_tower": _tower(config["text_config"]),
         "projection_dim": config["projection_dim"],
         "num_groups": config["num_groups"],
-        "parameters": {**{name: count for name, count in parameters.items() if count}, "all": sum(parameters.values())},
+        "parameters": {
+            **{part: number for part, number in parameters.items() if number},
+            "all": sum(parameters.values()),
+        },
         "weight_bytes": size,
         "dtype": config.get("dtype"),
-        "losses": {
-            name: config[name]
-            for name in ("instance_logits", "instance_temperature", "contrastive_loss", "temperature")
-        },
+        "losses": {name: config[name] for name in LOSSES},
         "stages": recipe.get("decisive", {}).get("stages", []),
         "data": recipe.get("data"),
         "batch_size": recipe.get("decisive", {}).get("global_train_batch_size"),

@@ -119,8 +119,9 @@ class ShardedClassifier(nn.Module):
         if file is not None:
             with safe_open(Path(folder) / file, framework="pt") as stored:
                 if NAME in stored.keys():  # noqa: SIM118  (safe_open is no dict)
-                    num_groups, dim = stored.get_slice(NAME).get_shape()
-                    own = load_rows(Path(folder) / file)[NAME]
+                    weight = stored.get_slice(NAME)
+                    num_groups, dim = weight.get_shape()
+                    own = weight[shard(num_groups, rank_index(), count_ranks())]
                     classifier = cls(num_groups, dim, dtype=own.dtype)
                     classifier.weight.data.copy_(own)
                     return classifier

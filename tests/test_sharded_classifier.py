@@ -27,7 +27,7 @@ def test_shares_cover_all_rows_once_and_are_even(num_groups, num_ranks):
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_do_exactly_what_one_process_does_and_leave_one_checkpoint(make_model, tmp_path, num_ranks):
-    whole, plain, folder = make_model(num_groups=11), tmp_path / "plain", tmp_path / "sharded"
+    whole, plain, folder = make_model(num_groups=11, learn_temperature=True), tmp_path / "plain", tmp_path / "sharded"
     whole.save_pretrained(plain)
     weight = whole.classifier.weight.data
     port = 30600 + os.getpid() % 1000

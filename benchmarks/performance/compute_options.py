@@ -118,7 +118,8 @@ class Encoder:
         return self._run(lambda inputs: self.model.get_text_features(**inputs).pooler_output, self.sentences)
 
 
-def measure_encoding() -> dict[str, Any]:
+def prepared() -> tuple[IConEModel, list[torch.Tensor], list[Any], torch.Tensor]:
+    """A trained model, the test scenes' pictures and sentences in batches, and each sentence's picture."""
     recipes.prepare(cached_bfloat16.GROUPS)
     model = cached_bfloat16.train(recipes.open_caches(cached_bfloat16.GROUPS, "plain"), seed=0)
     processor = IConEProcessor.from_encoders(*recipes.TOWERS)
@@ -133,12 +134,16 @@ def measure_encoding() -> dict[str, Any]:
         processor(text=[captions[row] for row in rows], return_tensors="pt")
         for rows in in_batches(order.tolist(), BATCH_SIZE)
     ]
+    return model, pictures, sentences, text_to_image[torch.from_numpy(order)]
+
+
+def measure_encoding() -> dict[str, Any]:
+    model, pictures, sentences, rows = prepared()
     encoders = {name: Encoder(model, option, pictures, sentences) for name, option in OPTIONS.items()}
-    rows = text_to_image[torch.from_numpy(order)]
     rsum = {name: retrieval_metrics(e.images(), e.texts(), rows)["rsum"] for name, e in encoders.items()}
     return {
         "pictures": TESTED,
-        "sentences": len(captions),
+        "sentences": len(rows),
         "rsum": rsum,
         "image_seconds": harness.interleaved({name: encoder.images for name, encoder in encoders.items()}),
         "text_seconds": harness.interleaved({name: encoder.texts for name, encoder in encoders.items()}),

@@ -8,39 +8,17 @@ from typing import Any
 import torch
 
 from benchmarks import harness, recipes
-from benchmarks.performance import cached_bfloat16
+from benchmarks.performance import compute_options
 from icone_hf import IConEProcessor, retrieval_metrics
-from icone_hf.encoding import by_length, captions_of, in_batches
 from icone_hf.onnx_export import export_onnx, session
 
-TESTED, BATCH_SIZE = 250, 32
 CONTENDERS = {"torch": "torch, float32", "onnx": "ONNX Runtime, float32", "int8": "ONNX Runtime, int8 weights"}
 
 
 def measure() -> dict[str, Any]:
-    recipes.prepare(cached_bfloat16.GROUPS)
-    model = cached_bfloat16.train(recipes.open_caches(cached_bfloat16.GROUPS, "plain"), seed=0).eval()
-    processor, groups = IConEProcessor.from_encoders(*recipes.TOWERS), recipes.scenes("test", TESTED)
-    captions, text_to_image = captions_of(groups)
-    order = by_length(processor, captions)
-    pictures = [
-        processor(images=groups[rows]["image"], return_tensors="pt")["pixel_values"]
-        for rows in in_batches(range(TESTED), BATCH_SIZE)
-    ]
-    sentences = [
-        processor(text=[captions[row] for row in rows], return_tensors="pt")
-        for rows in in_batches(order.tolist(), BATCH_SIZE)
-    ]
-
-    @torch.no_grad()
-    def torch_images() -> torch.Tensor:
-        layout = [batch.contiguous(memory_format=torch.channels_last) for batch in pictures]
-        return torch.cat([model.get_image_features(batch).pooler_output for batch in layout])
-
-    @torch.no_grad()
-    def torch_texts() -> torch.Tensor:
-        return torch.cat([model.get_text_features(**batch).pooler_output for batch in sentences])
-
+    model, pictures, sentences, rows = compute_options.prepared()
+    processor = IConEProcessor.from_encoders(*recipes.TOWERS)
+    in_torch = compute_options.Encoder(model, compute_options.Option(), pictures, sentences)
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(model, processor, folder, int8=True)
         files = {file.stem: file.stat().st_size / 2**20 for file in Path(folder, "onnx").iterdir()}
@@ -56,24 +34,23 @@ def measure() -> dict[str, Any]:
         return torch.cat([torch.from_numpy(output) for output in outputs])
 
     image_runs = {
-        "torch": torch_images,
+        "torch": in_torch.images,
         "onnx": lambda: images("vision_model"),
         "int8": lambda: images("vision_model_quantized"),
     }
     text_runs = {
-        "torch": torch_texts,
+        "torch": in_torch.texts,
         "onnx": lambda: texts("text_model"),
         "int8": lambda: texts("text_model_quantized"),
     }
-    rows = text_to_image[torch.from_numpy(order)]
     normalize = torch.nn.functional.normalize
     rsum = {
         name: retrieval_metrics(normalize(image_runs[name]()), normalize(text_runs[name]()), rows)["rsum"]
         for name in CONTENDERS
     }
     return {
-        "pictures": TESTED,
-        "sentences": len(captions),
+        "pictures": compute_options.TESTED,
+        "sentences": len(rows),
         "megabytes": files,
         "rsum": rsum,
         "image_seconds": harness.interleaved(image_runs),
