@@ -14,6 +14,8 @@ from transformers import HfArgumentParser
 from .groups import OPENMOJI_SCENES, SPLITS
 from .stages import PAPER_STAGES, Stage, parse_stages
 
+TRUTH_VALUES = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}  # what HfArgumentParser reads as one
+
 
 @dataclass
 class ModelArguments:
@@ -168,6 +170,7 @@ def parse_arguments(
             # argparse converts a default that is a string as it would convert an argument.
             values[name] = json.dumps(value) if isinstance(value, list | dict) else value
         parser.set_defaults(**values)
+    argv = _with_flags_set(parser, argv)
     _, unknown = parser.parse_known_args(argv)
     for name in unknown:
         nearest = difflib.get_close_matches(name.split("=")[0], list(parser._option_string_actions), n=1)
@@ -176,3 +179,14 @@ def parse_arguments(
         return parser.parse_args_into_dataclasses(argv)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _with_flags_set(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
+    """`--json` means `--json true` whatever comes after it; HfArgumentParser would take a positional for its value."""
+    flags = {option for action in parser._actions if action.const is True for option in action.option_strings}
+    result: list[str] = []
+    for position, argument in enumerate(argv):
+        result.append(argument)
+        if argument in flags and not {value.lower() for value in argv[position + 1 : position + 2]} & TRUTH_VALUES:
+            result.append("true")
+    return result

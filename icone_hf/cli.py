@@ -2,9 +2,10 @@
 
 import importlib
 import json
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,11 @@ IConE: instance contrastive embedding for image-text retrieval.
 
 `icone COMMAND --help` explains one. On several processes: torchrun --nproc_per_node 4 -m icone_hf COMMAND ..., or
 accelerate launch --num_processes 4 -m icone_hf COMMAND ...
+
+Results go to stdout, progress to stderr. Exit codes: 0 done; 2 it cannot be done as asked, and a line says why;
+1 a fault, with its traceback; 130 interrupted.
 """
+INTERRUPTED = 128 + 2  # as a shell reports what SIGINT has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command and its arguments. Default: the command line.
 
     Returns:
-        The exit code: 0, or 2 for wrong arguments, of which a line on stderr says what is wrong. Whatever else goes
-        wrong is raised.
+        The exit code: 0; 2 for wrong arguments or input, of which a line on stderr says what is wrong; 130 if it was
+        interrupted. Whatever else goes wrong is raised.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     described = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
@@ -61,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"icone: error: {name} is no command: use {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    if not sys.stderr.isatty():  # libraries' bars would fill a log; ours become lines
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         if name == "reproduce":
             importlib.import_module(".reproduce", __package__).reproduce(argv[1:])
@@ -72,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"icone {name}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        how = " with --resume_from_checkpoint auto" if name == "train" else ""
+        print(f"icone {name}: interrupted. Call it again{how}: it goes on where it stopped.", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
@@ -82,6 +94,17 @@ def _is_the_users(error: Exception) -> bool:
     """
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
     return isinstance(error, OSError) or raised_in == Path(__file__).parent
+
+
+@dataclass
+class OutputArguments:
+    """How a command prints its result."""
+
+    json: bool = field(default=False, metadata={"help": "Print the result as JSON, for a program to read."})
+
+    def print(self, facts: Mapping[str, Any], text: str) -> None:
+        """Prints the facts, or the text that says the same to people."""
+        print(json.dumps(facts, indent=2) if self.json else text)
 
 
 # --- train ---
@@ -178,7 +201,7 @@ _SOURCE = {"help": "What load_groups takes: a Karpathy JSON, a Hub id, a folder,
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """`icone evaluate CHECKPOINT SOURCE [--split test] [--folds 5] [--grid FILE.png]`.
+    """`icone evaluate CHECKPOINT SOURCE [--split test] [--folds 5] [--grid FILE.png] [--json]`.
 
     Prints the metrics and, for a local checkpoint, adds them to its metrics.json; with --folds the folds' mean beside
     the whole split's, from the same pass over the data (COCO's 1k and 5k).
@@ -190,8 +213,8 @@ def evaluate(argv: Sequence[str]) -> None:
     from .retrieval import metrics_table
     from .run_folder import write_metrics
 
-    data_args, encode_args, args, positional = parse_arguments(
-        (DataArguments, EncodeArguments, EvaluateArguments),
+    data_args, encode_args, args, output, positional = parse_arguments(
+        (DataArguments, EncodeArguments, EvaluateArguments, OutputArguments),
         argv,
         prog="icone evaluate",
         positionals={"checkpoint": _CHECKPOINT, "source": _SOURCE},
@@ -205,16 +228,14 @@ def evaluate(argv: Sequence[str]) -> None:
         metrics[f"{split}_mean_of_{args.folds}_folds"] = of_folds
     if not PartialState().is_main_process:
         return
-    print(metrics_table(metrics))
+    output.print(metrics, metrics_table(metrics))
     if Path(positional.checkpoint).is_dir():
         write_metrics(positional.checkpoint, metrics)
-    else:
-        print(json.dumps(metrics, indent=2))
     if args.grid:
         from .figures import retrieval_grid  # matplotlib is an extra: the metrics need none
 
         retrieval_grid(groups, embeds).savefig(args.grid)
-        print(f"Retrieved results: {args.grid}")
+        print(f"Retrieved results: {args.grid}", file=sys.stderr)
 
 
 @dataclass
@@ -240,8 +261,8 @@ def encode(argv: Sequence[str]) -> None:
 
     from .arguments import DataArguments, parse_arguments
 
-    data_args, encode_args, shard_args, positional = parse_arguments(
-        (DataArguments, EncodeArguments, ShardArguments),
+    data_args, encode_args, shard_args, output, positional = parse_arguments(
+        (DataArguments, EncodeArguments, ShardArguments, OutputArguments),
         argv,
         prog="icone encode",
         positionals={"checkpoint": _CHECKPOINT, "source": _SOURCE, "out": {"help": "A folder, or FILE.safetensors."}},
@@ -251,7 +272,7 @@ def encode(argv: Sequence[str]) -> None:
     if out.suffix != ".safetensors":
         if out.suffix and not (out.is_dir() or positional.out.endswith("/")):
             raise ValueError(f"OUT={out} is neither FILE.safetensors nor a folder: end a new folder's name with a /.")
-        _encode_shards(positional.checkpoint, data_args, encode_args, shard_args, out)
+        _encode_shards(positional.checkpoint, data_args, encode_args, shard_args, output, out)
         return
     if shard_args != ShardArguments():
         raise ValueError(f"pictures_only, shard_size and embedding_dtype are for shards: make OUT={out} a folder.")
@@ -260,11 +281,16 @@ def encode(argv: Sequence[str]) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         origin = {"checkpoint": positional.checkpoint, "source": data_args.source, "split": encode_args.split}
         save_file({name: tensor.contiguous() for name, tensor in embeds._asdict().items()}, out, origin)
-        print(f"{len(embeds.image_embeds)} pictures and {len(embeds.text_embeds)} sentences: {out}")
+        _print_encoded(output, out, len(embeds.image_embeds), len(embeds.text_embeds))
 
 
 def _encode_shards(
-    checkpoint: str, data_args: Any, encode_args: EncodeArguments, shard_args: ShardArguments, out: Path
+    checkpoint: str,
+    data_args: Any,
+    encode_args: EncodeArguments,
+    shard_args: ShardArguments,
+    output: OutputArguments,
+    out: Path,
 ) -> None:
     from accelerate import PartialState
 
@@ -283,7 +309,14 @@ def _encode_shards(
     )
     if PartialState().is_main_process:
         sentences = 0 if shard_args.pictures_only else sum(map(len, source["captions"]))
-        print(f"{len(source) - len(unreadable)} pictures and {sentences} sentences: {out}")
+        _print_encoded(output, out, len(source) - len(unreadable), sentences, unreadable.values())
+
+
+def _print_encoded(
+    output: OutputArguments, out: Path, pictures: int, sentences: int, unreadable: Collection[str] = ()
+) -> None:
+    facts = {"out": str(out), "pictures": pictures, "sentences": sentences, "unreadable": list(unreadable)}
+    output.print(facts, f"{pictures} pictures and {sentences} sentences: {out}")
 
 
 def _embed(checkpoint: str, data_args: Any, encode_args: EncodeArguments) -> tuple["Dataset", "GroupEmbeddings"]:
@@ -332,8 +365,8 @@ def data(argv: Sequence[str]) -> None:
     from .group_files import push_groups, save_groups
     from .groups import SPLITS, MissingSplitError, check_disjoint, load_groups
 
-    data_args, args, positional = parse_arguments(
-        (DataArguments, DataFolderArguments),
+    data_args, args, output, positional = parse_arguments(
+        (DataArguments, DataFolderArguments, OutputArguments),
         argv,
         prog="icone data",
         positionals={"source": _SOURCE, "out": {"help": "A folder that holds no data yet."}},
@@ -349,9 +382,11 @@ def data(argv: Sequence[str]) -> None:
         raise ValueError(f"{data_args.source} has none of the splits {', '.join(SPLITS)}.")
     check_disjoint(splits)
     save_groups(splits, positional.out)
-    print(f"{', '.join(f'{len(groups)} {split}' for split, groups in splits.items())} groups: {positional.out}")
-    if args.push:
-        print(f"On the Hub: {push_groups(positional.out, args.push, args.private or None)}")
+    counts = {split: len(groups) for split, groups in splits.items()}
+    text = f"{', '.join(f'{count} {split}' for split, count in counts.items())} groups: {positional.out}"
+    url = push_groups(positional.out, args.push, args.private or None) if args.push else None
+    text += f"\nOn the Hub: {url}" if url else ""
+    output.print({"out": positional.out, "groups": counts, "url": url}, text)
 
 
 # --- export ---
@@ -366,11 +401,11 @@ class ExportArguments:
 
 
 def export(argv: Sequence[str]) -> None:
-    """`icone export CHECKPOINT OUT [--format onnx] [--int8 true]`."""
+    """`icone export CHECKPOINT OUT [--format onnx] [--int8]`."""
     from .arguments import parse_arguments
 
-    args, positional = parse_arguments(
-        (ExportArguments,),
+    args, output, positional = parse_arguments(
+        (ExportArguments, OutputArguments),
         argv,
         prog="icone export",
         positionals={"checkpoint": _CHECKPOINT, "out": {"help": "A folder."}},
@@ -384,8 +419,9 @@ def export(argv: Sequence[str]) -> None:
 
     model = IConEModel.from_pretrained(positional.checkpoint, num_groups=0)
     out = export_onnx(model, IConEProcessor.from_pretrained(positional.checkpoint), positional.out, args.int8)
-    for file in sorted((out / "onnx").glob("*.onnx")):
-        print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+    sizes = {str(file): file.stat().st_size for file in sorted((out / "onnx").glob("*.onnx"))}
+    text = "\n".join(f"{file}: {size / 2**20:.1f} MiB" for file, size in sizes.items())
+    output.print({"out": str(out), "bytes": sizes}, text)
 
 
 # --- info ---
@@ -396,7 +432,6 @@ class InfoArguments:
     """What `icone info` takes besides."""
 
     revision: str | None = field(default=None, metadata={"help": "Of a Hub id: a branch, a tag or a commit."})
-    json: bool = field(default=False, metadata={"help": "Print JSON, for a program to read."})
 
 
 def info(argv: Sequence[str]) -> None:
@@ -404,11 +439,15 @@ def info(argv: Sequence[str]) -> None:
     from .arguments import parse_arguments
     from .checkpoint_info import as_text, describe
 
-    args, positional = parse_arguments(
-        (InfoArguments,), argv, prog="icone info", positionals={"checkpoint": _CHECKPOINT}, description=COMMANDS["info"]
+    args, output, positional = parse_arguments(
+        (InfoArguments, OutputArguments),
+        argv,
+        prog="icone info",
+        positionals={"checkpoint": _CHECKPOINT},
+        description=COMMANDS["info"],
     )
     facts = describe(positional.checkpoint, args.revision)
-    print(json.dumps(facts, indent=2) if args.json else as_text(facts))
+    output.print(facts, as_text(facts))
 
 
 # --- push ---
@@ -426,12 +465,13 @@ class PushArguments:
 
 
 def push(argv: Sequence[str]) -> None:
-    """`icone push FOLDER REPO [--private true]`."""
+    """`icone push FOLDER REPO [--private]`."""
     from .arguments import parse_arguments
     from .hub import push
 
     positionals = {"folder": {"help": "Of a checkpoint."}, "repo": {"help": "Hub id: made if it does not exist."}}
-    args, positional = parse_arguments(
-        (PushArguments,), argv, prog="icone push", positionals=positionals, description=COMMANDS["push"]
+    args, output, positional = parse_arguments(
+        (PushArguments, OutputArguments), argv, prog="icone push", positionals=positionals, description=COMMANDS["push"]
     )
-    print(push(positional.folder, positional.repo, args.private or None, args.license, args.revision))
+    url = push(positional.folder, positional.repo, args.private or None, args.license, args.revision)
+    output.print({"url": url}, url)

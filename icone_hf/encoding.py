@@ -12,10 +12,10 @@ from accelerate.utils import gather_object, reduce
 from datasets import Dataset
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from .modeling_icone import IConEModel
 from .pictures import Pictures
+from .progress import progress
 from .retrieval import fold_ranks, mean_over_folds, metrics_of_ranks
 
 
@@ -211,7 +211,7 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _progress(batches: Iterable[tuple[Sequence[Any], Any]], total: int, what: str) -> Iterator[tuple[Any, Any]]:
-    with tqdm(total=total, desc=f"Encoding {what}", unit=" " + what, disable=not PartialState().is_main_process) as bar:
+    with progress(f"Encoding {what}", total, is_shown=PartialState().is_main_process) as advance:
         for items, inputs in batches:
             yield items, inputs
-            bar.update(len(items))
+            advance(len(items))

@@ -30,11 +30,11 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from .encoding import eval_mode
 from .modeling_icone import IConEModel
 from .pictures import Pictures
+from .progress import progress
 
 # A convolutional tower's last map is coarse (5 x 5 for the quickstart's pictures): it sees the picture enlarged.
 # Of 1, 1.5, 2, 3 and 4 the best on validation scenes.
@@ -127,22 +127,24 @@ def pointing_game(
     named, pictures = scenes.select_columns(["captions", "objects"]), Pictures(scenes)
     views: dict[tuple[int, int], View] = {}
     hits, chances, centres = [], [], []
-    for row in tqdm(range(len(scenes)), desc=f"Pointing game, {method}", unit=" scenes"):
-        scene, image = named[row], pictures[row]
-        sentence = scene["captions"][row % len(scene["captions"])]
-        boxes = named_boxes(sentence, scene["objects"])
-        if not boxes:
-            continue
-        if image.size not in views:
-            views[image.size] = field_of_view(processor, *image.size)
-        grids = _grids(model, processor, image, sentence, list(boxes), method, zoom)
-        maps = spread(grids, views[image.size], *image.size)
-        for heat, (left, top, right, bottom) in zip(maps, boxes.values(), strict=True):
-            points = peak(heat), (image.width / 2, image.height / 2)
-            hit, centre = (left <= x < right and top <= y < bottom for x, y in points)
-            hits.append(hit)
-            centres.append(centre)
-            chances.append((right - left) * (bottom - top) / (image.width * image.height))
+    with progress(f"Pointing game, {method}", len(scenes)) as advance:
+        for row in range(len(scenes)):
+            advance(1)
+            scene, image = named[row], pictures[row]
+            sentence = scene["captions"][row % len(scene["captions"])]
+            boxes = named_boxes(sentence, scene["objects"])
+            if not boxes:
+                continue
+            if image.size not in views:
+                views[image.size] = field_of_view(processor, *image.size)
+            grids = _grids(model, processor, image, sentence, list(boxes), method, zoom)
+            maps = spread(grids, views[image.size], *image.size)
+            for heat, (left, top, right, bottom) in zip(maps, boxes.values(), strict=True):
+                points = peak(heat), (image.width / 2, image.height / 2)
+                hit, centre = (left <= x < right and top <= y < bottom for x, y in points)
+                hits.append(hit)
+                centres.append(centre)
+                chances.append((right - left) * (bottom - top) / (image.width * image.height))
     if not hits:
         raise ValueError("No sentence of these scenes names an object of its picture: there is nothing to point at.")
     return {

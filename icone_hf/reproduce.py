@@ -74,8 +74,7 @@ def reproduce(argv: Sequence[str]) -> None:
     others = [argument for argument in argv if argument not in names]
     args, positional = parse_arguments(
         (ReproduceArguments,),
-        # Names first, since an argument before them (--miniature all) would take them for its values.
-        [*names, *others],
+        [*names, *others],  # names first: after --seeds 0 1 they would be taken for seeds
         prog="icone reproduce",
         positionals={"name": {"nargs": "+", "help": "table1 ... table4, figure3 ... figure10, all"}},
         description="run the paper's experiments and write their tables and figures",

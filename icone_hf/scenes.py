@@ -26,7 +26,8 @@ from typing import Any
 import datasets
 from datasets import Dataset
 from PIL import Image
-from tqdm.auto import tqdm
+
+from .progress import progress
 
 GROUNDS = {
     "white": (250, 250, 250),
@@ -233,29 +234,30 @@ def draw_scene(scene: Scene, image_size: int) -> Image.Image:
 
 
 def _rows(seed: int, split: str, num_groups: int, image_size: int, view: int, version: str) -> Iterator[dict[str, Any]]:
-    for index in tqdm(range(num_groups), desc=f"Drawing {split} scenes", unit=" scenes"):
-        scene = compose_scene(seed, split, index)
-        if view:
-            scene = another_view(scene, f"{seed}/{split}/{index}/{view}")
-        yield {
-            "image": draw_scene(scene, image_size),
-            "captions": describe_scene(scene),
-            "image_id": f"{split}-{index}" + (f"-view-{view}" if view else ""),
-            "ground": scene.ground,
-            "objects": [
-                {
-                    "name": placed.object.name,
-                    "alias": placed.object.alias,
-                    "category": placed.object.category,
-                    "size": placed.size,
-                    "box": [
-                        round(value * image_size, 2)
-                        for value in (placed.left, placed.top, placed.left + placed.side, placed.top + placed.side)
-                    ],
-                }
-                for placed in scene.objects
-            ],
-        }
+    with progress(f"Drawing {split} scenes", num_groups) as advance:
+        for index in range(num_groups):
+            scene = compose_scene(seed, split, index)
+            if view:
+                scene = another_view(scene, f"{seed}/{split}/{index}/{view}")
+            yield {
+                "image": draw_scene(scene, image_size),
+                "captions": describe_scene(scene),
+                "image_id": f"{split}-{index}" + (f"-view-{view}" if view else ""),
+                "ground": scene.ground,
+                "objects": [_object_row(placed, image_size) for placed in scene.objects],
+            }
+            advance(1)
+
+
+def _object_row(placed: PlacedObject, image_size: int) -> dict[str, Any]:
+    box = (placed.left, placed.top, placed.left + placed.side, placed.top + placed.side)
+    return {
+        "name": placed.object.name,
+        "alias": placed.object.alias,
+        "category": placed.object.category,
+        "size": placed.size,
+        "box": [round(value * image_size, 2) for value in box],
+    }
 
 
 FEATURES = datasets.Features(

@@ -7,6 +7,7 @@ import torch
 import torch.distributed
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .batching import GroupBatchSampler, GroupDataLoader, PairChunks, PairCollator, PairDataset
 from .encoding import GroupEmbeddings, embed_pooled, encode_groups, measure_embeddings
@@ -16,6 +17,7 @@ from .modeling_icone import IConEModel, IConEOutput
 from .sparse_rows import AdamWithSparseRows, with_dense_gradients
 from .stages import Stage
 from .training_args import IConETrainingArguments
+from .training_progress import TrainingProgress
 
 
 class StageTrainer(Trainer):
@@ -43,6 +45,16 @@ class StageTrainer(Trainer):
             processing_class=processor,
             callbacks=callbacks,
         )
+        self._progress = TrainingProgress(stage.name, as_lines=bool(args.disable_tqdm))
+        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):  # a notebook has its own table
+            self.add_callback(self._progress)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' Trainer."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._progress.close()
 
     def get_train_dataloader(self) -> GroupDataLoader:
         args = cast(IConETrainingArguments, self.args)

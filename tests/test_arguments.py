@@ -27,6 +27,21 @@ def test_arguments_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert training.per_device_train_batch_size == 128
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--use_cpu", "x"], True),
+        (["x", "--use_cpu"], True),
+        (["x", "--use_cpu", "--seed", "1"], True),
+        (["x", "--use_cpu", "no"], False),
+        (["--use_cpu", "False", "x"], False),
+    ],
+)
+def test_a_flag_needs_no_value_wherever_it_stands(argv, expected):
+    args, positional = parse_arguments((IConETrainingArguments,), argv, positionals={"name": {}})
+    assert (args.use_cpu, positional.name) == (expected, "x")
+
+
 def test_arguments_alone(tmp_path):
     *_, training = parse_arguments(ALL, ["--output_dir", str(tmp_path), "--warmup_steps", "0.1", "--use_cpu", "true"])
     assert (training.output_dir, training.warmup_steps, training.use_cpu) == (str(tmp_path), 0.1, True)

@@ -124,6 +124,39 @@ def test_arguments_are_refused_in_the_commands_name(capsys):
     assert "icone evaluate: error" in capsys.readouterr().err
 
 
+def test_a_program_reads_json(source, checkpoint, tmp_path, capsys):
+    def result(*argv):
+        capsys.readouterr()
+        assert main([*argv]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    metrics = result("evaluate", "--json", checkpoint, source, "--split", "validation")
+    assert metrics == {"validation": json.loads((Path(checkpoint) / "metrics.json").read_text())["validation"]}
+    out = str(tmp_path / "shards")
+    assert result("encode", checkpoint, source, out, "--json") == {
+        "out": out,
+        "pictures": 8,
+        "sentences": 24,
+        "unreadable": [],
+    }
+    out = str(tmp_path / "parquet")
+    assert result("data", source, out, "--json") == {
+        "out": out,
+        "groups": {"train": 12, "validation": 6, "test": 8},
+        "url": None,
+    }
+
+
+def test_an_interrupted_command_says_how_it_goes_on(monkeypatch, capsys):
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("icone_hf.cli.train", stop)
+    monkeypatch.setattr(stop, "__name__", "train")
+    assert main(["train"]) == 130
+    assert "interrupted. Call it again with --resume_from_checkpoint auto" in capsys.readouterr().err
+
+
 def test_a_fault_of_the_programs_keeps_its_traceback(monkeypatch, checkpoint, source):
     def broken(*args, **kwargs):
         return torch.zeros(2, 3) @ torch.zeros(2, 3)

@@ -1,0 +1,81 @@
+"""How far long work has come: a bar on a terminal, plain lines in a log. Both go to stderr; results go to stdout."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal, by rich's own rules (which environment variables can override)."""
+    return Console(stderr=True).is_terminal
+
+
+def new_bars() -> Progress:
+    """Bars on a terminal, of which others may run inside; what is printed meanwhile goes above them."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("of which to go"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def say(line: str) -> None:
+    """Prints a line of a log."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min`, `1 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def remaining(seconds: float, done: int, total: int) -> str:
+    """What is left of `total`, if `done` of it took so many seconds."""
+    return duration(seconds * (total - done) / done)
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, is_shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Shows how much of `total` is done in a block, which calls what it is given with the number that were added.
+
+    In a log, what takes less than half a minute leaves no line.
+
+    Args:
+        what: `Encoding pictures`.
+        total: how many there are.
+        is_shown: `False` on all processes but one.
+    """
+    if not is_shown:
+        yield lambda added: None
+    elif is_terminal():
+        with new_bars() as bars:
+            task = bars.add_task(what, total=total)
+            yield lambda added: bars.advance(task, added)
+    else:
+        began = said = time.monotonic()
+        done = 0
+
+        def advance(added: int) -> None:
+            nonlocal said, done
+            done += added
+            now = time.monotonic()
+            if now - said >= SECONDS_BETWEEN_LINES and 0 < done < total:
+                said = now
+                say(f"{what}: {done:,} of {total:,}, {remaining(now - began, done, total)} to go")
+
+        yield advance
+        if said > began:
+            say(f"{what}: {done:,} in {duration(time.monotonic() - began)}")

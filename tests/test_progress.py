@@ -1,0 +1,92 @@
+import contextlib
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+from conftest import make_groups
+
+from icone_hf import IConEProcessor, IConETrainer, IConETrainingArguments, Stage, progress
+from icone_hf.progress import duration
+from icone_hf.progress import progress as show
+
+COUNT = """
+import sys
+from icone_hf.progress import progress
+with progress("Counting outside", 2) as outside:
+    for _ in range(2):
+        with progress("Counting inside", 50) as inside:
+            for _ in range(50):
+                inside(1)
+        print("above the bars", file=sys.stderr)
+        outside(1)
+"""
+
+
+def on_a_terminal(code):
+    """What a program writes to a terminal of its own."""
+    watched, terminal = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=terminal, stderr=terminal, env=environment)
+    os.close(terminal)
+    seen = b""
+    with contextlib.suppress(OSError):  # how Linux says that the terminal has been closed
+        while part := os.read(watched, 65536):
+            seen += part
+    assert process.wait(60) == 0, seen
+    return seen.decode()
+
+
+def test_a_terminal_shows_bars_even_one_in_another():
+    seen = on_a_terminal(COUNT)
+    for said in ("Counting outside", "Counting inside", "50/50", "2/2", "━", "above the bars"):
+        assert said in seen, said
+
+
+def test_a_log_has_lines_and_no_bars(capsys, monkeypatch):
+    now = iter(range(0, 10_000, 10))  # every look at the clock is ten seconds later
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    with show("Encoding pictures", 4000) as advance:
+        for _ in range(8):
+            advance(500)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "Encoding pictures: 1,500 of 4,000, 50 s to go",
+        "Encoding pictures: 3,000 of 4,000, 20 s to go",
+        "Encoding pictures: 4,000 in 90 s",
+    ]
+
+
+def test_what_is_short_or_of_another_process_leaves_no_line(capsys, monkeypatch):
+    with show("Encoding pictures", 2) as advance:
+        advance(2)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    with show("Encoding pictures", 2, is_shown=False) as advance:
+        advance(1)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (3540, "59 min"), (5400, "1 h 30 min")]
+)
+def test_durations(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_a_stage_says_its_losses_and_validations(make_model, towers, tmp_path, capsys):
+    args = IConETrainingArguments(tmp_path, use_cpu=True, per_device_train_batch_size=6, logging_steps=2)
+    stage = Stage("joint", 2, 1e-3, 1, 1, True)
+    processor = IConEProcessor.from_encoders(*towers)
+    trainer = IConETrainer(make_model(12), args, make_groups(12), make_groups(6, start=12), processor, [stage])
+    metrics = trainer.train()
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("joint")]
+    losses, validations = ([line for line in lines if word in line] for word in (": loss ", ": validation "))
+    assert len(losses) == 6  # 12 updates
+    assert losses[0].startswith("joint, update 2 of 12, epoch 0.3333: loss ")
+    assert all(part in losses[0] for part in ("(instance ", ", contrastive ", ", learning rate ", " to go"))
+    assert any(f"validation Rsum {metrics['validation']['rsum']:.1f}" in line for line in validations)
+    assert lines[-1].startswith("joint: 12 updates in ")
+    assert "/12 [" not in captured.err + captured.out  # transformers' own bar
