@@ -1,5 +1,6 @@
 """A model card made from what a run has left in its folder, and the folder's way to the Hub."""
 
+import csv
 import importlib.util
 import json
 import os
@@ -12,8 +13,9 @@ from .checkpoint_info import count, describe
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CARD = "README.md"
 MADE_BY_US = "<!-- Made by icone_hf."
+UPLOAD_FOLDER = "upload"  # what is being uploaded while a run goes on
 # What a run needs to go on is nobody else's concern, and many times as large as the model.
-LEFT_BEHIND = ["stages/**", "feature_cache/**", "runs/**"]
+LEFT_BEHIND = ["stages/**", "feature_cache/**", "runs/**", f"{UPLOAD_FOLDER}/**", "emissions.csv"]
 EPOCHS_PICTURE = "validation_rsum.png"
 PICTURES = {EPOCHS_PICTURE: "Validation Rsum after each epoch", "retrieval.png": "What the model retrieves"}
 METRICS = {
@@ -42,7 +44,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
     info = describe(folder)
     name = (repo_id or folder.resolve().name).rsplit("/", 1)[-1]
     towers, splits = (info["vision_tower"]["name"], info["text_tower"]["name"]), info["metrics"]
-    data = info["data"] or "training data"
+    data, carbon = info["data"] or "training data", carbon_of(folder)
     results = [
         EvalResult(
             task_type="image-text-retrieval",
@@ -66,6 +68,8 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
         base_model=[tower for tower in towers if _is_id(tower)] or None,
         eval_results=results or None,
     )
+    if carbon is not None:
+        card_data["co2_eq_emissions"] = {"emissions": 1000 * carbon, "source": "codecarbon"}  # grams
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
@@ -74,7 +78,8 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
         info=info,
         splits=splits,
         pictures=[{"file": file, "what": what} for file, what in PICTURES.items() if (folder / file).is_file()],
-        carbon=_carbon(folder),
+        carbon=carbon,
+        licences={side: licence_of(info[f"{side}_tower"]["name"]) for side in ("vision", "text")},
         count=count,
     )
 
@@ -122,11 +127,8 @@ def push(
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
     """
     write_card(folder, repo_id, license)  # what is no checkpoint is refused here
-    api = HfApi(token=token)
-    repo_id = make_repository(repo_id, private, token)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = api.upload_folder(
+    repo_id = make_repository(repo_id, private, revision, token)
+    commit = HfApi(token=token).upload_folder(
         repo_id=repo_id,
         folder_path=Path(folder),
         revision=revision,
@@ -136,9 +138,22 @@ def push(
     return commit.commit_url
 
 
-def make_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """Makes it, if it does not exist, and returns its whole name: so a wrong token or name shows before a long run."""
-    return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+def make_repository(
+    repo_id: str, private: bool | None = None, revision: str | None = None, token: str | None = None
+) -> str:
+    """Makes it and a branch, if they do not exist; so a wrong token or name shows before a long run.
+
+    Returns:
+        Its whole name, which has an owner.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
 
 
 def _is_id(tower: str | None) -> bool:
@@ -157,10 +172,22 @@ def rsum_of_epochs(folder: str | os.PathLike) -> dict[str, dict[float, float]]:
     return {stage: values for stage, values in stages.items() if len(values) > 1}
 
 
-def _carbon(folder: Path) -> float | None:
-    """Kilograms of CO2 that codecarbon's tracker has written down, if it ran."""
-    file = folder / "emissions.csv"
-    if not file.is_file():
+def carbon_of(folder: str | os.PathLike) -> float | None:
+    """Kilograms of CO2 of all stages, if the run was one with `report_to=codecarbon`."""
+    files = [*Path(folder).glob("emissions.csv"), *Path(folder).glob("stages/*/emissions.csv")]
+    if not files:
         return None
-    head, *rows = [line.split(",") for line in file.read_text().splitlines()]
-    return sum(float(row[head.index("emissions")]) for row in rows)
+    rows = [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
+    return sum(float(row["emissions"]) for row in rows)
+
+
+def licence_of(tower: str | None) -> str | None:
+    """The licence on a tower's own card, in its folder or on the Hub; `None` if nothing says so from here."""
+    if tower is None or not (_is_id(tower) or Path(tower, CARD).is_file()):
+        return None
+    try:
+        # Of a folder its README.md; an id is downloaded, or found in the cache.
+        data = ModelCard.load(str(Path(tower, CARD)) if Path(tower).is_dir() else tower).data
+    except (OSError, ValueError):  # no such card, no connection; a card that is none
+        return None
+    return data.get("license_name") if data.license == "other" else data.license

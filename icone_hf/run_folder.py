@@ -7,6 +7,7 @@ OUTPUT_DIR/
   feature_cache/                         frozen towers' outputs
   stages/0-NAME/checkpoint-*/            transformers' checkpoints; of heads alone where the towers are frozen
   stages/0-NAME/stage.json               there once the stage is done: its best epoch, metrics and logs
+  upload/                                what is on its way to the Hub (see checkpoint_pushes.py)
 """
 
 import json

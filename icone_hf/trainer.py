@@ -15,9 +15,11 @@ import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainerCallback
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from .batching import PairDataset
+from .checkpoint_pushes import CheckpointPushes
 from .digests import digest_captions
 from .encoding import GroupEmbeddings, encode_groups, group_means, measure_embeddings
 from .feature_cache import STORED_DTYPES, FeatureCache
@@ -81,6 +83,7 @@ class IConETrainer:
         self.folder = RunFolder(str(args.output_dir), [stage.name for stage in self.stages])
         self.callbacks = callbacks
         self.data_name = data_name
+        self._pushes: CheckpointPushes | None = None
         if args.shard_classifier and not isinstance(model.classifier, ShardedClassifier):
             fresh = ShardedClassifier(len(train_dataset), model.config.projection_dim, dtype=model.dtype)
             model.shard_classifier(None if model.classifier is not None else fresh)
@@ -129,6 +132,7 @@ class IConETrainer:
                 f"pairs_per_group={self.args.pairs_per_group} puts sentences of one group into a batch, which no loss "
                 "would use: set several_positives in the model's config, or pairs_per_group to 1."
             )
+        self._check_hub_strategy()
         strategies = self.args.to_dict()
         if strategies["save_strategy"] == "no" or strategies["save_strategy"] != strategies["eval_strategy"]:
             raise ValueError(
@@ -167,6 +171,14 @@ class IConETrainer:
                 "through: set it to 0."
             )
 
+    def _check_hub_strategy(self) -> None:
+        engine = self.args.sharding_engine or ("shard_classifier=True" if self.args.shard_classifier else None)
+        if self._pushes_checkpoints and engine:
+            raise ValueError(
+                f"hub_strategy={HubStrategy(self.args.hub_strategy).value} uploads checkpoints while the run goes on, "
+                f"and {engine} leaves no process the whole model: pass hub_strategy=end."
+            )
+
     # --- the run ---
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, Any]:
@@ -190,7 +202,10 @@ class IConETrainer:
         PartialState().wait_for_everyone()  # all have looked at the folder before one writes to it
         if PartialState().is_main_process:
             if self.args.push_to_hub:  # the Hub's refusal shows now, not after the run
-                make_repository(self._repo_id, self.args.hub_private_repo, self.args.hub_token)
+                private, revision, token = self.args.hub_private_repo, self.args.hub_revision, self.args.hub_token
+                repo_id = make_repository(self._repo_id, private, revision, token)
+                if self._pushes_checkpoints:
+                    self._pushes = CheckpointPushes(self.folder.path, repo_id, self.save_model)
             self.folder.write_recipe(recipe)
             self.folder.forget_after(first, checkpoint)
         PartialState().wait_for_everyone()
@@ -205,12 +220,18 @@ class IConETrainer:
 
     def push_to_hub(self) -> str:
         """Uploads the run's result with its card to `args.hub_model_id`, by default the folder's name; see [`push`]."""
+        if self._pushes is not None:
+            self._pushes.wait()
         args = self.args
         return push(self.folder.path, self._repo_id, args.hub_private_repo, None, args.hub_revision, args.hub_token)
 
     @property
     def _repo_id(self) -> str:
         return self.args.hub_model_id or self.folder.path.resolve().name
+
+    @property
+    def _pushes_checkpoints(self) -> bool:
+        return self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
 
     def _run_stage(self, index: int, checkpoint: Path | None) -> None:
         stage = self.stages[index]
@@ -225,7 +246,7 @@ class IConETrainer:
         args.learning_rate = stage.learning_rate
         args.num_train_epochs = stage.num_train_epochs
         args.seed = self.args.seed + index  # other batches in every stage
-        args.push_to_hub = False  # what is published is the whole run's result
+        args.push_to_hub = False  # it would publish a stage's folder
         if not stage.train_encoders:  # heads have nothing to checkpoint; gradient_ is the name before transformers 5.23
             args.activation_checkpointing = args.gradient_checkpointing = False
         self.model.set_encoders_trainable(stage.train_encoders)
@@ -249,7 +270,9 @@ class IConETrainer:
         is_first_use = stage.instance_weight > 0 and not any(s.instance_weight for s in self.stages[:index])
         if self.args.class_vectors == "group_means" and is_first_use and checkpoint is None:
             self._start_class_vectors(train_dataset)
-        callbacks = copy.deepcopy(self.callbacks)
+        callbacks = copy.deepcopy(self.callbacks or [])
+        if self._pushes is not None:
+            callbacks.append(self._pushes)
         model = self._trained_part(stage)
         kind = ShardedStageTrainer if self.args.shard_classifier else StageTrainer
         trainer = kind(model, args, stage, train_dataset, eval_dataset, self.processor, callbacks)

@@ -1,9 +1,12 @@
 """Publishing and loading by the real huggingface_hub client, against a small Hub on this machine (hub_server.py)."""
 
+import csv
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +15,13 @@ from datasets import DatasetDict
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from safetensors.torch import load
+from safetensors.torch import load, load_file
 
 from icone_hf import IConEModel, IConEProcessor, IConETrainer, IConETrainingArguments, Stage
-from icone_hf.hub import MADE_BY_US, model_card, rsum_of_epochs, write_card
+from icone_hf.hub import MADE_BY_US, TEMPLATE, licence_of, model_card, rsum_of_epochs, write_card
 from icone_hf.run_folder import write_metrics
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +105,46 @@ def test_a_card_says_what_the_run_was(run):
     assert (run / "validation_rsum.png").is_file()
     assert "validation_rsum.png" in (run / "README.md").read_text()
     assert list(rsum_of_epochs(run)) == ["instance"]  # the other stage had one epoch
-    (run / "emissions.csv").write_text("timestamp,emissions\n1,0.5\n2,0.25\n")
-    assert "0.75 kg" in model_card(run).text
-    (run / "emissions.csv").unlink()
+
+
+def test_a_card_names_the_licences_of_towers_that_state_one(make_model, tmp_path, towers):
+    model = make_model(num_groups=0)
+    for tower, license in (("vision", "license: mit"), ("text", "license: other\nlicense_name: ours")):
+        (tmp_path / tower).mkdir()
+        (tmp_path / tower / "README.md").write_text(f"---\n{license}\n---\nA tower.\n")
+        getattr(model.config, f"{tower}_config")._name_or_path = str(tmp_path / tower)
+    model.save_pretrained(tmp_path / "model")
+    text = model_card(tmp_path / "model").text
+    assert "| mit |" in text
+    assert "| ours |" in text
+    assert licence_of(towers[0]) is licence_of("somebody/tower") is licence_of(None) is None
+
+
+def test_a_card_has_the_carbon_that_codecarbon_counted(towers, tmp_path):
+    stages = [Stage("heads", 1, 1e-3, 1, 0, False), Stage("joint", 1, 1e-3, 1, 1, True)]
+    args = IConETrainingArguments(tmp_path, use_cpu=True, report_to="codecarbon")
+    model = IConEModel.from_encoders(*towers, num_groups=6, projection_dim=16)
+    IConETrainer(model, args, make_groups(6), make_groups(6, 6), IConEProcessor.from_encoders(*towers), stages).train()
+    kilograms = sum(
+        float(row["emissions"])
+        for name in ("0-heads", "1-joint")
+        for row in csv.DictReader((tmp_path / "stages" / name / "emissions.csv").open())
+    )
+    assert kilograms > 0
+    card = model_card(tmp_path)
+    assert card.data.to_dict()["co2_eq_emissions"]["emissions"] == pytest.approx(1000 * kilograms)
+    assert f"{kilograms:.3g} kg" in card.text
+
+
+def test_the_projects_own_card_comes_from_the_template():
+    own = (ROOT / "MODEL_CARD.md").read_text()
+    fixed = [line for line in TEMPLATE.read_text().splitlines() if not re.search(r"{{|{%", line)]
+    assert len(fixed) > 50
+    assert [line for line in fixed if line not in own.splitlines()] == []
+    card = ModelCard(own)
+    assert model_index_to_eval_results(card.data.to_dict()["model-index"])[1]
+    for picture in re.findall(r"!\[.*\]\((.*)\)", own):
+        assert (ROOT / picture).is_file(), picture
 
 
 def test_a_bare_checkpoint_has_a_card_too(make_model, processor, tmp_path):
@@ -176,6 +218,28 @@ def test_a_bad_connection_costs_time_alone(hub, run, tmp_path):
     assert not hub.faults
 
 
+def test_a_private_model_needs_a_token(hub, run, tmp_path):
+    done = client(hub, tmp_path / "a", "-m", "icone_hf", "push", str(run), "ada/hidden", "--private", "--json")
+    assert json.loads(done.stdout)["url"].startswith(f"{hub.endpoint}/ada/hidden/commit/")
+    code = LOAD.format(repo="ada/hidden", revision="main")
+    refused = client(hub, tmp_path / "b", "-c", code, token=None)
+    assert refused.returncode != 0
+    assert "401" in refused.stderr
+    assert float(python(hub, tmp_path / "b", code, token="hf_reads")) == pytest.approx(total(run), abs=1e-6)
+
+
+def test_save_pretrained_pushes_what_sentence_transformers_reads(hub, run, tmp_path):
+    code = f"""
+from icone_hf import IConEModel
+IConEModel.from_pretrained({str(run)!r}).save_pretrained("out", push_to_hub=True, repo_id="ada/saved")
+"""
+    client_folder = tmp_path / "there"
+    client_folder.mkdir()
+    python(hub, tmp_path / "a", f"import os; os.chdir({str(client_folder)!r}){code}")
+    files = hub.repositories["ada/saved"].commits[hub.repositories["ada/saved"].branches["main"]]
+    assert {"model.safetensors", "modules.json", "1_Normalize/config.json", "modeling_icone.py"} <= set(files)
+
+
 def test_model_processor_and_trainer_push(hub, run, tmp_path):
     code = f"""
 from icone_hf import IConEModel, IConEProcessor
@@ -197,6 +261,77 @@ def test_data_are_pushed_and_loaded_as_groups(hub, tmp_path):
     assert f"{hub.endpoint}/" in done.stdout
     code = "from icone_hf import load_groups; print(load_groups('ada/squares', 'test')['captions'][:])"
     assert python(hub, tmp_path / "b", code).strip() == str(groups["test"]["captions"][:])
+
+
+TRAIN = """
+import sys
+import torch, datasets, huggingface_hub  # these two read HF_HUB_OFFLINE now; conftest sets it
+sys.path.insert(0, {tests!r})
+from conftest import StopAt, make_groups
+from icone_hf import IConEModel, IConEProcessor, IConETrainer, IConETrainingArguments, Stage
+towers, folder, stop = {towers!r}, {folder!r}, {stop!r}
+args = IConETrainingArguments(
+    folder, use_cpu=True, per_device_train_batch_size=4, push_to_hub=True, hub_model_id="ada/run",
+    hub_strategy={strategy!r}, hub_always_push=True,
+)
+stages = [Stage("heads", 2, 1e-3, 1, 1, False), Stage("joint", 2, 1e-3, 1, 1, True)]
+torch.manual_seed(0)
+trainer = IConETrainer(
+    IConEModel.from_encoders(*towers, num_groups=12, projection_dim=16), args, make_groups(12), make_groups(6, 12),
+    IConEProcessor.from_encoders(*towers), stages, callbacks=[StopAt(*stop)] if stop else None,
+)
+try:
+    print(trainer.train(resume_from_checkpoint="auto")["validation"]["rsum"])
+except KeyboardInterrupt:
+    trainer._pushes.wait()
+else:
+    trainer.push_to_hub()
+"""
+
+
+def test_checkpoints_are_pushed_while_training_and_taken_up_elsewhere(hub, towers, tmp_path):
+    def train(folder, stop=None, strategy="checkpoint"):
+        options = {"tests": str(ROOT / "tests"), "towers": towers, "stop": stop, "strategy": strategy}
+        return python(hub, tmp_path / "home", TRAIN.format(folder=str(tmp_path / folder), **options))
+
+    def files():
+        return hub.repositories["ada/run"].commits[hub.repositories["ada/run"].branches["main"]]
+
+    expected = train("whole", strategy="all_checkpoints")
+    checkpoints = {"/".join(path.split("/")[:3]) for path in files() if "/checkpoint-" in path}
+    assert checkpoints == {f"stages/{name}/checkpoint-{step}" for name in ("0-heads", "1-joint") for step in (9, 18)}
+    del hub.repositories["ada/run"]
+    train("begun", stop=("1-joint", 12))
+    assert "stages/0-heads/stage.json" in files()
+    assert "stages/1-joint/checkpoint-9/optimizer.pt" in files()
+    card = ModelCard(files()["README.md"].decode())
+    assert card.data.eval_results[0].dataset_split == "validation"
+    code = "from huggingface_hub import snapshot_download; snapshot_download('ada/run', local_dir={!r})"
+    python(hub, tmp_path / "other", code.format(str(tmp_path / "elsewhere")))
+    assert train("elsewhere") == expected
+    last = [path for path in files() if "1-joint/checkpoint-" in path]
+    assert any("checkpoint-18" in path for path in last)
+    whole, elsewhere = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "elsewhere"))
+    for name, value in whole.items():
+        torch.testing.assert_close(elsewhere[name], value)
+
+
+def test_a_failed_push_does_not_end_the_training(hub, towers, tmp_path):
+    hub.faults += [("POST", "/commit/", 403)] * 3  # three of four saves
+    options = {"tests": str(ROOT / "tests"), "towers": towers, "stop": None, "strategy": "every_save"}
+    done = client(hub, tmp_path / "home", "-c", TRAIN.format(folder=str(tmp_path / "run"), **options))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "A checkpoint was not uploaded to ada/run" in done.stderr
+    files = hub.repositories["ada/run"].commits[hub.repositories["ada/run"].branches["main"]]
+    assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert not [path for path in files if path.startswith(("stages", "upload"))]
+    assert not (tmp_path / "run" / "upload").exists()
+
+
+def test_checkpoints_of_shared_out_weights_are_not_pushed(make_model, processor, tmp_path):
+    args = IConETrainingArguments(tmp_path, use_cpu=True, push_to_hub=True, fsdp="full_shard")
+    with pytest.raises(ValueError, match=r"hub_strategy=every_save uploads checkpoints .* pass hub_strategy=end"):
+        IConETrainer(make_model(6), args, make_groups(6), make_groups(6, 6), processor)
 
 
 def test_training_with_push_to_hub_publishes_the_result(hub, towers, tmp_path):

@@ -31,6 +31,7 @@ LAYERS = (
     ("reproduce",),
     ("report", "paper_figures"),
     ("trainer", "arguments", "experiments", "offline_towers"),
+    ("checkpoint_pushes",),
     ("hub", "sharded_trainer", "group_files", "mteb_encoder", "onnx_export"),
     ("figures", "stage_trainer", "checkpoint_info"),
     ("embedding_shards", "feature_cache", "training_args", "training_progress", "heat_maps"),
