@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from .groups import OPENMOJI_SCENES, SPLITS
 from .stages import PAPER_STAGES, Stage, parse_stages
@@ -83,9 +84,12 @@ class ModelArguments:
 class DataArguments:
     """A source of groups; see [`load_groups`]."""
 
-    source: str = field(default=OPENMOJI_SCENES, metadata={"help": "Karpathy JSON, Hub id, folder or openmoji-scenes."})
-    image_root: str | None = field(default=None, metadata={"help": "Folder of a Karpathy JSON's pictures."})
-    image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
+    source: str = field(
+        default=OPENMOJI_SCENES,
+        metadata={"help": "Karpathy JSON, Hub id, folder, CSV file, openmoji-scenes."},
+    )
+    image_root: str | None = field(default=None, metadata={"help": "Folder of a file's pictures."})
+    image_column: str | None = field(default=None, metadata={"help": "Column with the pictures, or their paths."})
     caption_column: str | None = field(default=None, metadata={"help": "Column with a caption or a list of captions."})
     id_column: str | None = field(default=None, metadata={"help": "Column that names a picture."})
     image_size: int | None = field(default=None, metadata={"help": "Side of OpenMoji scenes in pixels."})
@@ -183,7 +187,7 @@ def parse_arguments(
 
 def _with_flags_set(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
     """`--json` means `--json true` whatever comes after it; HfArgumentParser would take a positional for its value."""
-    flags = {option for action in parser._actions if action.const is True for option in action.option_strings}
+    flags = {option for action in parser._actions if action.type is string_to_bool for option in action.option_strings}
     result: list[str] = []
     for position, argument in enumerate(argv):
         result.append(argument)

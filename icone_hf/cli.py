@@ -197,7 +197,7 @@ class EvaluateArguments:
 
 
 _CHECKPOINT = {"help": "Hub id or folder of an IConE checkpoint."}
-_SOURCE = {"help": "What load_groups takes: a Karpathy JSON, a Hub id, a folder, openmoji-scenes."}
+_SOURCE = {"help": "What load_groups takes: a Karpathy JSON, a Hub id, a folder, a CSV file, openmoji-scenes."}
 
 
 def evaluate(argv: Sequence[str]) -> None:

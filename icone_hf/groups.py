@@ -8,7 +8,7 @@ row number in the training split is the group's class number.
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ SPLITS = ("train", "validation", "test")
 SCENES_PER_SPLIT = {"train": 2500, "validation": 250, "test": 500}
 # Other names under which sources keep the three splits. Karpathy's COCO file keeps 30,504 training images as "restval".
 SPLIT_NAMES = {"train": ("train", "restval"), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
-# Columns of our own layout, and those of the copies of Flickr30k and COCO that stand on the Hub.
+TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}  # and the builder that reads them
+# Columns of our own layout, of tables of paths, and of the copies of Flickr30k and COCO that stand on the Hub.
+IMAGE_COLUMNS = ("image", "file_name", "path", "image_path", "filepath", "filename")
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentences_raw", "alt_text", "text")
 ID_COLUMNS = ("image_id", "cocoid", "img_id", "imgid")
 _SHOWN = 5  # how many offenders an error message names
@@ -42,7 +44,7 @@ def load_groups(
     split: str,
     *,
     image_root: str | os.PathLike | None = None,
-    image_column: str = "image",
+    image_column: str | None = None,
     caption_column: str | None = None,
     id_column: str | None = None,
     num_groups: int | None = None,
@@ -57,12 +59,15 @@ def load_groups(
             - a Karpathy JSON (`dataset_flickr30k.json`, `dataset_coco.json`), with `image_root`;
             - the id of a data set on the Hub, or a local folder that `datasets.load_dataset` or `load_from_disk` reads:
               Parquet files, or pictures with a `metadata.csv`, `.jsonl` or `.parquet` (an ImageFolder);
+            - a CSV, TSV, JSONL or Parquet file of paths and captions;
             - `"openmoji-scenes"`, drawn on this machine.
         split: `"train"`, `"validation"` or `"test"`. `val`, `valid` and `dev` are read as validation, `restval` as
-            train. Where a data set on the Hub has a column `split` with such names, as copies of Flickr30k have, the
-            column counts, and not the split that its rows lie in.
-        image_root: folder that the JSON's file names start from. For COCO the one that holds `train2014` and `val2014`.
-        image_column: the column with the pictures.
+            train. Where a data set on the Hub or a file has a column `split` with such names, as copies of Flickr30k
+            have, the column counts, and not the split that its rows lie in. A file without one is training data.
+        image_root: folder that file names start from. Of a JSON for COCO the one that holds `train2014` and `val2014`;
+            of another file by default its own.
+        image_column: the column with the pictures, or their paths. `None`: the first of `image`, `file_name`, `path`,
+            `image_path`, `filepath`, `filename` that is there.
         caption_column: the column with a caption, a list of captions, or Karpathy's `{"raw": caption}`. `None`: the
             first of `captions`, `caption`, `sentences`, `sentences_raw`, `alt_text`, `text` that is there.
         id_column: the column that names a picture. Rows with the same id are one group; so are, without it, rows of the
@@ -80,9 +85,10 @@ def load_groups(
         raise ValueError(f"split={split!r} is unknown: use one of {', '.join(SPLITS)}.")
     source = os.fspath(source)
     is_scenes, is_json = source == OPENMOJI_SCENES, source.endswith(".json")
-    columns = {"caption_column": caption_column, "id_column": id_column}
+    columns = {"image_column": image_column, "caption_column": caption_column, "id_column": id_column}
     given = {"image_root": image_root, "num_groups": num_groups, "image_size": image_size, **columns}
     belongs = {"num_groups", "image_size"} if is_scenes else {"image_root"} if is_json else set(columns)
+    belongs |= {"image_root"} if _is_table(source) else set()
     for name, value in given.items():
         if value is not None and name not in belongs:
             raise ValueError(f"{name}={value!r} has no meaning for the source {source!r}: leave it out.")
@@ -91,7 +97,7 @@ def load_groups(
     if is_json:
         groups = _load_karpathy(Path(source), split, image_root)
     else:
-        groups = _load_columns(source, split, image_column, caption_column, id_column)
+        groups = _load_columns(source, split, image_root, image_column, caption_column, id_column)
     check_captions(groups, f"the {split} split of {source}")
     return groups
 
@@ -234,11 +240,26 @@ def _our_split(name: str) -> str:
 # --- Hub data sets and local folders ---
 
 
+def _is_table(source: str) -> bool:
+    return os.path.splitext(source)[1].lower() in TABLES
+
+
 def _load_columns(
-    source: str, split: str, image_column: str, caption_column: str | None, id_column: str | None
+    source: str,
+    split: str,
+    image_root: str | os.PathLike | None,
+    image_column: str | None,
+    caption_column: str | None,
+    id_column: str | None,
 ) -> Dataset:
-    table = _load_table(source, split)
+    table, rows = _load_table(source, split)
     names = table.column_names
+    if image_column is None:
+        image_column = next((name for name in IMAGE_COLUMNS if name in names), None)
+        if image_column is None:
+            raise ValueError(
+                f"{source} has no column {', '.join(IMAGE_COLUMNS)}, only {', '.join(names)}: pass image_column=."
+            )
     if caption_column is None:
         caption_column = next((name for name in CAPTION_COLUMNS if name in names), None)
         if caption_column is None:
@@ -255,6 +276,10 @@ def _load_columns(
     ):
         if name is not None and name not in names:
             raise ValueError(f"{argument}={name!r} is no column of {source}; it has {', '.join(names)}.")
+    if _is_table(source) and getattr(table.features[image_column], "dtype", None) in ("string", "large_string"):
+        root = os.path.dirname(source) if image_root is None else image_root
+        paths = [os.path.join(root, path or "") for path in table[image_column]]
+        table = table.remove_columns(image_column).add_column(image_column, paths)
     if not isinstance(table.features[image_column], datasets.Image):
         table = table.cast_column(image_column, datasets.Image())
 
@@ -262,6 +287,9 @@ def _load_columns(
     stored = table.cast_column(image_column, datasets.Image(decode=False)).data.column(image_column)
     paths = pyarrow.compute.struct_field(stored, "path").to_pylist()
     is_embedded = pyarrow.compute.is_valid(pyarrow.compute.struct_field(stored, "bytes")).to_pylist()
+    if rows is not None:
+        table = table.select(rows)
+        paths, is_embedded = [paths[row] for row in rows], [is_embedded[row] for row in rows]
     missing = [
         path or f"row {row}"
         for row, (path, embedded) in enumerate(zip(paths, is_embedded, strict=True))
@@ -302,12 +330,19 @@ def _as_captions(value: Any) -> list[str]:
     return [caption["raw"] if isinstance(caption, dict) else caption for caption in value]
 
 
-def _load_table(source: str, split: str) -> Dataset:
+def _load_table(source: str, split: str) -> tuple[Dataset, list[int] | None]:
+    """A table that holds the split, and the split's rows in it if a column tells them."""
     is_saved = os.path.isfile(os.path.join(source, "dataset_dict.json")) or os.path.isfile(
         os.path.join(source, "dataset_info.json")
     )
-    load: Callable[[str], Any] = datasets.load_from_disk if is_saved else datasets.load_dataset
-    loaded = load(source)
+    if _is_table(source):
+        if not os.path.isfile(source):
+            raise FileNotFoundError(f"{source} does not exist.")
+        ending = os.path.splitext(source)[1].lower()
+        options = {"sep": "\t"} if ending == ".tsv" else {}
+        loaded = datasets.load_dataset(TABLES[ending], data_files=source, split="train", **options)
+    else:
+        loaded = datasets.load_from_disk(source) if is_saved else datasets.load_dataset(source)
     if isinstance(loaded, Dataset):
         loaded = DatasetDict({str(loaded.split or "train"): loaded})
     if all("split" in names for names in loaded.column_names.values()):
@@ -316,9 +351,8 @@ def _load_table(source: str, split: str) -> Dataset:
         if set(named) <= set(SPLITS):
             if split not in named:
                 raise _no_split_error(split, source, sorted(set(table["split"])))
-            rows = [row for row, name in enumerate(named) if name == split]
-            return table.select(rows).remove_columns("split")
+            return table.remove_columns("split"), [row for row, name in enumerate(named) if name == split]
     found = [name for name in SPLIT_NAMES[split] if name in loaded]
     if not found:
         raise _no_split_error(split, source, loaded)
-    return datasets.concatenate_datasets([loaded[name] for name in found])
+    return datasets.concatenate_datasets([loaded[name] for name in found]), None

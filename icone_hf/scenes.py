@@ -101,7 +101,7 @@ def scene_objects() -> tuple[SceneObject, ...]:
     """Every drawing that a scene may hold, in a fixed order, no two of one name.
 
     Raises:
-        ImportError: if the extra `icone_hf[scenes]` is not installed.
+        ImportError: if the extra `icone_hf[data]` is not installed.
     """
     try:
         import emoji
@@ -110,7 +110,7 @@ def scene_objects() -> tuple[SceneObject, ...]:
         svg_folder = _svg_folder()
     except ImportError as error:
         raise ImportError(
-            f"OpenMoji scenes need the package {error.name!r}: pip install 'icone_hf[scenes]'", name=error.name
+            f"OpenMoji scenes need the package {error.name!r}: pip install 'icone_hf[data]'", name=error.name
         ) from error
 
     objects: dict[str, SceneObject] = {}
@@ -299,7 +299,7 @@ def draw_scenes(split: str, num_groups: int, image_size: int = 160, seed: int = 
             to look for pictures by pictures.
 
     Raises:
-        ImportError: if the extra `icone_hf[scenes]` is not installed.
+        ImportError: if the extra `icone_hf[data]` is not installed.
     """
     scene_objects()  # fail before the builder starts, whose own errors hide the cause
     # The builder's own progress bar does not know how many scenes there will be; ours does.

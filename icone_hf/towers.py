@@ -223,7 +223,8 @@ def pool(config: Any, modality: str, output: Any, attention_mask: torch.Tensor |
         return (tokens * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)  # a sentence may have no token at all
     mask = attention_mask.to(torch.int)
     index = mask.argmax(dim=1) if pooling == "cls" else mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
-    return tokens[torch.arange(len(tokens), device=tokens.device), index.to(tokens.device)]
+    # Not len(tokens): an export would take it for a constant.
+    return tokens[torch.arange(tokens.shape[0], device=tokens.device), index.to(tokens.device)]
 
 
 def pooled_positions(tower: Any, output: Any, pooling: str | None) -> torch.Tensor:

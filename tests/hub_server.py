@@ -63,6 +63,12 @@ class Hub(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
+    def add(self, name, folder):
+        """Puts a folder's files into a new public repository."""
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        repository = self.repositories[name] = Repository(private=False)
+        repository.branches["main"] = repository.commit(files)
+
     def take_fault(self, method, path):
         with self.lock:
             for fault in self.faults:

@@ -42,6 +42,11 @@ def test_a_flag_needs_no_value_wherever_it_stands(argv, expected):
     assert (args.use_cpu, positional.name) == (expected, "x")
 
 
+def test_a_flag_that_may_be_unset_needs_no_value_either():
+    (args,) = parse_arguments((IConETrainingArguments,), ["--hub_private_repo", "--seed", "1"])
+    assert (args.hub_private_repo, args.seed) == (True, 1)
+
+
 def test_arguments_alone(tmp_path):
     *_, training = parse_arguments(ALL, ["--output_dir", str(tmp_path), "--warmup_steps", "0.1", "--use_cpu", "true"])
     assert (training.output_dir, training.warmup_steps, training.use_cpu) == (str(tmp_path), 0.1, True)

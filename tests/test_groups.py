@@ -2,6 +2,7 @@ import csv
 import json
 
 import datasets
+import pandas as pd
 import pytest
 from conftest import COLORS, draw, make_groups
 from datasets import Dataset, DatasetDict
@@ -191,6 +192,41 @@ def test_parquet_folder_with_a_string_column_and_extra_columns(tmp_path):
     groups = load_groups(tmp_path, "train")
     assert groups["captions"][:] == original["captions"][:]
     assert groups["width"][:] == [40] * 4
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_table_of_paths_and_captions(ending, tmp_path):
+    rows = [("a.png", "one", "train"), ("b.png", "two", "val"), ("a.png", "another of a", "train")]
+    table = pd.DataFrame(rows, columns=["path", "caption", "split"])
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        for index, name in enumerate(("a.png", "b.png")):
+            save_picture(folder / name, index)
+    file = tmp_path / f"captions.{ending}"
+    {
+        "csv": lambda: table.to_csv(file, index=False),
+        "tsv": lambda: table.to_csv(file, index=False, sep="\t"),
+        "jsonl": lambda: table.to_json(file, orient="records", lines=True),
+        "parquet": lambda: table.to_parquet(file),
+    }[ending]()
+    train = load_groups(file, "train")
+    assert train["captions"][:] == [["one", "another of a"]]
+    assert train["image_id"][:] == [str(tmp_path / "a.png")]
+    assert train[0]["image"].size == (40, 40)
+    validation = load_groups(file, "validation", image_root=tmp_path / "elsewhere")
+    assert validation["image_id"][:] == [str(tmp_path / "elsewhere" / "b.png")]
+    with pytest.raises(MissingSplitError, match="no test split"):
+        load_groups(file, "test")
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"2 of 2 pictures of .* are missing"):
+        load_groups(file, "train")
+
+
+def test_a_table_that_is_not_there_or_lacks_a_column_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv does not exist"):
+        load_groups("nowhere.csv", "train")
+    (tmp_path / "odd.csv").write_text("picture,caption\na.png,one\n")
+    with pytest.raises(ValueError, match=r"has no column image, .*, only picture, caption: pass image_column="):
+        load_groups(tmp_path / "odd.csv", "train")
 
 
 def test_embedded_pictures_without_ids_are_not_taken_for_those_of_another_split(tmp_path):

@@ -15,7 +15,8 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from icone_hf import IConEModel, IConEProcessor
 from icone_hf.cli import main
-from icone_hf.onnx_export import session
+from icone_hf.onnx_export import export_onnx, session
+from icone_hf.towers import POOLINGS
 
 NODE = Path(__file__).parent.parent / "examples" / "onnx"
 GROUPS = make_groups(5)
@@ -31,7 +32,7 @@ SENTENCES = [
 @pytest.fixture(scope="module")
 def checkpoint(towers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx") / "checkpoint"
-    IConEModel.from_encoders(*towers, num_groups=7, projection_dim=16, text_pooling="mean").save_pretrained(folder)
+    IConEModel.from_encoders(*towers, num_groups=7, projection_dim=16).save_pretrained(folder)
     IConEProcessor.from_encoders(*towers).save_pretrained(folder)
     return folder
 
@@ -71,6 +72,18 @@ def test_graphs_embed_as_the_model_does(exported, right, count, name):
             assert F.cosine_similarity(ours, expected).min() > 0.999
         else:
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_graphs_of_every_pooling_take_any_number_of_rows(make_model, processor, tmp_path, pooling):
+    model = make_model(num_groups=0, vision_pooling=pooling, text_pooling=pooling)
+    export_onnx(model, processor, tmp_path)  # compares three rows, where it was given two
+    inputs = processor(text=SENTENCES, return_tensors="pt")
+    tokens = {name: inputs[name][:1] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+    torch.testing.assert_close(run(tmp_path / "onnx" / "text_model.onnx", tokens), expected, atol=1e-4, rtol=0)
 
 
 def test_another_format_is_refused(checkpoint, tmp_path, capsys):
