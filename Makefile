@@ -2,8 +2,11 @@
 # make test         the tests, in the same environment
 # make test-slow    the long tests too
 # make check        ruff and mypy
+# make docs         builds the documentation site into site/ and runs its tutorials
+# make wheel        builds the wheel into dist/ and tries it in a clean environment
 # make smoke        every experiment of the paper on a handful of scenes, in minutes: that it runs from data to page
 # make bench        how fast it is, beside bare loops and peers: every table of docs/performance.md (80 minutes, on a quiet machine)
+# make model-card   MODEL_CARD.md and its pictures, from the quickstart's run
 # make reproduce    every experiment in miniature, and its page and pictures into docs/reproduction (about an hour)
 
 VENV := .venv
@@ -18,8 +21,9 @@ export MALLOC_TRIM_THRESHOLD_ := 100000000000
 export MALLOC_MMAP_MAX_ := 0
 # Nothing is fetched from the model hub.
 export HF_HUB_OFFLINE := 1
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart test test-slow check smoke bench reproduce clean
+.PHONY: quickstart test test-slow check docs wheel smoke bench model-card reproduce clean
 
 quickstart: outputs/towers/minilm/config.json
 	@echo "[3/4] Training both stages and testing: log and checkpoints in $(OUTPUT)"
@@ -49,18 +53,30 @@ test: $(VENV)/dev
 	$(PYTHON) -m pytest
 
 test-slow: $(VENV)/dev
-	$(PYTHON) -m pytest -m "slow or not slow"
+	$(PYTHON) -m pytest -m "not docs and not wheel"
 
 check: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/dev
+	$(PYTHON) -m pytest -m docs
+	$(VENV)/bin/mkdocs build --strict --quiet
+
+wheel: $(VENV)/dev
+	rm -rf build dist
+	$(PYTHON) -m build --wheel
+	$(PYTHON) -m pytest -m wheel
+
 smoke: $(VENV)/quickstart
 	$(VENV)/bin/icone reproduce all --smoke
 
 bench: $(VENV)/dev outputs/towers/minilm/config.json
 	$(PYTHON) -m benchmarks all
+
+model-card: quickstart
+	$(PYTHON) -m benchmarks.model_card $(OUTPUT)
 
 reproduce: $(VENV)/quickstart
 	$(VENV)/bin/icone reproduce all --miniature
@@ -69,4 +85,4 @@ reproduce: $(VENV)/quickstart
 	cp outputs/reproduction-miniature/figures/* docs/reproduction/figures/
 
 clean:
-	rm -rf outputs
+	rm -rf outputs build dist site
