@@ -7,11 +7,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from icone_hf.hub import EPOCHS_PICTURE, write_card
+from icone_hf.hub import EPOCHS_PICTURE, EXAMPLES_PICTURE, write_card
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY = "icone_hf/scenes"
-IN_DOCS = {EPOCHS_PICTURE: "validation_rsum.png", "retrieval.png": "quickstart.png"}
+IN_DOCS = {EPOCHS_PICTURE: "validation_rsum.png", EXAMPLES_PICTURE: "quickstart.png"}
 
 
 def main() -> None:

@@ -112,12 +112,15 @@ class OutputArguments:
 
 def train(argv: Sequence[str]) -> None:
     """`icone train [FILE.yaml] [--argument value ...]`: trains, tests, leaves a checkpoint folder."""
+    from importlib.util import find_spec
+
     from accelerate import PartialState
     from transformers import set_seed
 
     from .arguments import DataArguments, ModelArguments, RecipeArguments, parse_arguments
+    from .encoding import measure_embeddings
     from .groups import MissingSplitError, check_disjoint, load_groups
-    from .hub import write_card
+    from .hub import EXAMPLES_PICTURE, write_card
     from .modeling_icone import IConEModel
     from .processing_icone import IConEProcessor
     from .retrieval import metrics_table
@@ -154,9 +157,14 @@ def train(argv: Sequence[str]) -> None:
     )
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if "test" in splits and "test" not in metrics:
-        test = trainer.evaluate(splits["test"])
+        embeds = trainer.encode(splits["test"])
+        test, _ = measure_embeddings(embeds)
         if PartialState().is_main_process:
             metrics = write_metrics(args.output_dir, {"test": test})
+            if find_spec("matplotlib"):  # an extra
+                from .figures import retrieval_grid
+
+                retrieval_grid(splits["test"], embeds).savefig(Path(args.output_dir) / EXAMPLES_PICTURE)
     if PartialState().is_main_process:
         rows = {f"validation, after {name}": stage for name, stage in metrics["stages"].items()}
         if "test" in metrics:

@@ -16,8 +16,8 @@ MADE_BY_US = "<!-- Made by icone_hf."
 UPLOAD_FOLDER = "upload"  # what is being uploaded while a run goes on
 # What a run needs to go on is nobody else's concern, and many times as large as the model.
 LEFT_BEHIND = ["stages/**", "feature_cache/**", "runs/**", f"{UPLOAD_FOLDER}/**", "emissions.csv"]
-EPOCHS_PICTURE = "validation_rsum.png"
-PICTURES = {EPOCHS_PICTURE: "Validation Rsum after each epoch", "retrieval.png": "What the model retrieves"}
+EPOCHS_PICTURE, EXAMPLES_PICTURE = "validation_rsum.png", "retrieval.png"
+PICTURES = {EPOCHS_PICTURE: "Validation Rsum after each epoch", EXAMPLES_PICTURE: "What the model retrieves"}
 METRICS = {
     "t2i_r1": "text to image R@1",
     "t2i_r5": "text to image R@5",

@@ -348,5 +348,6 @@ def test_training_with_push_to_hub_publishes_the_result(hub, towers, tmp_path):
     done = client(hub, tmp_path, "-m", "icone_hf", "train", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     files = hub.repositories["ada/new"].commits[hub.repositories["ada/new"].branches["main"]]
-    assert "test" in ModelCard(files["README.md"].decode()).text
+    assert "](retrieval.png)" in ModelCard(files["README.md"].decode()).text
+    assert len(files["retrieval.png"]) > 10_000
     assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
