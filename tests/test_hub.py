@@ -138,7 +138,8 @@ def test_a_card_has_the_carbon_that_codecarbon_counted(towers, tmp_path):
 
 def test_the_projects_own_card_comes_from_the_template():
     own = (ROOT / "MODEL_CARD.md").read_text()
-    fixed = [line for line in TEMPLATE.read_text().splitlines() if not re.search(r"{{|{%", line)]
+    template = re.sub(r"{%-? else %}\n.*?{%-? endif %}", "{%", TEMPLATE.read_text(), flags=re.DOTALL)  # not this run's
+    fixed = [line for line in template.splitlines() if not re.search(r"{{|{%", line)]
     assert len(fixed) > 50
     assert [line for line in fixed if line not in own.splitlines()] == []
     card = ModelCard(own)
