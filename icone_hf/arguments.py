@@ -1,12 +1,13 @@
 """Arguments of the scripts as dataclasses, from a YAML file and the command line."""
 
+import argparse
 import difflib
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -21,6 +22,8 @@ TRUTH_VALUES = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}  # w
 @dataclass
 class ModelArguments:
     """The towers and the common space; see [`IConEConfig`]."""
+
+    _argument_group_name = "model"
 
     vision_model_name_or_path: str = field(
         default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder of the vision tower."}
@@ -84,6 +87,8 @@ class ModelArguments:
 class DataArguments:
     """A source of groups; see [`load_groups`]."""
 
+    _argument_group_name = "data"
+
     source: str = field(
         default=OPENMOJI_SCENES,
         metadata={"help": "Karpathy JSON, Hub id, folder, CSV file, openmoji-scenes."},
@@ -110,6 +115,8 @@ class DataArguments:
 class RecipeArguments:
     """The stages to run; see [`Stage`]."""
 
+    _argument_group_name = "recipe"
+
     stages: str = field(
         default="paper",
         metadata={"help": "paper, or a list of stages: in YAML, or here as JSON '[{\"name\": ...}, ...]'."},
@@ -127,6 +134,24 @@ class RecipeArguments:
         if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
             raise ValueError(f"stages={self.stages!r} is neither 'paper' nor a list of stages.")
         return parse_stages(stages)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling of each argument with the kind of its value, and no defaults that say nothing."""
+
+    _KINDS: ClassVar[dict[Any, str]] = {int: "N", float: "X"}
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        name = next(option for option in action.option_strings if option.startswith("--"))
+        takes_none = action.nargs == 0 or action.type is string_to_bool
+        return name if takes_none else f"{name} {self._KINDS.get(action.type, 'TEXT')}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, "", [], {}):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def parse_arguments(
@@ -153,7 +178,12 @@ def parse_arguments(
     argv = list(sys.argv[1:] if argv is None else argv)
     positionals = positionals or {}
     usage = " ".join(("%(prog)s", *map(str.upper, positionals), "[FILE.yaml] [--argument value ...]"))
-    parser = HfArgumentParser(cast(Any, dataclass_types), prog=prog, usage=usage, description=description)
+    parser = HfArgumentParser(
+        cast(Any, dataclass_types), prog=prog, usage=usage, description=description, formatter_class=HelpFormatter
+    )
+    for action in parser._actions:
+        if action.dest in positionals:
+            action.help = argparse.SUPPRESS
     for name, keywords in positionals.items():
         parser.add_argument(name, **keywords)
     files = [argument for argument in argv[: len(positionals) + 1] if argument.endswith((".yaml", ".yml"))]

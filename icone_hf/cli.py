@@ -100,6 +100,8 @@ def _is_the_users(error: Exception) -> bool:
 class OutputArguments:
     """How a command prints its result."""
 
+    _argument_group_name = "output"
+
     json: bool = field(default=False, metadata={"help": "Print the result as JSON, for a program to read."})
 
     def print(self, facts: Mapping[str, Any], text: str) -> None:
@@ -183,6 +185,8 @@ def train(argv: Sequence[str]) -> None:
 class EncodeArguments:
     """What `icone encode` and `icone evaluate` share."""
 
+    _argument_group_name = "encoding"
+
     split: str = field(default="test", metadata={"help": "Which split to take."})
     batch_size: int = field(default=64, metadata={"help": "Pictures, or sentences, encoded at a time."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures ahead."})
@@ -198,6 +202,8 @@ class EncodeArguments:
 @dataclass
 class EvaluateArguments:
     """What `icone evaluate` takes besides."""
+
+    _argument_group_name = "measuring"
 
     folds: int | None = field(default=None, metadata={"help": "Also the mean over this many equal folds."})
     chunk_size: int | None = field(default=None, metadata={"help": "Queries ranked at a time: bounds the memory."})
@@ -249,6 +255,8 @@ def evaluate(argv: Sequence[str]) -> None:
 @dataclass
 class ShardArguments:
     """What `icone encode` takes besides, for a folder OUT."""
+
+    _argument_group_name = "shards"
 
     pictures_only: bool = field(
         default=False, metadata={"help": "SOURCE is a folder: embed every picture in it, at any depth. No split."}
@@ -363,6 +371,8 @@ def _load_model(checkpoint: str, encode_args: EncodeArguments) -> tuple["IConEMo
 class DataFolderArguments:
     """What `icone data` takes besides."""
 
+    _argument_group_name = "the Hub"
+
     push: str | None = field(default=None, metadata={"help": "Hub id of a data set to upload the folder to."})
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
 
@@ -404,6 +414,8 @@ def data(argv: Sequence[str]) -> None:
 class ExportArguments:
     """What `icone export` takes besides."""
 
+    _argument_group_name = "export"
+
     format: str = field(default="onnx", metadata={"help": "onnx: there is no other yet."})
     int8: bool = field(default=False, metadata={"help": "Graphs with int8 weights too."})
 
@@ -439,6 +451,8 @@ def export(argv: Sequence[str]) -> None:
 class InfoArguments:
     """What `icone info` takes besides."""
 
+    _argument_group_name = "checkpoint"
+
     revision: str | None = field(default=None, metadata={"help": "Of a Hub id: a branch, a tag or a commit."})
 
 
@@ -464,6 +478,8 @@ def info(argv: Sequence[str]) -> None:
 @dataclass
 class PushArguments:
     """What `icone push` takes besides."""
+
+    _argument_group_name = "the Hub"
 
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
     license: str | None = field(

@@ -65,6 +65,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         tags=["icone", "image-text-retrieval", "cross-modal-retrieval", "sentence-transformers"],
+        datasets=[data] if _is_id(data) else None,
         base_model=[tower for tower in towers if _is_id(tower)] or None,
         eval_results=results or None,
     )

@@ -45,6 +45,8 @@ RUN_FILE = "run.json"
 class ReproduceArguments:
     """What `icone reproduce` takes besides the experiments' names."""
 
+    _argument_group_name = "experiments"
+
     flickr30k: str | None = field(default=None, metadata={"help": "Folder with dataset_flickr30k.json and pictures."})
     coco: str | None = field(default=None, metadata={"help": "Folder with dataset_coco.json and pictures."})
     miniature: bool = field(default=False, metadata={"help": "Drawn scenes and small offline encoders instead."})

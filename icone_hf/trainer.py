@@ -216,12 +216,13 @@ class IConETrainer:
         for index in range(first, len(self.stages)):
             self._run_stage(index, checkpoint if index == first else None)
         self.model.set_modes(False)  # as from_pretrained leaves it; a stage may have put the heads alone into training
-        return self._finish(anew=first < len(self.stages))
+        metrics = self._finish(anew=first < len(self.stages))
+        if self._pushes is not None:
+            self._pushes.wait()
+        return metrics
 
     def push_to_hub(self) -> str:
         """Uploads the run's result with its card to `args.hub_model_id`, by default the folder's name; see [`push`]."""
-        if self._pushes is not None:
-            self._pushes.wait()
         args = self.args
         return push(self.folder.path, self._repo_id, args.hub_private_repo, None, args.hub_revision, args.hub_token)
 

@@ -45,6 +45,8 @@ class IConETrainingArguments(TrainingArguments):
             `gradient_accumulation_steps`, or for chunks under FSDP or DeepSpeed.
     """
 
+    _argument_group_name = "run (transformers' TrainingArguments and, at their end, ours)"
+
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Image/sentence pairs a process and step."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures, or sentences, encoded at a time."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The same schedule in every stage."})

@@ -49,6 +49,23 @@ def test_every_command_explains_itself(name, capsys):
     shown = capsys.readouterr().out
     assert f"usage: icone {name}" in shown
     assert any(argument in shown for argument in ("--output_dir", "--split", "--revision", "--push", "--int8"))
+    assert not any(clutter in shown for clutter in ("--output-dir", "--output_dir OUTPUT_DIR", "default: None)"))
+
+
+def test_help_is_in_groups_and_names_each_argument_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")] == [
+        "positional arguments:",
+        "options:",
+        "data:",
+        "encoding:",
+        "measuring:",
+        "output:",
+    ]
+    assert "--source" not in shown  # a positional argument
+    assert "  --batch_size N " in shown
 
 
 def test_train_evaluate_encode(source, towers, tmp_path, capsys):

@@ -88,6 +88,7 @@ def test_a_card_says_what_the_run_was(run):
     assert found["test", "rsum"] == pytest.approx(metrics["test"]["rsum"], abs=0.01)
     assert found["validation", "t2i_r1"] == pytest.approx(metrics["validation"]["t2i_r1"], abs=0.01)
     assert {result.dataset_name for result in results} == {"made-up/scenes"}
+    assert card.data.datasets == ["made-up/scenes"]
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
     text = card.text
     for said in (
