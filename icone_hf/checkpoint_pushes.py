@@ -48,13 +48,14 @@ class CheckpointPushes(TrainerCallback):
         shutil.rmtree(staging, ignore_errors=True)
         self.save_model(staging)
         shutil.copy(self.folder / RECIPE_FILE, staging)
-        measured = [entry for entry in state.log_history if "eval_rsum" in entry][-1]
-        metrics = {name.removeprefix("eval_"): value for name, value in measured.items() if name.startswith("eval_")}
-        write_metrics(staging, {"validation": metrics})
+        if measured := next((entry for entry in reversed(state.log_history) if "eval_rsum" in entry), None):
+            values = {name.removeprefix("eval_"): value for name, value in measured.items() if name.startswith("eval_")}
+            write_metrics(staging, {"validation": values})
         deleted = None
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            # Links, for the trainer may remove a checkpoint before it has been uploaded.
-            shutil.copytree(self.folder / "stages", staging / "stages", copy_function=_link)
+            # Links, for the trainer may remove a checkpoint before it has been uploaded; not of logs that still grow.
+            growing = shutil.ignore_patterns("runs", "emissions.csv")
+            shutil.copytree(self.folder / "stages", staging / "stages", ignore=growing, copy_function=_link)
             deleted = "stages/**" if args.hub_strategy == HubStrategy.CHECKPOINT else None
         write_card(staging, self.repo_id)
         self._upload = HfApi(token=args.hub_token).upload_folder(

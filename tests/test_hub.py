@@ -220,6 +220,20 @@ def test_a_bad_connection_costs_time_alone(hub, run, tmp_path):
     assert not hub.faults
 
 
+def test_a_download_that_was_cut_goes_on_where_it_broke_off(hub, tmp_path):
+    """In the same process: huggingface_hub 2.4 gives each process an unfinished file of its own."""
+    weights = os.urandom(25 * 2**20)  # it keeps what it has in parts of 10 MiB
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "model.safetensors").write_bytes(weights)
+    hub.add("ada/big", tmp_path / "big")
+    hub.faults.append(("GET", "/resolve/", "cut"))
+    code = "from huggingface_hub import hf_hub_download; print(hf_hub_download('ada/big', 'model.safetensors'))"
+    path = python(hub, tmp_path / "home", code).strip()
+    assert not hub.faults
+    assert hub.resumed == ["model.safetensors"]
+    assert Path(path).read_bytes() == weights
+
+
 def test_a_private_model_needs_a_token(hub, run, tmp_path):
     done = client(hub, tmp_path / "a", "-m", "icone_hf", "push", str(run), "ada/hidden", "--private", "--json")
     assert json.loads(done.stdout)["url"].startswith(f"{hub.endpoint}/ada/hidden/commit/")
