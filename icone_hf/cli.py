@@ -234,6 +234,7 @@ def evaluate(argv: Sequence[str]) -> None:
         positionals={"checkpoint": _CHECKPOINT, "source": _SOURCE},
         description=COMMANDS["evaluate"],
     )
+    _join_processes()
     groups, embeds = _embed(positional.checkpoint, data_args, encode_args)
     split = encode_args.split
     whole, of_folds = measure_embeddings(embeds, args.folds, args.chunk_size)
@@ -284,6 +285,7 @@ def encode(argv: Sequence[str]) -> None:
         positionals={"checkpoint": _CHECKPOINT, "source": _SOURCE, "out": {"help": "A folder, or FILE.safetensors."}},
         description=COMMANDS["encode"],
     )
+    _join_processes()
     out = Path(positional.out)
     if out.suffix != ".safetensors":
         if out.suffix and not (out.is_dir() or positional.out.endswith("/")):
@@ -298,6 +300,14 @@ def encode(argv: Sequence[str]) -> None:
         origin = {"checkpoint": positional.checkpoint, "source": data_args.source, "split": encode_args.split}
         save_file({name: tensor.contiguous() for name, tensor in embeds._asdict().items()}, out, origin)
         _print_encoded(output, out, len(embeds.image_embeds), len(embeds.text_embeds))
+
+
+def _join_processes() -> None:
+    """Makes one group of the processes that torchrun has started: on CPUs accelerate does so only when told."""
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _encode_shards(

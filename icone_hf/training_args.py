@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
@@ -38,7 +39,7 @@ class IConETrainingArguments(TrainingArguments):
     times the number of processes (the paper: 128); gradient accumulation adds no negatives. A batch that does not fit
     into memory is computed in chunks of `per_device_chunk_size` pairs, with the same loss and gradients. The optimizer
     is Adam (AdamW without weight decay), the schedule a cosine after a warm-up of 5% of the steps. The epoch with the
-    best validation Rsum is kept.
+    best validation Rsum is kept. `use_cpu` is set where there is nothing else.
 
     Raises:
         ValueError: for a `global_batch_size` or `per_device_chunk_size` that cannot be, or beside
@@ -105,6 +106,8 @@ class IConETrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # Processes that torchrun starts on CPUs find each other only if they are told that these are CPUs.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         for name in ("global_batch_size", "per_device_chunk_size"):
             value = getattr(self, name)

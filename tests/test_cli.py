@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -114,6 +115,22 @@ def test_encode_into_a_folder_writes_shards(source, checkpoint, tmp_path, capsys
     assert "are for shards: make OUT=" in capsys.readouterr().err
     assert main(["encode", checkpoint, source, str(out), *more, "--shard_size", "5"]) == 2
     assert f"icone encode: error: 7 shards in {out} are not" in capsys.readouterr().err
+
+
+def test_processes_on_cpus_share_an_encoding(source, checkpoint, tmp_path):
+    """Each rank makes its shards, and one says so."""
+    out = tmp_path / "shards"
+    command = ["encode", checkpoint, source, str(out), "--split", "train", "--shard_size", "3", "--json"]
+    done = subprocess.run(
+        [Path(sys.executable).with_name("torchrun"), "--nproc_per_node", "2", "-m", "icone_hf", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["pictures"] == 12
+    assert len(list(out.glob("pictures/*.parquet"))) == 4
 
 
 @pytest.mark.parametrize(

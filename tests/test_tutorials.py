@@ -168,6 +168,7 @@ def test_the_tutorials_leave_what_they_promise(run, hub):
     run("publishing")
     for name in ("ada/photos", "ada/photos-2", "ada/photos-data"):
         assert hub.repositories[name].private, name
+    assert run("many_gpus")[1].count("Process 2 of 2 on cpu") == 3
     assert "cls mean" in run("other_towers")[1]
     _, printed = run("from_sentence_transformers")
     assert "36 pairs, 12 groups" in printed
