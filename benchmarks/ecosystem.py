@@ -7,10 +7,13 @@ be imported.
 """
 
 import importlib.metadata
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ READERS = {  # and the package whose version counts
 NEED_THE_PACKAGE = ("with_evaluate", "with_mteb")
 READ_THE_EXPORT = ("with_onnxruntime",)  # what `icone export` writes, and not the checkpoint
 RUNS = [(name, beside) for name in READERS for beside in (True, False) if beside or name not in NEED_THE_PACKAGE]
+JAVASCRIPT = "`node search.mjs EXPORTED PICTURE SENTENCE...` in examples/onnx"  # its resizing is not PIL's
 PAGE = ROOT / "docs" / "ecosystem.md"
 MARKS = "<!-- readers: python -m benchmarks.ecosystem -->", "<!-- end of readers -->"
 
@@ -85,6 +89,20 @@ def largest_difference(
     return max(float(np.abs(value - right[name]).max()) for name, value in found.items())
 
 
+def transformers_js(exported: Path, picture: Path, sentences: Sequence[str], folder: Path) -> tuple[str, list[float]]:
+    """The version of transformers.js from npm, installed into `folder`, and the cosines that search.mjs finds by it."""
+    shutil.copytree(
+        ROOT / "examples" / "onnx", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("node_modules")
+    )
+    environment = {**os.environ, "ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
+    install = ["npm", "install", "--no-audit", "--no-fund", "--silent"]
+    subprocess.run(install, cwd=folder, check=True, env=environment)
+    command = ["node", "search.mjs", str(exported), str(picture), *sentences]
+    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    package = json.loads((folder / "node_modules" / "@huggingface" / "transformers" / "package.json").read_text())
+    return package["version"], [answer["score"] for answer in json.loads(done.stdout.splitlines()[-1])]
+
+
 def main() -> None:
     """Runs all readers on a model of real towers, and writes the table."""
     rows = []
@@ -108,6 +126,10 @@ def main() -> None:
             beside = "beside it" if with_package else "not installed"
             package = READERS[reader]
             rows.append((command, beside, f"{package} {importlib.metadata.version(package)}", f"{difference:.0e}"))
+        sentences = (inputs / "sentences.txt").read_text().splitlines()
+        version, cosines = transformers_js(exported, inputs / "000.png", sentences, Path(folder, "node"))
+        difference = float(np.abs(np.array(cosines) - right["text_embeds"] @ right["image_embeds"][0]).max())
+        rows.append((JAVASCRIPT, "not installed", f"transformers.js {version}", f"{difference:.0e}"))
     write_between(PAGE, MARKS, markdown(("reader", "icone_hf", "version", "largest difference"), rows))
 
 

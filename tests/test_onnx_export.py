@@ -1,10 +1,6 @@
 """The exported graphs against the model, by ONNX Runtime and by transformers.js in Node.js."""
 
-import json
-import os
 import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +9,12 @@ from conftest import make_groups
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from benchmarks.ecosystem import transformers_js
 from icone_hf import IConEModel, IConEProcessor
 from icone_hf.cli import main
 from icone_hf.onnx_export import export_onnx, session
 from icone_hf.towers import POOLINGS
 
-NODE = Path(__file__).parent.parent / "examples" / "onnx"
 GROUPS = make_groups(5)
 SENTENCES = [
     "a red square",
@@ -95,15 +91,7 @@ def test_another_format_is_refused(checkpoint, tmp_path, capsys):
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
 def test_nodejs_ranks_sentences(exported, right, tmp_path):
     """examples/onnx/search.mjs, with transformers.js from npm."""
-    for file in NODE.iterdir():
-        if file.is_file():
-            shutil.copy(file, tmp_path)
-    environment = {**os.environ, "ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
-    subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--silent"], cwd=tmp_path, check=True, env=environment)
     GROUPS[0]["image"].save(tmp_path / "picture.png")
-    command = ["node", "search.mjs", str(exported), "picture.png", *SENTENCES]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    scores = [answer["score"] for answer in json.loads(done.stdout.splitlines()[-1])]
+    _, scores = transformers_js(exported, tmp_path / "picture.png", SENTENCES, tmp_path / "node")
     # Its resizing is not PIL's to the digit.
     assert scores == pytest.approx((right[1] @ right[0][0]).tolist(), abs=0.02)
