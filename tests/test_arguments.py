@@ -3,6 +3,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
@@ -30,16 +31,16 @@ def test_arguments_win_over_the_file_and_the_file_over_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--use_cpu", "x"], True),
-        (["x", "--use_cpu"], True),
-        (["x", "--use_cpu", "--seed", "1"], True),
-        (["x", "--use_cpu", "no"], False),
-        (["--use_cpu", "False", "x"], False),
+        (["--shard_classifier", "x"], True),
+        (["x", "--shard_classifier"], True),
+        (["x", "--shard_classifier", "--seed", "1"], True),
+        (["x", "--shard_classifier", "no"], False),
+        (["--shard_classifier", "False", "x"], False),
     ],
 )
 def test_a_flag_needs_no_value_wherever_it_stands(argv, expected):
     args, positional = parse_arguments((IConETrainingArguments,), argv, positionals={"name": {}})
-    assert (args.use_cpu, positional.name) == (expected, "x")
+    assert (args.shard_classifier, positional.name) == (expected, "x")
 
 
 def test_a_flag_that_may_be_unset_needs_no_value_either():
@@ -50,6 +51,10 @@ def test_a_flag_that_may_be_unset_needs_no_value_either():
 def test_arguments_alone(tmp_path):
     *_, training = parse_arguments(ALL, ["--output_dir", str(tmp_path), "--warmup_steps", "0.1", "--use_cpu", "true"])
     assert (training.output_dir, training.warmup_steps, training.use_cpu) == (str(tmp_path), 0.1, True)
+
+
+def test_processors_are_used_where_there_is_nothing_else(tmp_path):
+    assert IConETrainingArguments(tmp_path).use_cpu == (not torch.accelerator.is_available())
 
 
 def test_defaults_are_the_papers(tmp_path):
