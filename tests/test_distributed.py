@@ -61,7 +61,7 @@ def alone(towers, tmp_path_factory):
 
 
 @pytest.mark.parametrize("shard_classifier", [False, True])
-@pytest.mark.parametrize("chunk_size", [None, 24])
+@pytest.mark.parametrize("chunk_size", [None, pytest.param(24, marks=pytest.mark.slow)])
 def test_two_ranks_of_64_train_as_one_process_of_128(alone, towers, tmp_path, chunk_size, shard_classifier):
     """With the learned temperature, which in chunks (cached gradients) no forward of DDP sees."""
     options = {"per_device_chunk_size": chunk_size, "shard_classifier": shard_classifier}

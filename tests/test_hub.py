@@ -183,6 +183,7 @@ def test_a_run_is_pushed_loaded_and_loaded_again_offline(hub, run, tmp_path):
     assert weights  # whose heads alone were read: see Range in hub_server
 
 
+@pytest.mark.slow
 def test_a_card_that_somebody_has_written_is_kept(hub, run, tmp_path):
     own = str(model_card(run)).replace(MADE_BY_US, "<!-- Mine.")
     (run / "README.md").write_text(own)
@@ -268,6 +269,7 @@ processor.push_to_hub("ada/parts")
     assert float(python(hub, tmp_path, load_it)) == pytest.approx(total(run), abs=1e-6)
 
 
+@pytest.mark.slow  # docs/tutorials/publishing.md does it too
 def test_data_are_pushed_and_loaded_as_groups(hub, tmp_path):
     groups = {"train": make_groups(6), "test": make_groups(4, start=6)}
     DatasetDict(groups).save_to_disk(tmp_path / "groups")
