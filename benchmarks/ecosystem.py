@@ -91,9 +91,7 @@ def largest_difference(
 
 def transformers_js(exported: Path, picture: Path, sentences: Sequence[str], folder: Path) -> tuple[str, list[float]]:
     """The version of transformers.js from npm, installed into `folder`, and the cosines that search.mjs finds by it."""
-    shutil.copytree(
-        ROOT / "examples" / "onnx", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("node_modules")
-    )
+    shutil.copytree(ROOT / "examples" / "onnx", folder, ignore=shutil.ignore_patterns("node_modules"))
     environment = {**os.environ, "ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
     install = ["npm", "install", "--no-audit", "--no-fund", "--silent"]
     subprocess.run(install, cwd=folder, check=True, env=environment)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -219,8 +220,8 @@ def _with_flags_set(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
     """`--json` means `--json true` whatever comes after it; HfArgumentParser would take a positional for its value."""
     flags = {option for action in parser._actions if action.type is string_to_bool for option in action.option_strings}
     result: list[str] = []
-    for position, argument in enumerate(argv):
+    for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
         result.append(argument)
-        if argument in flags and not {value.lower() for value in argv[position + 1 : position + 2]} & TRUTH_VALUES:
+        if argument in flags and following.lower() not in TRUTH_VALUES:
             result.append("true")
     return result

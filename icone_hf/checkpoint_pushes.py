@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .hub import UPLOAD_FOLDER, write_card
 from .run_folder import RECIPE_FILE, write_metrics
+from .stage_trainer import validation_metrics
 
 logger = logging.get_logger(__name__)
 
@@ -49,8 +50,7 @@ class CheckpointPushes(TrainerCallback):
         self.save_model(staging)
         shutil.copy(self.folder / RECIPE_FILE, staging)
         if measured := next((entry for entry in reversed(state.log_history) if "eval_rsum" in entry), None):
-            values = {name.removeprefix("eval_"): value for name, value in measured.items() if name.startswith("eval_")}
-            write_metrics(staging, {"validation": values})
+            write_metrics(staging, {"validation": validation_metrics(measured)})
         deleted = None
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             # Links, for the trainer may remove a checkpoint before it has been uploaded; not of logs that still grow.

@@ -39,6 +39,7 @@ accelerate launch --num_processes 4 -m icone_hf COMMAND ...
 Results go to stdout, progress to stderr. Exit codes: 0 done; 2 it cannot be done as asked, and a line says why;
 1 a fault, with its traceback; 130 interrupted.
 """
+GO_ON = ("train", "encode", "reproduce")  # the others are short, and start anew
 INTERRUPTED = 128 + 2  # as a shell reports what SIGINT has ended
 
 
@@ -82,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         how = " with --resume_from_checkpoint auto" if name == "train" else ""
-        print(f"icone {name}: interrupted. Call it again{how}: it goes on where it stopped.", file=sys.stderr)
+        goes_on = ": it goes on where it stopped" if name in GO_ON else ""
+        print(f"icone {name}: interrupted. Call it again{how}{goes_on}.", file=sys.stderr)
         return INTERRUPTED
     return 0
 

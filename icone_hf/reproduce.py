@@ -243,7 +243,6 @@ def run_one(run: Run, output_dir: Path, data: _Data, bf16: bool = False, num_wor
             save_total_limit=1,  # the best one is kept besides
             dataloader_num_workers=num_workers,
             bf16=bf16,
-            use_cpu=not torch.accelerator.is_available(),
             report_to="none",
         )
         state.wait_for_everyone()  # all have looked whether the run was begun

@@ -189,6 +189,11 @@ class StageTrainer(Trainer):
         return metrics
 
 
+def validation_metrics(log_entry: dict[str, Any]) -> dict[str, float]:
+    """The retrieval metrics in an entry of the log that [`StageTrainer.evaluate`] has written, by their own names."""
+    return {name.removeprefix("eval_"): value for name, value in log_entry.items() if name.startswith("eval_")}
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 

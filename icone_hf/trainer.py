@@ -29,7 +29,7 @@ from .modeling_icone import IConEModel
 from .run_folder import RunFolder
 from .sharded_classifier import ShardedClassifier
 from .sharded_trainer import ShardedStageTrainer, load_weights
-from .stage_trainer import StageTrainer, embed_cached
+from .stage_trainer import StageTrainer, embed_cached, validation_metrics
 from .stages import PAPER_STAGES, Stage
 from .training_args import CLASS_VECTORS, DECISIVE_ARGUMENTS, IConETrainingArguments
 
@@ -290,7 +290,7 @@ class IConETrainer:
             result = {
                 "stage": asdict(stage),
                 "best_checkpoint": kept.name if kept else None,
-                "validation": {k.removeprefix("eval_"): v for k, v in logged[-1].items() if k.startswith("eval_")},
+                "validation": validation_metrics(logged[-1]),
                 "log_history": trainer.state.log_history,
             }
             self.folder.write_stage(index, result)
