@@ -25,7 +25,7 @@ from benchmarks.harness import markdown
 from benchmarks.recipes import TOWERS
 from benchmarks.recipes_report import write_between
 from icone_hf import IConEModel, IConEProcessor, load_groups, retrieval_metrics
-from icone_hf.onnx_export import export_onnx
+from icone_hf.publishing.onnx_export import export_onnx
 
 ROOT = Path(__file__).parent.parent
 READERS = {  # and the package whose version counts

@@ -17,8 +17,8 @@ from transformers import set_seed
 from benchmarks.recipes import TOWERS, Results
 from benchmarks.recipes_report import write_between
 from icone_hf import IConEModel, IConEProcessor, encode_groups, load_groups, pointing_game
-from icone_hf.figures import embedding_map, heat_map_grid, retrieval_grid
-from icone_hf.heat_maps import METHODS, named_boxes
+from icone_hf.evaluation.figures import embedding_map, heat_map_grid, retrieval_grid
+from icone_hf.evaluation.heat_maps import METHODS, named_boxes
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "figures.md"

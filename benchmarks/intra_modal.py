@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks import recipes, recipes_report
 from icone_hf import FeatureCache, GroupEmbeddings, IConEProcessor, draw_scenes, retrieval_metrics, sentence_metrics
-from icone_hf.stage_trainer import embed_cached
+from icone_hf.training.stage_trainer import embed_cached
 
 RESULTS = recipes.Results(recipes.HERE / "results" / "intra_modal.json", "python -m benchmarks.intra_modal")
 TOWERS_ALONE = "towers"

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from icone_hf.hub import EPOCHS_PICTURE, EXAMPLES_PICTURE, write_card
+from icone_hf.publishing.hub import EPOCHS_PICTURE, EXAMPLES_PICTURE, write_card
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY = "icone_hf/scenes"

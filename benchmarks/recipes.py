@@ -41,8 +41,8 @@ from icone_hf import (
     retrieval_metrics,
     sentence_metrics,
 )
-from icone_hf.encoding import group_means
-from icone_hf.stage_trainer import embed_cached
+from icone_hf.embedding.encoding import group_means
+from icone_hf.training.stage_trainer import embed_cached
 
 HERE = Path(__file__).parent
 WORK = Path("outputs/recipes")

@@ -9,7 +9,7 @@ FOLDER/minilm: all-MiniLM-L6-v2, a BERT of 6 layers. Extra needed: icone_hf[quic
 import sys
 from pathlib import Path
 
-from icone_hf.offline_towers import write_efficientnet_lite0, write_minilm
+from icone_hf.paper.offline_towers import write_efficientnet_lite0, write_minilm
 
 if __name__ == "__main__":
     vision, text = Path(sys.argv[1], "efficientnet-lite0"), Path(sys.argv[1], "minilm")

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import StopAt, make_groups, tiny_text_config
 from datasets import concatenate_datasets
+from tiny import StopAt, make_groups, tiny_text_config
 from transformers import BertModel, CLIPVisionModel
 
 from icone_hf import IConEModel, IConEProcessor, IConETrainer, IConETrainingArguments, Stage

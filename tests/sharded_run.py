@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from icone_hf import IConEModel
-from icone_hf.sharded_classifier import ShardedClassifier, clip_sharded_norm, shard
+from icone_hf.modeling.sharded_classifier import ShardedClassifier, clip_sharded_norm, shard
 
 DIM, ROWS = 6, 3  # of a rank
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

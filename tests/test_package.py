@@ -101,9 +101,9 @@ def test_nothing_heavy_is_imported_before_it_is_needed(run):
         "import transformers, icone_hf",
         "from icone_hf import retrieval_metrics; import transformers; from icone_hf import IConEModel, IConEProcessor",
         "from icone_hf import IConEModel; import transformers; from icone_hf import IConEProcessor",
-        "import icone_hf.modeling_icone, icone_hf.processing_icone",
+        "import icone_hf.modeling.modeling_icone, icone_hf.modeling.processing_icone",
         "from icone_hf import encode_groups",
-        "import icone_hf.retrieval, transformers",
+        "import icone_hf.evaluation.metrics, transformers",
     ],
 )
 def test_auto_classes_know_icone(imports):

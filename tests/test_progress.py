@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import make_groups
+from tiny import make_groups
 
 from icone_hf import IConEProcessor, IConETrainer, IConETrainingArguments, Stage, progress
 from icone_hf.progress import duration

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from conftest import WORDS, tiny_text_config, tiny_vision_config
+from tiny import WORDS, tiny_text_config, tiny_vision_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import (

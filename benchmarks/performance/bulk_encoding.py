@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks import harness
 from benchmarks.recipes import TOWERS
 from icone_hf import IConEModel, IConEProcessor, encode, load_groups, load_pictures
-from icone_hf.encoding import in_batches, pool_images
+from icone_hf.embedding.encoding import in_batches, pool_images
 
 DRAWN, COPIES, SIDE = 256, 4, 480  # pictures, of so many pixels a side: about Flickr30k's
 BATCH_SIZE = 64

@@ -19,7 +19,7 @@ from transformers import BertConfig, CLIPVisionConfig
 from benchmarks import harness
 from benchmarks.performance.scaling import logits_bytes
 from icone_hf import IConEConfig, IConEModel
-from icone_hf.sparse_rows import AdamWithSparseRows, with_dense_gradients
+from icone_hf.training.sparse_rows import AdamWithSparseRows, with_dense_gradients
 
 GROUPS = (1_000, 10_000, 100_000, 1_000_000)
 WIDTH, DIM, BATCH = 512, 512, 128

@@ -30,7 +30,8 @@ from icone_hf import (
     load_groups,
     retrieval_metrics,
 )
-from icone_hf.encoding import by_length, captions_of, in_batches
+from icone_hf.data.captions import Captions
+from icone_hf.embedding.encoding import by_length, in_batches
 
 TESTED, BATCH_SIZE = 250, 64
 TRAINED = 320  # groups of the short runs of Stage II
@@ -124,7 +125,7 @@ def prepared() -> tuple[IConEModel, list[torch.Tensor], list[Any], torch.Tensor]
     model = cached_bfloat16.train(recipes.open_caches(cached_bfloat16.GROUPS, "plain"), seed=0)
     processor = IConEProcessor.from_encoders(*recipes.TOWERS)
     groups = recipes.scenes("test", TESTED)
-    captions, text_to_image = captions_of(groups)
+    captions, text_to_image = Captions.read(groups).flat, Captions.read(groups).text_to_image
     order = by_length(processor, captions)
     pictures = [
         processor(images=groups[rows]["image"], return_tensors="pt")["pixel_values"]

@@ -15,7 +15,8 @@ import torch
 from benchmarks import harness
 from benchmarks.recipes import TOWERS
 from icone_hf import FeatureCache, IConEModel, IConEProcessor, load_groups
-from icone_hf.encoding import by_length, captions_of, in_batches, pool_images, pool_texts
+from icone_hf.data.captions import Captions
+from icone_hf.embedding.encoding import by_length, in_batches, pool_images, pool_texts
 
 GROUPS = 512
 BATCH_SIZE = 64
@@ -46,7 +47,7 @@ def run_sentences(model: IConEModel, batches: Iterable[Any]) -> None:
 def measure() -> dict[str, Any]:
     model, processor = IConEModel.from_encoders(*TOWERS).eval(), IConEProcessor.from_encoders(*TOWERS)
     groups = load_groups("openmoji-scenes", "test", num_groups=GROUPS)
-    captions, _ = captions_of(groups)
+    captions = Captions.read(groups).flat
     rows = in_batches(range(GROUPS), BATCH_SIZE)
     images = [processor(images=groups[batch]["image"], return_tensors="pt")["pixel_values"] for batch in rows]
     images = [batch.contiguous(memory_format=torch.channels_last) for batch in images]

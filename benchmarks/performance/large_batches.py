@@ -11,8 +11,8 @@ import torch
 from benchmarks.harness import interleaved, markdown, peak_memory, ratio
 from benchmarks.recipes import TOWERS, towers_model
 from icone_hf import IConEProcessor, IConETrainingArguments, Stage, load_groups
-from icone_hf.batching import GroupBatchSampler, PairCollator, PairDataset
-from icone_hf.stage_trainer import StageTrainer
+from icone_hf.data.batching import GroupBatchSampler, PairCollator, PairDataset
+from icone_hf.training.stage_trainer import StageTrainer
 
 CHUNK = 64
 BATCHES = (512, 1024)

@@ -10,7 +10,7 @@ import torch
 from benchmarks import harness, recipes
 from benchmarks.performance import compute_options
 from icone_hf import IConEProcessor, retrieval_metrics
-from icone_hf.onnx_export import export_onnx, session
+from icone_hf.publishing.onnx_export import export_onnx, session
 
 CONTENDERS = {"torch": "torch, float32", "onnx": "ONNX Runtime, float32", "int8": "ONNX Runtime, int8 weights"}
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import interleaved, markdown, peak_memory, ratio
-from icone_hf.retrieval import fold_ranks, mean_over_folds, metrics_of_ranks, retrieval_metrics
+from icone_hf.evaluation.metrics import fold_ranks, mean_over_folds, metrics_of_ranks, retrieval_metrics
 
 IMAGES, SENTENCES_EACH, DIM, FOLDS = 5000, 5, 2048, 5
 BLOCK = 2**24  # scores held at once, by the products as by ours

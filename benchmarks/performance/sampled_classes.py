@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from benchmarks import harness, recipes
 from icone_hf import IConETrainingArguments, Stage
-from icone_hf.stage_trainer import StageTrainer
+from icone_hf.training.stage_trainer import StageTrainer
 
 GROUPS, EPOCHS, RATE = 3000, 8, 3e-3
 SAMPLES = (0, 64, 256, 1024)

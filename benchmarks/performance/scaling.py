@@ -20,8 +20,9 @@ from benchmarks import harness
 from benchmarks.performance.stage_two import Clock
 from benchmarks.recipes import TOWERS, towers_model
 from icone_hf import FeatureCache, IConEProcessor, IConETrainer, IConETrainingArguments, Stage, load_groups
-from icone_hf.encoding import by_length, captions_of, in_batches, pool_images, pool_texts
-from icone_hf.stage_trainer import StageTrainer
+from icone_hf.data.captions import Captions
+from icone_hf.embedding.encoding import by_length, in_batches, pool_images, pool_texts
+from icone_hf.training.stage_trainer import StageTrainer
 
 PAGE = harness.PAGE.parent / "scaling.md"
 PIXELS, SENTENCES = 96, 5
@@ -157,7 +158,7 @@ def encoding_seconds() -> tuple[float, float]:
     model, processor = towers_model(0, {}), IConEProcessor.from_encoders(*TOWERS)
     processor.limit_text_length(model.config.text_config)
     groups = load_groups("openmoji-scenes", "train", num_groups=ENCODED, image_size=PIXELS)
-    captions, _ = captions_of(groups)
+    captions = Captions.read(groups).flat
     sentences = [[captions[row] for row in rows] for rows in in_batches(by_length(processor, captions).tolist(), 64)]
     rows = in_batches(range(ENCODED), 64)
     runs: dict[str, Callable[[], Any]] = {

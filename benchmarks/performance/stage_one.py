@@ -26,8 +26,9 @@ from icone_hf import (
     Stage,
     load_groups,
 )
-from icone_hf.batching import Pair
-from icone_hf.encoding import by_length, captions_of
+from icone_hf.data.batching import Pair
+from icone_hf.data.captions import Captions
+from icone_hf.embedding.encoding import by_length
 
 GROUPS, PIXELS, BATCH, DIM, EPOCHS = 1000, 96, 128, 512, 25
 ENCODED_AT_ONCE = 64
@@ -49,7 +50,7 @@ def build_model() -> tuple[IConEModel, Any]:
 
 def ready_inputs(groups: Dataset, processor: Any) -> tuple[list[torch.Tensor], list[Any]]:
     """All pictures and, sorted by length, all sentences, as batches of tensors."""
-    captions, _ = captions_of(groups)
+    captions = Captions.read(groups).flat
     captions = [captions[row] for row in by_length(processor, captions)]
     starts = range(0, len(groups), ENCODED_AT_ONCE)
     pictures = [processor(images=groups["image"][s : s + ENCODED_AT_ONCE], return_tensors="pt") for s in starts]

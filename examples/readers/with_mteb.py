@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from icone_hf.mteb_encoder import IConEEncoder
+from icone_hf.evaluation.mteb_encoder import IConEEncoder
 
 checkpoint, folder, out = sys.argv[1:]
 pictures = [Image.open(path) for path in sorted(Path(folder).glob("*.png"))]

@@ -81,8 +81,8 @@ def test_the_quickstart_in_miniature(workspace):
 
 
 def test_a_folder_without_test_split_is_validated_only(tmp_path, towers):
-    from conftest import make_groups
     from datasets import DatasetDict
+    from tiny import make_groups
 
     DatasetDict({"train": make_groups(12), "validation": make_groups(6, start=12)}).save_to_disk(tmp_path / "data")
     stage = json.dumps([asdict(Stage("one", 1, 1e-3, instance_weight=1, contrastive_weight=1, train_encoders=True))])
@@ -103,8 +103,8 @@ def test_a_folder_without_test_split_is_validated_only(tmp_path, towers):
 
 
 def test_the_script_runs_on_two_processes(tmp_path, towers):
-    from conftest import make_groups
     from datasets import DatasetDict
+    from tiny import make_groups
 
     splits = {"train": make_groups(14), "validation": make_groups(6, start=14), "test": make_groups(5, start=20)}
     DatasetDict(splits).save_to_disk(tmp_path / "data")

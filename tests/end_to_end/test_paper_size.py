@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import WORDS, make_groups
+from tiny import WORDS, make_groups
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from icone_hf import IConEModel, IConEProcessor, IConETrainer, IConETrainingArguments, encode_groups, retrieval_metrics

@@ -8,8 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import make_groups
 from datasets import DatasetDict
+from tiny import make_groups
 
 ROOT = Path(__file__).parent.parent.parent
 CONSTRAINTS = ["--disable-pip-version-check", "-c", str(ROOT / "constraints.txt")]

@@ -1,0 +1,91 @@
+"""The command line: `icone train`, `icone evaluate` and so on, one module a command.
+
+`main` reads the command's name and imports its module only then: `icone --help` answers at once. What commands share is
+in `arguments.py` (dataclasses and their parser) and `loading.py` (checkpoints and groups).
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+COMMANDS = {
+    "train": "train a model through all stages and test it",
+    "evaluate": "measure a checkpoint on a split, and draw what it retrieves",
+    "encode": "embed images and captions into a folder of Parquet shards, or into a file",
+    "data": "write groups, images included, as Parquet files that are ready for the Hub",
+    "export": "write a checkpoint as ONNX graphs, for ONNX Runtime and transformers.js",
+    "info": "say what a checkpoint is: towers, parameters, groups, recipe, metrics, size",
+    "push": "write a checkpoint's model card and upload both to the Hub",
+    "reproduce": "run the paper's experiments and write their tables and figures",
+}
+USAGE = """usage: icone COMMAND ...
+
+IConE: instance contrastive embedding for image-text retrieval.
+
+{commands}
+
+`icone COMMAND --help` explains one. On several processes: torchrun --nproc_per_node 4 -m icone_hf COMMAND ..., or
+accelerate launch --num_processes 4 -m icone_hf COMMAND ...
+
+Results go to stdout, progress to stderr. Exit codes: 0 done; 2 it can't be done as asked, and a line says why;
+1 a fault, with its traceback; 130 interrupted.
+"""
+GO_ON = ("train", "encode", "reproduce")  # the others are short, and start anew
+INTERRUPTED = 128 + 2  # as a shell reports what SIGINT has ended
+PACKAGE = Path(__file__).parents[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the command and its arguments. Default: the command line.
+
+    Returns:
+        The exit code: 0; 2 for wrong arguments or input, with a line on stderr that says what is wrong; 130 if it was
+        interrupted. Whatever else goes wrong is raised.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    described = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE.format(commands=described), file=sys.stdout if argv else sys.stderr, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from .. import __version__
+
+        print(__version__)
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        print(f"icone: error: {name} is no command: use {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    if not sys.stderr.isatty():  # libraries' bars would fill a log; ours become lines
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    try:
+        # Module and function have the command's name.
+        command = getattr(importlib.import_module(f".{name}", __name__), name)
+        command(argv[1:])
+    except (ValueError, OSError, ImportError) as error:
+        if not _is_the_users(error):
+            raise
+        print(f"icone {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        how = " with --resume_from_checkpoint auto" if name == "train" else ""
+        goes_on = ": it goes on where it stopped" if name in GO_ON else ""
+        print(f"icone {name}: interrupted. Call it again{how}{goes_on}.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Say whether a message says it all: a check of ours failed, or a file or checkpoint is not there.
+
+    A ValueError or ImportError from elsewhere may be a fault of the program's, for which the traceback is needed.
+    """
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return isinstance(error, OSError) or PACKAGE in raised_in.parents

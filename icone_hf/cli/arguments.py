@@ -1,0 +1,288 @@
+"""Arguments of the scripts as dataclasses, from a YAML file and the command line."""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from ..compat import ShortHelpFormatter, actions_of
+from ..data.groups import SPLITS
+from ..training.stages import PAPER_STAGES, RECOMMENDED_CONFIG, RECOMMENDED_STAGES, Stage, parse_stages
+
+# The recipes that have a name: their stages, and the fields of the config that go with them.
+RECIPES: dict[str, tuple[tuple[Stage, ...], Mapping[str, Any]]] = {
+    "recommended": (RECOMMENDED_STAGES, RECOMMENDED_CONFIG),
+    "paper": (PAPER_STAGES, {}),
+}
+# Positional arguments of several commands.
+CHECKPOINT = {"help": "Hub id or folder of an IConE checkpoint."}
+SOURCE = {"help": "What load_groups takes: a Karpathy JSON, a Hub id, a folder, a CSV file, openmoji-scenes."}
+TRUTH_VALUES = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}  # what HfArgumentParser reads as one
+
+
+@dataclass
+class ModelArguments:
+    """The towers and the common space; see [`IConEConfig`]."""
+
+    _argument_group_name = "model"
+
+    vision_model_name_or_path: str = field(
+        default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder of the vision tower."}
+    )
+    text_model_name_or_path: str = field(
+        default="google-bert/bert-base-uncased", metadata={"help": "Hub id or folder of the text tower."}
+    )
+    projection_dim: int | None = field(
+        default=None,
+        metadata={"help": "Dimensions of the common space. Default: 512 with the recommended stages, otherwise 2048."},
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Temperature of InfoNCE and of the sigmoid loss. Default: 0.07 with the recommended stages, "
+            "otherwise 0.05."
+        },
+    )
+    learn_temperature: bool = field(default=False, metadata={"help": "Train the temperature, as CLIP does."})
+    contrastive_loss: str = field(
+        default="infonce", metadata={"help": "infonce (the paper), sigmoid (SigLIP), max_hinge or sum_hinge (VSE++)."}
+    )
+    margin: float = field(default=0.2, metadata={"help": "Margin of the hinges."})
+    several_positives: bool = field(
+        default=False, metadata={"help": "Pairs of one group in a batch are positives too; see pairs_per_group."}
+    )
+    instance_logits: str | None = field(
+        default=None,
+        metadata={
+            "help": "dot, as the paper prints it, or cosine. Default: cosine with the recommended stages, otherwise "
+            "dot."
+        },
+    )
+    instance_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Temperature of cosine instance logits. Default: 0.1 with the recommended stages, otherwise "
+            "temperature."
+        },
+    )
+    instance_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Score the classes of the batch and this many sampled others, whatever num_groups is. 0: all."
+        },
+    )
+    vision_pooling: str | None = field(
+        default=None,
+        metadata={"help": "Global image feature: cls, mean, last, pooler. Default: by the tower's type."},
+    )
+    text_pooling: str | None = field(
+        default=None,
+        metadata={"help": "Global sentence feature, likewise. Default: by the tower's 1_Pooling file or its type."},
+    )
+    lora_rank: int = field(
+        default=0,
+        metadata={"help": "Train LoRA adapters of this rank in both towers' linear layers, not the towers. 0: none."},
+    )
+
+    jpeg_draft: bool = field(
+        default=False,
+        metadata={"help": "Read large JPEG pictures at a part of their size: much faster, slightly other pixels."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank} must be 0 (no adapters) or more.")
+
+    def config(self, defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """Return the fields that [`IConEModel.from_encoders`] takes as keywords. `lora_alpha` is twice the rank.
+
+        Args:
+            defaults: of the recipe, for fields that were not given.
+        """
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        values = {name: value for name, value in {**defaults, **given}.items() if not name.endswith("name_or_path")}
+        rank = values.pop("lora_rank")
+        del values["jpeg_draft"]  # the processor's
+        for name in ("vision_lora", "text_lora"):
+            values[name] = {"r": rank, "lora_alpha": 2 * rank} if rank else None
+        return values
+
+
+@dataclass
+class DataArguments:
+    """A source of groups; see [`load_groups`]."""
+
+    _argument_group_name = "data"
+
+    source: str | None = field(
+        default=None, metadata={"help": "Karpathy JSON, Hub id, folder, CSV file, openmoji-scenes."}
+    )
+    image_root: str | None = field(default=None, metadata={"help": "Folder of a file's pictures."})
+    image_column: str | None = field(default=None, metadata={"help": "Column with the pictures, or their paths."})
+    caption_column: str | None = field(default=None, metadata={"help": "Column with a caption or a list of captions."})
+    id_column: str | None = field(default=None, metadata={"help": "Column that names a picture."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of OpenMoji scenes in pixels."})
+    num_train_groups: int | None = field(default=None, metadata={"help": "OpenMoji scenes for training."})
+    num_validation_groups: int | None = field(default=None, metadata={"help": "OpenMoji scenes for validation."})
+    num_test_groups: int | None = field(default=None, metadata={"help": "OpenMoji scenes for the test."})
+    scenes_seed: int = field(default=0, metadata={"help": "Seed of OpenMoji scenes."})
+
+    def load_arguments(self, split: str) -> dict[str, Any]:
+        """The keywords of [`load_groups`] for one split."""
+        keywords = asdict(self)
+        num_groups = {name: keywords.pop(f"num_{name}_groups") for name in SPLITS}
+        seed = keywords.pop("scenes_seed")
+        return {**keywords, "seed": seed, "split": split, "num_groups": num_groups[split]}
+
+
+@dataclass
+class RecipeArguments:
+    """The stages to run; see [`Stage`]."""
+
+    _argument_group_name = "recipe"
+
+    stages: str = field(
+        default="recommended",
+        metadata={
+            "help": "recommended, paper, or a list of stages: in YAML, or here as JSON '[{\"name\": ...}, ...]'."
+        },
+    )
+
+    def parse(self) -> tuple[Stage, ...]:
+        """Return the stages.
+
+        Raises:
+            ValueError: if the text is neither a recipe's name nor a list of stages.
+        """
+        if self.stages in RECIPES:
+            return RECIPES[self.stages][0]
+        stages = yaml.safe_load(self.stages)
+        if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+            names = " nor ".join(map(repr, RECIPES))
+            raise ValueError(f"stages={self.stages!r} is neither {names} nor a list of stages.")
+        return parse_stages(stages)
+
+    def config(self) -> Mapping[str, Any]:
+        """Return the config's fields that go with a named recipe."""
+        return RECIPES[self.stages][1] if self.stages in RECIPES else {}
+
+
+@dataclass
+class EncodeArguments:
+    """Hold what `icone encode` and `icone evaluate` share."""
+
+    _argument_group_name = "encoding"
+
+    split: str = field(default="test", metadata={"help": "Which split to take."})
+    batch_size: int = field(default=64, metadata={"help": "Images, or captions, encoded at a time."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode images ahead."})
+    jpeg_draft: bool = field(
+        default=False,
+        metadata={
+            "help": "Read large JPEG images at a part of their size, whether the model was trained so or not: much "
+            "faster, slightly other pixels."
+        },
+    )
+
+
+@dataclass
+class OutputArguments:
+    """Hold how a command prints its result."""
+
+    _argument_group_name = "output"
+
+    json: bool = field(default=False, metadata={"help": "Print the result as JSON, for a program to read."})
+
+    def print(self, facts: Mapping[str, Any], text: str) -> None:
+        """Print the facts as JSON, or the text that says the same to people."""
+        print(json.dumps(facts, indent=2) if self.json else text)
+
+
+class HelpFormatter(ShortHelpFormatter):
+    """Show arguments of HfArgumentParser, whose flags convert by a function of its own."""
+
+    flag_types = (bool, string_to_bool)
+
+
+def parse_arguments(
+    dataclass_types: Sequence[type],
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    positionals: Mapping[str, dict[str, Any]] | None = None,
+    description: str | None = None,
+) -> tuple[Any, ...]:
+    """Reads `POSITIONAL... [FILE.yaml] [--argument value ...]`; arguments win over the file, it over the defaults.
+
+    Args:
+        dataclass_types: one instance of each is returned, in this order.
+        argv: default: the command line.
+        prog: the command's name in messages. Default: the script's.
+        positionals: names of positional arguments and argparse's keywords for each. One that is a field of a dataclass
+            is found there, the others in a namespace that is returned last.
+        description: of the command, for `--help`.
+
+    Raises:
+        SystemExit: with a message, as argparse does, for a file that is missing or no mapping, an unknown key (the
+            nearest known one is named) and everything that the dataclasses refuse.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    positionals = positionals or {}
+    usage = " ".join(("%(prog)s", *map(str.upper, positionals), "[FILE.yaml] [--argument value ...]"))
+    parser = HfArgumentParser(
+        cast(Any, dataclass_types), prog=prog, usage=usage, description=description, formatter_class=HelpFormatter
+    )
+    for action in actions_of(parser):
+        if action.dest in positionals:
+            action.help = argparse.SUPPRESS
+    for name, keywords in positionals.items():
+        parser.add_argument(name, **keywords)
+    files = [argument for argument in argv[: len(positionals) + 1] if argument.endswith((".yaml", ".yml"))]
+    if files:
+        argv.remove(files[0])
+        path = Path(files[0])
+        if not path.is_file():
+            parser.error(f"{path} does not exist.")
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(values, dict):
+            parser.error(f"{path} must hold 'argument: value' lines.")
+        actions = {action.dest: action for action in actions_of(parser) if action.dest != "help"}
+        for name, value in values.items():
+            if name not in actions:
+                nearest = difflib.get_close_matches(str(name), actions, n=1)
+                parser.error(f"{path}: {name} is no argument." + (f" Did you mean {nearest[0]}?" if nearest else ""))
+            actions[name].required = False
+            # argparse converts a default that is a string as it would convert an argument.
+            values[name] = json.dumps(value) if isinstance(value, list | dict) else value
+        parser.set_defaults(**values)
+    argv = _with_flags_set(parser, argv)
+    _, unknown = parser.parse_known_args(argv)
+    for name in unknown:
+        options = [option for action in actions_of(parser) for option in action.option_strings]
+        nearest = difflib.get_close_matches(name.split("=")[0], options, n=1)
+        parser.error(f"{name} is no argument." + (f" Did you mean {nearest[0]}?" if nearest else ""))
+    try:
+        return parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _with_flags_set(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
+    """`--json` means `--json true` whatever comes after it; HfArgumentParser would take a positional for its value."""
+    flags = [action for action in actions_of(parser) if action.type is string_to_bool]
+    options = {option for action in flags for option in action.option_strings}
+    result: list[str] = []
+    for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
+        result.append(argument)
+        if argument in options and following.lower() not in TRUTH_VALUES:
+            result.append("true")
+    return result

@@ -1,0 +1,46 @@
+"""`icone data`: groups as Parquet files that are ready for the Hub."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..data.group_files import push_groups, save_groups
+from ..data.groups import SPLITS, MissingSplitError, check_disjoint, load_groups
+from . import COMMANDS
+from .arguments import SOURCE, DataArguments, OutputArguments, parse_arguments
+
+
+@dataclass
+class DataFolderArguments:
+    """Hold what only `icone data` takes."""
+
+    _argument_group_name = "the Hub"
+
+    push: str | None = field(default=None, metadata={"help": "Hub id of a data set to upload the folder to."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+
+
+def data(argv: Sequence[str]) -> None:
+    """Run `icone data SOURCE OUT [--push REPO]`: every split that the source has."""
+    data_args, args, output, positional = parse_arguments(
+        (DataArguments, DataFolderArguments, OutputArguments),
+        argv,
+        prog="icone data",
+        positionals={"source": SOURCE, "out": {"help": "A folder that holds no data yet."}},
+        description=COMMANDS["data"],
+    )
+    splits = {}
+    for split in SPLITS:
+        try:
+            splits[split] = load_groups(**data_args.load_arguments(split))
+        except MissingSplitError as error:
+            print(f"No {split} split: {error}", file=sys.stderr)
+    if not splits:
+        raise ValueError(f"{data_args.source} has none of the splits {', '.join(SPLITS)}.")
+    check_disjoint(splits)
+    save_groups(splits, positional.out)
+    counts = {split: len(groups) for split, groups in splits.items()}
+    text = f"{', '.join(f'{count} {split}' for split, count in counts.items())} groups: {positional.out}"
+    url = push_groups(positional.out, args.push, args.private or None) if args.push else None
+    text += f"\nOn the Hub: {url}" if url else ""
+    output.print({"out": positional.out, "groups": counts, "url": url}, text)

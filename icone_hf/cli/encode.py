@@ -1,0 +1,93 @@
+"""`icone encode`: embeddings of images and captions, in a folder of Parquet shards or in one file."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from safetensors.torch import save_file
+
+from ..data.captions import Captions
+from ..data.groups import load_pictures
+from ..embedding import shards
+from . import COMMANDS
+from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments, parse_arguments
+from .loading import embed_split, join_processes, load_checkpoint, load_split
+
+
+@dataclass
+class ShardArguments:
+    """Hold what `icone encode` takes for a folder OUT."""
+
+    _argument_group_name = "shards"
+
+    pictures_only: bool = field(
+        default=False, metadata={"help": "SOURCE is a folder: embed every image in it, at any depth. No split."}
+    )
+    shard_size: int = field(default=10_000, metadata={"help": "Images, or captions, in a shard."})
+    embedding_dtype: str = field(default="float32", metadata={"help": "Of the embeddings in shards: float32, float16."})
+
+
+def encode(argv: Sequence[str]) -> None:
+    """Run `icone encode CHECKPOINT SOURCE OUT [--split test] [--pictures_only]`.
+
+    OUT is a folder for Parquet shards (see `embedding/shards.py`), or FILE.safetensors. The file holds `image_embeds`
+    `(images, dim)`, `text_embeds` `(captions, dim)`, both L2-normalised float32, and `text_to_image` `(captions,)`,
+    the image row of every caption: what [`retrieval_metrics`] takes.
+    """
+    data_args, encode_args, shard_args, output, positional = parse_arguments(
+        (DataArguments, EncodeArguments, ShardArguments, OutputArguments),
+        argv,
+        prog="icone encode",
+        positionals={"checkpoint": CHECKPOINT, "source": SOURCE, "out": {"help": "A folder, or FILE.safetensors."}},
+        description=COMMANDS["encode"],
+    )
+    state = join_processes()
+    out = Path(positional.out)
+    if out.suffix != ".safetensors":
+        if out.suffix and not (out.is_dir() or positional.out.endswith("/")):
+            raise ValueError(f"OUT={out} is neither FILE.safetensors nor a folder: end a new folder's name with a /.")
+        _encode_shards(positional.checkpoint, data_args, encode_args, shard_args, output, out)
+        return
+    if shard_args != ShardArguments():
+        raise ValueError(f"pictures_only, shard_size and embedding_dtype are for shards: make OUT={out} a folder.")
+    _, embeds = embed_split(positional.checkpoint, data_args, encode_args)
+    if state.is_main_process:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        origin = {"checkpoint": positional.checkpoint, "source": data_args.source, "split": encode_args.split}
+        save_file({name: tensor.contiguous() for name, tensor in embeds._asdict().items()}, out, origin)
+        _print_encoded(output, out, len(embeds.image_embeds), len(embeds.text_embeds))
+
+
+def _encode_shards(
+    checkpoint: str,
+    data_args: DataArguments,
+    encode_args: EncodeArguments,
+    shard_args: ShardArguments,
+    output: OutputArguments,
+    out: Path,
+) -> None:
+    if shard_args.pictures_only:
+        assert data_args.source is not None  # a positional argument
+        source = load_pictures(data_args.source)
+    else:
+        source = load_split(data_args, encode_args.split)
+    unreadable = shards.encode(
+        *load_checkpoint(checkpoint, encode_args),
+        source,
+        out,
+        shard_size=shard_args.shard_size,
+        dtype=shard_args.embedding_dtype,
+        batch_size=encode_args.batch_size,
+        num_workers=encode_args.num_workers,
+    )
+    if PartialState().is_main_process:
+        captions = 0 if shard_args.pictures_only else len(Captions.read(source))
+        _print_encoded(output, out, len(source) - len(unreadable), captions, unreadable.values())
+
+
+def _print_encoded(
+    output: OutputArguments, out: Path, images: int, captions: int, unreadable: Collection[str] = ()
+) -> None:
+    facts = {"out": str(out), "pictures": images, "sentences": captions, "unreadable": list(unreadable)}
+    output.print(facts, f"{images} images and {captions} captions: {out}")

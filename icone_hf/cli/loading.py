@@ -1,0 +1,39 @@
+"""Load what a command works on: groups, a checkpoint, and the embeddings of both."""
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from ..data.groups import load_groups
+from ..embedding.encoding import GroupEmbeddings, encode_groups
+from ..modeling.modeling_icone import IConEModel
+from ..modeling.processing_icone import IConEProcessor
+from .arguments import DataArguments, EncodeArguments
+
+
+def join_processes() -> PartialState:
+    """Make one group of the processes that torchrun has started; on CPUs accelerate does so only when told."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def load_split(data_args: DataArguments, split: str) -> Dataset:
+    """Load one split; the other processes wait for what the first has downloaded or drawn."""
+    with PartialState().main_process_first():
+        return load_groups(**data_args.load_arguments(split))
+
+
+def load_checkpoint(checkpoint: str, encode_args: EncodeArguments) -> tuple[IConEModel, IConEProcessor]:
+    """Load a model, onto this process's device, and its processor."""
+    model = IConEModel.from_pretrained(checkpoint).to(PartialState().device)
+    processor = IConEProcessor.from_pretrained(checkpoint)
+    processor.jpeg_draft |= encode_args.jpeg_draft
+    return model, processor
+
+
+def embed_split(
+    checkpoint: str, data_args: DataArguments, encode_args: EncodeArguments
+) -> tuple[Dataset, GroupEmbeddings]:
+    """Load a split and embed it by a checkpoint."""
+    groups = load_split(data_args, encode_args.split)
+    model, processor = load_checkpoint(checkpoint, encode_args)
+    return groups, encode_groups(model, processor, groups, encode_args.batch_size, encode_args.num_workers)

@@ -1,0 +1,31 @@
+"""`icone push`: a checkpoint and its card to the Hub."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..publishing import hub
+from . import COMMANDS
+from .arguments import OutputArguments, parse_arguments
+
+
+@dataclass
+class PushArguments:
+    """Hold what only `icone push` takes."""
+
+    _argument_group_name = "the Hub"
+
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    license: str | None = field(
+        default=None, metadata={"help": "The model's, by the Hub's name for it. Default: other."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to. Default: main."})
+
+
+def push(argv: Sequence[str]) -> None:
+    """Run `icone push FOLDER REPO [--private]`."""
+    positionals = {"folder": {"help": "Of a checkpoint."}, "repo": {"help": "Hub id: made if it does not exist."}}
+    args, output, positional = parse_arguments(
+        (PushArguments, OutputArguments), argv, prog="icone push", positionals=positionals, description=COMMANDS["push"]
+    )
+    url = hub.push(positional.folder, positional.repo, args.private or None, args.license, args.revision)
+    output.print({"url": url}, url)

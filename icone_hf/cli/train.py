@@ -1,0 +1,70 @@
+"""`icone train`: from captioned images to a tested checkpoint with its card."""
+
+from collections.abc import Sequence
+
+from accelerate import PartialState
+from transformers import set_seed
+
+from ..data.groups import MissingSplitError, check_disjoint
+from ..evaluation.metrics import metrics_table
+from ..modeling.modeling_icone import IConEModel
+from ..modeling.processing_icone import IConEProcessor
+from ..training.arguments import IConETrainingArguments
+from ..training.trainer import IConETrainer
+from . import COMMANDS
+from .arguments import DataArguments, ModelArguments, RecipeArguments, parse_arguments
+from .loading import load_split
+
+NO_SOURCE = """there is no --source, the captioned images to train on. For example:
+  icone train --source photos                                            # train/ and validation/, with a metadata.csv
+  icone train --source dataset_flickr30k.json --image_root flickr30k     # one of Karpathy's files
+  icone train --source openmoji-scenes                                   # drawn scenes, to try it out"""
+
+
+def train(argv: Sequence[str]) -> None:
+    """Run `icone train [FILE.yaml] [--argument value ...]`: train, test, and leave a checkpoint folder."""
+    model_args, data_args, recipe_args, args = parse_arguments(
+        (ModelArguments, DataArguments, RecipeArguments, IConETrainingArguments),
+        argv,
+        prog="icone train",
+        description=COMMANDS["train"],
+    )
+    if data_args.source is None:
+        raise ValueError(NO_SOURCE)
+    stages = recipe_args.parse()
+    print(f"Process {args.process_index + 1} of {args.world_size} on {args.device}.", flush=True)
+
+    # Load the data; a test split may be missing.
+    splits = {}
+    for split in ("train", "validation", "test"):
+        try:
+            splits[split] = load_split(data_args, split)
+        except MissingSplitError:
+            if split != "test":
+                raise
+            print(f"{data_args.source} has no test split: the model will be validated only.")
+    check_disjoint(splits)
+
+    # Join the towers and train.
+    set_seed(args.seed)
+    towers = model_args.vision_model_name_or_path, model_args.text_model_name_or_path
+    processor = IConEProcessor.from_encoders(*towers, jpeg_draft=model_args.jpeg_draft)
+    num_groups = 0 if args.shard_classifier else len(splits["train"])  # the trainer makes each process's share
+    model = IConEModel.from_encoders(*towers, num_groups=num_groups, **model_args.config(recipe_args.config()))
+    trainer = IConETrainer(
+        model, args, splits["train"], splits["validation"], processor, stages, data_name=data_args.source
+    )
+    metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if "test" in splits and "test" not in metrics:
+        metrics["test"] = trainer.test(splits["test"])
+    trainer.write_card()
+
+    # Say what came out.
+    if PartialState().is_main_process:
+        rows = {f"validation, after {name}": stage for name, stage in metrics["stages"].items()}
+        if "test" in metrics:
+            rows["test"] = metrics["test"]
+        print(metrics_table(rows))
+        print(f"Checkpoint, model card, metrics.json and recipe.json: {args.output_dir}")
+        if args.push_to_hub:
+            print(f"On the Hub: {trainer.push_to_hub()}")

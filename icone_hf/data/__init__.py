@@ -1,0 +1,18 @@
+"""What the model learns from: groups of an image and its captions.
+
+`load_groups` reads a source and checks it; `draw_scenes` makes one up; `save_groups` writes one for the Hub. For
+training, groups become batches of pairs in which no group stands twice (`GroupBatchSampler`, `PairCollator`).
+"""
+
+from ..lazy import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(
+    __name__,
+    {
+        "batching": ("GroupBatchSampler", "PairCollator", "PairDataset"),
+        "captions": ("Captions",),
+        "group_files": ("push_groups", "save_groups"),
+        "groups": ("SPLITS", "MissingSplitError", "check_disjoint", "load_groups", "load_pictures"),
+        "scenes": ("draw_scenes",),
+    },
+)

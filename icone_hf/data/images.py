@@ -1,0 +1,60 @@
+"""Decodes the pictures of groups when they are asked for, large JPEG files at a part of their size if wanted."""
+
+import io
+import os
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from PIL import Image, ImageOps
+
+# Files that Pillow decodes by itself.
+IMAGE_ENDINGS = frozenset(
+    (
+        *(".apng", ".blp", ".bmp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".flc", ".fli", ".gif", ".icns", ".ico"),
+        *(".im", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".msp", ".pbm"),
+        *(".pcd", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".pxr", ".ras", ".rgb", ".rgba", ".sgi", ".tga"),
+        *(".tif", ".tiff", ".webp", ".xbm", ".xpm"),
+    )
+)
+
+
+class Pictures:
+    """The pictures of groups, by row.
+
+    Args:
+        groups: rows with an `image`, as `datasets` stores it: embedded, or the path of a file.
+        smallest_side: pixels. A JPEG picture is read at a half, a quarter or an eighth of its size if both its sides
+            then have so many; libjpeg makes that part of the decoding ("draft"). `None` reads every picture in full.
+    """
+
+    def __init__(self, groups: Dataset, smallest_side: int | None = None):
+        self._stored = groups.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+        self.smallest_side = smallest_side
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, row: int) -> Image.Image:
+        """The picture of a row, turned upright.
+
+        Raises:
+            ValueError: if it cannot be decoded, naming the row and, where it is a file, the path.
+        """
+        stored = self._stored[row]["image"]
+        try:
+            return self._decode(stored)
+        except Exception as error:
+            raise ValueError(
+                f"The picture of row {row} ({stored['path'] or 'embedded'}) cannot be decoded: {error}. Replace it or "
+                "leave this row out."
+            ) from error
+
+    def _decode(self, stored: dict[str, Any]) -> Image.Image:
+        content, path = stored["bytes"], stored["path"]
+        if self.smallest_side is None or (content is None and not os.path.isfile(path)):  # a URL, a file in an archive
+            return datasets.Image().decode_example(stored)
+        with Image.open(path if content is None else io.BytesIO(content)) as picture:
+            picture.draft(None, (self.smallest_side, self.smallest_side))  # no other format heeds it
+            picture.load()
+            return ImageOps.exif_transpose(picture)

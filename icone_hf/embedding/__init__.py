@@ -1,0 +1,15 @@
+"""Turn data into vectors.
+
+`encode_groups` embeds a split in memory; `encode` embeds any number of images and captions into Parquet shards and
+goes on after an interruption. Both share the work over all processes. Digests say what an embedding depends on.
+"""
+
+from ..lazy import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(
+    __name__,
+    {
+        "encoding": ("GroupEmbeddings", "encode_groups", "group_means"),
+        "shards": ("encode",),
+    },
+)

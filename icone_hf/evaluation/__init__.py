@@ -1,0 +1,25 @@
+"""How good a model is.
+
+Ranks and metrics of retrieval, heat maps of the image regions that answer to words, the paper's figures and a model for
+MTEB. `figures` needs matplotlib and `mteb_encoder` needs mteb: import these two by their own names.
+"""
+
+from ..lazy import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(
+    __name__,
+    {
+        "heat_maps": ("heat_map", "heat_maps", "pointing_game"),
+        "measure": ("measure_embeddings",),
+        "metrics": (
+            "fold_metrics",
+            "fold_ranks",
+            "metrics_table",
+            "retrieval_metrics",
+            "retrieval_ranks",
+            "sentence_metrics",
+        ),
+        "figures": ("embedding_map", "heat_map_grid", "retrieval_grid", "sweep_chart"),
+        "mteb_encoder": ("IConEEncoder",),
+    },
+)

@@ -1,0 +1,32 @@
+"""The model: what travels with a checkpoint.
+
+Config, model, processor and all that they are made of: losses, heads, towers, LoRA, the sharded classifier. These files
+import torch, transformers, huggingface_hub, safetensors and each other by a single dot, nothing else: transformers
+copies them into a checkpoint, and loads them from there where icone_hf is not installed. Importing this folder makes
+the Auto classes know the model.
+"""
+
+from .configuration_icone import IConEConfig
+from .extra_towers import EfficientNetLiteConfig, EfficientNetLiteModel, RecurrentTextConfig, RecurrentTextModel
+from .heads import IConEHeads, IConEOutput
+from .losses import contrastive_loss, hinge_loss, instance_loss, sigmoid_loss
+from .modeling_icone import IConEModel
+from .processing_icone import IConEProcessor
+from .sharded_classifier import ShardedClassifier
+
+__all__ = [
+    "EfficientNetLiteConfig",
+    "EfficientNetLiteModel",
+    "IConEConfig",
+    "IConEHeads",
+    "IConEModel",
+    "IConEOutput",
+    "IConEProcessor",
+    "RecurrentTextConfig",
+    "RecurrentTextModel",
+    "ShardedClassifier",
+    "contrastive_loss",
+    "hinge_loss",
+    "instance_loss",
+    "sigmoid_loss",
+]

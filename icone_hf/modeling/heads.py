@@ -1,0 +1,220 @@
+"""The heads of IConE, all that is no tower: two projections, the shared classifier, the temperature."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
+
+from .compat import LeftOutOfDDPMixin
+from .configuration_icone import IConEConfig
+from .objective import check_pairs, contrastive_objective, count_ranks, instance_objective, rank_index
+from .sharded_classifier import ShardedClassifier
+
+LOWEST_TEMPERATURE = 0.01  # CLIP's bound for a learned temperature
+
+
+@dataclass
+class IConEOutput(ModelOutput):
+    """Hold what [`IConEModel`] returns. What was not asked for, or cannot be had from the inputs, is `None`.
+
+    Args:
+        loss: scalar, `instance_weight * instance_loss + contrastive_weight * contrastive_loss`, equation (9).
+        instance_loss: scalar, equation (5). `None` if its weight is 0.
+        contrastive_loss: scalar, equation (8). `None` if its weight is 0.
+        logits_per_image: `(images, captions)`, cosine similarities divided by `model.temperature`.
+        logits_per_text: its transpose.
+        image_embeds: `(images, projection_dim)`, L2-normalised.
+        text_embeds: `(captions, projection_dim)`, L2-normalised.
+        vision_model_output: what the vision tower returned, its `pooler_output` replaced by the projected feature.
+        text_model_output: the same for the text tower.
+    """
+
+    loss: torch.Tensor | None = None
+    instance_loss: torch.Tensor | None = None
+    contrastive_loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in super().to_tuple())
+
+
+class PairLosses(NamedTuple):
+    """Hold equation (9) and its two terms, scalars; `None` is a term whose weight is 0."""
+
+    loss: torch.Tensor
+    instance_loss: torch.Tensor | None
+    contrastive_loss: torch.Tensor | None
+
+
+class HeadsMixin(LeftOutOfDDPMixin):
+    """Score projected features and compute their losses; [`IConEModel`] and [`IConEHeads`] do it alike."""
+
+    config: IConEConfig
+    training: bool
+    visual_projection: nn.Linear
+    text_projection: nn.Linear
+    classifier: "nn.Linear | ShardedClassifier | None"
+    logit_scale: nn.Parameter | None
+    logit_bias: nn.Parameter | None
+
+    # The losses are means over the batch; a Trainer must divide them by the accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    @property
+    def temperature(self) -> float | torch.Tensor:
+        """Return what cosines are divided by: `config.temperature`, or the learned one, a scalar tensor."""
+        if self.logit_scale is None:
+            return self.config.temperature
+        return torch.exp(-self.logit_scale).clamp(min=LOWEST_TEMPERATURE)
+
+    def left_out_of_ddp(self) -> list[str]:
+        """Name the parameters that DDP must not average.
+
+        The gradient of sampled classes is averaged in `forward`'s graph, and a shard of class vectors is each rank's
+        own.
+        """
+        is_sharded = isinstance(self.classifier, ShardedClassifier)
+        return ["classifier.weight"] if self.config.instance_samples or is_sharded else []
+
+    def score(
+        self,
+        image_features: torch.Tensor | None,
+        text_features: torch.Tensor | None,
+        group_ids: torch.Tensor | None = None,
+        instance_weight: float = 1.0,
+        contrastive_weight: float = 1.0,
+        return_loss: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> IConEOutput:
+        """Normalise features, compare them and, for pairs, compute the losses.
+
+        Args:
+            image_features, text_features: `(batch, projection_dim)`, projected, not normalised; either may be `None`.
+            group_ids, instance_weight, contrastive_weight, return_loss, num_items_in_batch: as in
+                [`IConEModel.forward`].
+
+        Raises:
+            ValueError: if a loss lacks what it needs, or if group ids are out of range.
+        """
+        image_embeds = None if image_features is None else F.normalize(image_features, dim=-1)
+        text_embeds = None if text_features is None else F.normalize(text_features, dim=-1)
+        logits_per_text = None
+        if image_embeds is not None and text_embeds is not None:
+            logits_per_text = text_embeds @ image_embeds.T / self.temperature
+        losses = None
+        if return_loss or (return_loss is None and group_ids is not None):
+            check_pairs(self.config, image_features, text_features, group_ids, instance_weight, contrastive_weight)
+            pairs = image_features, text_features, image_embeds, text_embeds, group_ids
+            losses = self.pair_losses(*pairs, instance_weight, contrastive_weight, num_items_in_batch)  # type: ignore[arg-type]
+        return IConEOutput(
+            loss=None if losses is None else losses.loss,
+            instance_loss=None if losses is None else losses.instance_loss,
+            contrastive_loss=None if losses is None else losses.contrastive_loss,
+            logits_per_image=None if logits_per_text is None else logits_per_text.T,
+            logits_per_text=logits_per_text,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+        )
+
+    def pair_losses(
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        group_ids: torch.Tensor | None,
+        instance_weight: float,
+        contrastive_weight: float,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> PairLosses:
+        """Compute equation (9) of pairs, over all ranks in training mode.
+
+        Args:
+            image_features, text_features: `(batch, projection_dim)`, projected, which the instance loss classifies.
+            image_embeds, text_embeds: the same, L2-normalised, which the contrastive loss compares.
+            group_ids: `(batch,)`, or `None` if all pairs are of different groups and `instance_weight` is 0.
+            instance_weight, contrastive_weight: lambda_1 and lambda_2. A term whose weight is 0 is not computed.
+            num_items_in_batch: pairs that the instance loss is averaged over, if these are a chunk of a larger batch.
+        """
+        num_ranks = count_ranks() if self.training else 1
+        instance = contrastive = None
+        if instance_weight:
+            assert group_ids is not None  # check_pairs has looked
+            assert self.classifier is not None
+            pairs = self.config, image_features, text_features, group_ids
+            if isinstance(self.classifier, ShardedClassifier):
+                instance = self.classifier.objective(*pairs, num_items_in_batch)
+            else:
+                num_samples = self.config.instance_samples if self.training else 0
+                class_vectors = self.classifier.weight
+                instance = instance_objective(*pairs, class_vectors, num_ranks, num_samples, num_items_in_batch)
+        if contrastive_weight:
+            scale = self.temperature, self.logit_bias
+            contrastive = contrastive_objective(self.config, *scale, image_embeds, text_embeds, group_ids, num_ranks)
+        weighted = ((instance_weight, instance), (contrastive_weight, contrastive))
+        loss = sum(weight * part for weight, part in weighted if part is not None)
+        return PairLosses(loss, instance, contrastive)  # type: ignore[arg-type]
+
+
+class IConEHeads(HeadsMixin, nn.Module):
+    """Embed pooled outputs without the towers: what a stage with frozen towers trains.
+
+    The parameters are the model's own, under the model's own names in `state_dict`.
+
+    Args:
+        model: an [`IConEModel`].
+    """
+
+    def __init__(self, model: HeadsMixin):
+        super().__init__()
+        self.config = model.config
+        self.visual_projection = model.visual_projection
+        self.text_projection = model.text_projection
+        self.classifier = model.classifier
+        self.logit_scale = model.logit_scale
+        self.logit_bias = model.logit_bias
+
+    def forward(
+        self,
+        pooled_image: torch.Tensor | None = None,
+        pooled_text: torch.Tensor | None = None,
+        group_ids: torch.Tensor | None = None,
+        instance_weight: float = 1.0,
+        contrastive_weight: float = 1.0,
+        return_loss: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> IConEOutput:
+        """Embed and score pooled outputs `(batch, width)`; arguments as in [`IConEModel.forward`]."""
+        return self.score(
+            None if pooled_image is None else self.visual_projection(pooled_image),
+            None if pooled_text is None else self.text_projection(pooled_text),
+            group_ids,
+            instance_weight,
+            contrastive_weight,
+            return_loss,
+            num_items_in_batch,
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Save the weights alone; with a sharded classifier every rank calls it."""
+        folder = Path(save_directory)
+        sharded = self.classifier if isinstance(self.classifier, ShardedClassifier) else None
+        if rank_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            left_out = ("classifier.",) if sharded is not None else ()
+            weights = {name: value for name, value in self.state_dict().items() if not name.startswith(left_out)}
+            save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        if sharded is not None:
+            sharded.add_to_checkpoint(folder)

@@ -1,0 +1,16 @@
+"""The paper's experiments, run again.
+
+`experiments.yaml` says what they are and `published.json` what the paper prints. A plan lists the runs that experiments
+need, `runs` trains and tests each once, `report` writes the page with both results side by side. Towers for all of it
+that need no model hub are written here too. `runs` and `figures` need matplotlib: import them by their own names.
+"""
+
+from ..lazy import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(
+    __name__,
+    {
+        "experiments": ("Plan", "Run", "make_plan"),
+        "word_vectors": ("recurrent_tower_from_bert", "recurrent_tower_from_glove"),
+    },
+)

@@ -1,0 +1,252 @@
+"""The paper's experiments as a plan: which runs they need, each once. Pure data; nothing heavy is imported.
+
+`paper/experiments.yaml` holds recipes, experiments and scales, `paper/published.json` what the paper prints.
+"""
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from ..training.stages import Stage
+
+PAPER_TEMPERATURE = 0.05
+PAPER_ENCODERS = ("ViT", "BERT")
+
+
+@functools.cache
+def experiments_file() -> dict[str, Any]:
+    """What `paper/experiments.yaml` holds: recipes, experiments, scales."""
+    return yaml.safe_load(files("icone_hf").joinpath("paper/experiments.yaml").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def published() -> dict[str, Any]:
+    """What `paper/published.json` holds: the paper's figures, `None` where they are not legible to us."""
+    return json.loads(files("icone_hf").joinpath("paper/published.json").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with its test.
+
+    Args:
+        dataset: `flickr30k` or `coco`: what the data stand for.
+        image, text: the encoders' names in the paper's Table 4.
+        recipe: a name under `recipes` of the YAML file.
+        temperature: of InfoNCE.
+        seed: of heads and batches.
+        settings: from the scale, all that decides the numbers; what the run's folder is named by.
+    """
+
+    dataset: str
+    image: str
+    text: str
+    recipe: str
+    temperature: float
+    seed: int
+    settings: Mapping[str, Any] = field(compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """For people: `flickr30k_vit-bert_full_t0.05_seed0`."""
+        towers = f"{self.image}-{self.text}".lower()
+        return f"{self.dataset}_{towers}_{self.recipe}_t{self.temperature:g}_seed{self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """The name and a digest of the settings, so that no result of other settings is taken for this run's."""
+        return f"{self.name}_{_digest(self.settings)}"
+
+    @property
+    def features(self) -> str:
+        """Folder of the frozen towers' outputs; runs of the same data and towers share it."""
+        shared = {name: self.settings[name] for name in ("dataset", "image", "text", "image_size")}
+        return f"{self.dataset}_{self.image}-{self.text}_{_digest(shared)}".lower()
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether Figures 4-10 are drawn from this run's model, if it is the first of its seeds."""
+        return (self.image, self.text, self.recipe, self.temperature) == (*PAPER_ENCODERS, "full", PAPER_TEMPERATURE)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The recipe at this scale."""
+        return tuple(Stage(**stage) for stage in self.settings["stages"])
+
+    @property
+    def needs_classifier(self) -> bool:
+        """Whether any stage uses the instance loss."""
+        return any(stage.instance_weight for stage in self.stages)
+
+    def updates(self) -> int:
+        """Steps of the optimizer, over all stages."""
+        data = self.settings["dataset"]
+        steps = math.ceil(data["train"] * data["captions"] / self.settings["global_batch_size"])
+        return sum(math.ceil(stage.num_train_epochs * steps) for stage in self.stages)
+
+    def parameters(self) -> dict[str, int]:
+        """How many there are of each kind: `encoders`, `projections`, `classifier`."""
+        image, text, width = (self.settings[name] for name in ("image", "text", "projection_dim"))
+        return {
+            "encoders": image["parameters"] + text["parameters"],
+            "projections": (image["width"] + text["width"]) * width,
+            "classifier": self.settings["dataset"]["train"] * width if self.needs_classifier else 0,
+        }
+
+    def memory_bytes(self) -> int:
+        """Float32 weights of everything, gradients and Adam's two moments of what is trained; without activations."""
+        return 4 * sum(self.parameters().values()) + 12 * max(self._trained())
+
+    def checkpoint_bytes(self) -> int:
+        """At most, while it runs: each stage's best and last checkpoint of what it trains, with Adam's two moments."""
+        return sum(2 * (4 + 8) * trained for trained in self._trained())
+
+    def _trained(self) -> list[int]:
+        count = self.parameters()
+        heads = count["projections"] + count["classifier"]
+        return [heads + (count["encoders"] if stage.train_encoders else 0) for stage in self.stages]
+
+    def model_bytes(self) -> int:
+        """Of the final model, which is kept where figures need it."""
+        return 4 * sum(self.parameters().values()) if self.is_drawn else 0
+
+    def feature_bytes(self) -> int:
+        """Of the frozen towers' outputs on the training and validation groups."""
+        data, image, text = (self.settings[name] for name in ("dataset", "image", "text"))
+        return 4 * (data["train"] + data["validation"]) * (image["width"] + data["captions"] * text["width"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call of `icone reproduce` comes to.
+
+    Args:
+        scale: `paper`, `miniature` or `smoke`.
+        runs_of: the runs that each experiment needs, in the paper's order of experiments.
+    """
+
+    scale: str
+    runs_of: Mapping[str, tuple[Run, ...]]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All of them, each once, in the order in which experiments ask for them."""
+        return tuple(dict.fromkeys(run for runs in self.runs_of.values() for run in runs))
+
+
+def make_plan(names: Sequence[str], scale: str, seeds: Sequence[int] | None = None) -> Plan:
+    """Plans experiments.
+
+    Args:
+        names: of experiments, or `all`.
+        scale: of the YAML file's scales.
+        seeds: `None`: the scale's own, and its first one alone for the experiments that it names.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
+    known = experiments_file()["experiments"]
+    for name in names:
+        if name not in known and name != "all":
+            raise ValueError(f"{name!r} is no experiment: use {', '.join(known)} or all.")
+    wanted = [name for name in known if name in names or "all" in names]
+    of_scale = experiments_file()["scales"][scale]
+    runs_of = {}
+    for name in wanted:
+        own_seeds = of_scale["seeds"][:1] if name in of_scale["first_seed_only"] else of_scale["seeds"]
+        runs_of[name] = tuple(_runs(known[name], scale, own_seeds if seeds is None else seeds))
+    return Plan(scale, runs_of)
+
+
+def _runs(experiment: Mapping[str, Any], scale: str, seeds: Sequence[int]) -> Iterator[Run]:
+    for dataset in experiment["datasets"]:
+        for image, text in experiment.get("encoders", [PAPER_ENCODERS]):
+            for recipe in experiment["recipes"]:
+                for temperature in experiment.get("temperatures", [PAPER_TEMPERATURE]):
+                    for seed in seeds:
+                        yield make_run(scale, dataset, image, text, recipe, temperature, seed)
+
+
+def make_run(scale: str, dataset: str, image: str, text: str, recipe: str, temperature: float, seed: int) -> Run:
+    """A run with its settings looked up."""
+    of_scale = experiments_file()["scales"][scale]
+    of_recipe = experiments_file()["recipes"][recipe]
+    stages = [
+        {**stage, **of_scale["trained" if stage["train_encoders"] else "frozen"]} for stage in of_recipe["stages"]
+    ]
+    settings = {
+        "dataset": of_scale["datasets"][dataset],
+        "image": of_scale["image"][image],
+        "text": of_scale["text"][text],
+        "image_size": of_scale.get("image_size"),
+        "stages": stages,
+        "config": of_recipe.get("config", {}),
+        "temperature": temperature,
+        "seed": seed,
+        "projection_dim": of_scale["projection_dim"],
+        "global_batch_size": of_scale["global_batch_size"],
+    }
+    return Run(dataset, image, text, recipe, temperature, seed, settings)
+
+
+def protocols_of(dataset: str) -> tuple[str, ...]:
+    """The test protocols of a data set: COCO's test split is measured in folds ("1k") and as a whole ("5k")."""
+    return ("coco_1k", "coco_5k") if dataset == "coco" else (dataset,)
+
+
+def describe_plan(plan: Plan, not_run: Mapping[str, str], is_done: Mapping[str, bool], num_processes: int) -> str:
+    """The plan as text: every run with its data, towers, stages and updates, then memory and disk.
+
+    Args:
+        plan: from [`make_plan`].
+        not_run: why a run (by its folder) is left out.
+        is_done: which runs (by folder) have been done before.
+        num_processes: that take part.
+    """
+    of_scale = experiments_file()["scales"][plan.scale]
+    batch = of_scale["global_batch_size"]
+    lines = [
+        f"{len(plan.runs)} runs at the {plan.scale} scale for {', '.join(plan.runs_of)}; on {num_processes} "
+        f"process(es), {batch // num_processes} of {batch} pairs each."
+    ]
+    for run in plan.runs:
+        data = run.settings["dataset"]
+        towers = " + ".join(_tower_name(run.settings[side]) for side in ("image", "text"))
+        stages = ", ".join(f"{s.name} {s.num_train_epochs:g} epochs at {s.learning_rate:g}" for s in run.stages)
+        left_out = not_run.get(run.folder)
+        state = f"NOT RUN: {left_out}" if left_out else "done before" if is_done.get(run.folder) else "to do"
+        lines.append(
+            f"  {run.name}: {data['label']} ({data['train']}/{data['validation']}/{data['test']} groups); {towers}; "
+            f"{stages}; {run.updates()} updates; {state}"
+        )
+    todo = [run for run in plan.runs if run.folder not in not_run and not is_done.get(run.folder)]
+    if todo:
+        features = {run.features: run.feature_bytes() for run in todo}
+        kept = sum(run.model_bytes() for run in todo)
+        largest = max(run.checkpoint_bytes() for run in todo)
+        lines.append(
+            f"To do: {len(todo)} runs, {sum(run.updates() for run in todo)} updates. Memory of a process, weights, "
+            f"gradients and Adam's moments: {_gigabytes(max(run.memory_bytes() for run in todo))}, activations on top. "
+            f"Disk: at most {_gigabytes(sum(features.values()) + kept + largest)}, of which "
+            f"{_gigabytes(largest)} are checkpoints of the run at work."
+        )
+    return "\n".join(lines)
+
+
+def _tower_name(tower: Mapping[str, Any]) -> str:
+    return str(tower.get("label") or tower.get("checkpoint") or f"{tower.get('recurrent')} tower")
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,127 @@
+"""Writes GRU and LSTM text towers that start from word vectors: those of a BERT, or of a GloVe file."""
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..modeling.extra_towers import RecurrentTextConfig, RecurrentTextModel
+
+PAD_TOKEN, UNK_TOKEN = "[PAD]", "[UNK]"
+_MAX_TOKENS = 512  # where sentences are cut, as BERT's are: the tower itself has no limit
+
+
+def recurrent_tower_from_bert(
+    bert: str | os.PathLike, folder: str | os.PathLike, **config: Any
+) -> tuple[RecurrentTextModel, PreTrainedTokenizerBase]:
+    """Writes a new GRU or LSTM over a BERT's word vectors, with that BERT's tokenizer.
+
+    Args:
+        bert: Hub id or folder of any text model with an embedding table.
+        folder: written, for `IConEModel.from_encoders` and `IConEProcessor.from_encoders`.
+        config: `cell`, `hidden_size`, `num_hidden_layers`, `bidirectional`; see [`RecurrentTextConfig`].
+
+    Returns:
+        What was written: the tower and its tokenizer.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    vectors = AutoModel.from_pretrained(bert, dtype=torch.float32).get_input_embeddings().weight.detach()
+    return _write(folder, vectors, tokenizer, config)
+
+
+def recurrent_tower_from_glove(
+    path: str | os.PathLike, folder: str | os.PathLike, words: Collection[str] | None = None, **config: Any
+) -> tuple[RecurrentTextModel, PreTrainedTokenizerBase]:
+    """Writes a new GRU or LSTM over the word vectors of a GloVe file, with a tokenizer for its words.
+
+    Sentences are lower-cased, and split at spaces and around punctuation. A word that the file lacks is `[UNK]`, whose
+    vector is the mean of all.
+
+    Args:
+        path: UTF-8 text, `word v1 v2 ...` on every line.
+        folder: written, for `IConEModel.from_encoders` and `IConEProcessor.from_encoders`.
+        words: keep these alone, for a smaller tower. Default: all.
+        config: `cell`, `hidden_size`, `num_hidden_layers`, `bidirectional`; see [`RecurrentTextConfig`].
+
+    Returns:
+        What was written: the tower and its tokenizer.
+
+    Raises:
+        ValueError: if a line is malformed (the message names file and line), or no word is left.
+    """
+    vocabulary, vectors = read_glove(path, words)
+    special = np.stack([np.zeros(vectors.shape[1], np.float32), vectors.mean(axis=0)])
+    ids = {word: i for i, word in enumerate((PAD_TOKEN, UNK_TOKEN, *vocabulary))}
+    backend = Tokenizer(models.WordLevel(ids, unk_token=UNK_TOKEN))
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD_TOKEN,
+        unk_token=UNK_TOKEN,
+        model_max_length=_MAX_TOKENS,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    return _write(folder, torch.from_numpy(np.concatenate([special, vectors])), tokenizer, config)
+
+
+def read_glove(path: str | os.PathLike, words: Collection[str] | None = None) -> tuple[list[str], np.ndarray]:
+    """Words, lower-cased, and their vectors `(words, dimensions)`, float32. Of words that are alike the first stays.
+
+    Entries with a space in them, which the largest GloVe files have, are passed over: no token is ever equal to one.
+
+    Raises:
+        ValueError: as [`recurrent_tower_from_glove`] does.
+    """
+    wanted = None if words is None else {word.lower() for word in words}
+    vectors: dict[str, np.ndarray] = {}
+    dimensions = 0
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            fields = line.rstrip().split(" ")
+            dimensions = dimensions or len(fields) - 1
+            word, values = fields[0].lower(), fields[1:]
+            if dimensions < 2:  # also the first line of a word2vec file: the numbers of words and of dimensions
+                raise ValueError(f"{path}, line {number}: {line.strip()[:60]!r} is not 'word v1 v2 ...'.")
+            if len(values) > dimensions and not _is_number(values[-dimensions - 1]):
+                continue
+            try:
+                if len(values) != dimensions:
+                    raise ValueError(f"{len(values)} values, not {dimensions}, as line 1 has")
+                vector = np.array(values, dtype=np.float32)
+                if not np.isfinite(vector).all():
+                    raise ValueError("a value is not finite")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} ({word[:40]!r}): {error}.") from error
+            if (wanted is None or word in wanted) and word not in (PAD_TOKEN.lower(), UNK_TOKEN.lower()):
+                vectors.setdefault(word, vector)
+    if not vectors:
+        raise ValueError(f"{path} holds none of the words.")
+    return list(vectors), np.stack(list(vectors.values()))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _write(
+    folder: str | os.PathLike, vectors: torch.Tensor, tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]
+) -> tuple[RecurrentTextModel, PreTrainedTokenizerBase]:
+    model = RecurrentTextModel(
+        RecurrentTextConfig(
+            vocab_size=len(vectors), embedding_dim=vectors.shape[1], pad_token_id=tokenizer.pad_token_id, **config
+        )
+    ).eval()
+    with torch.no_grad():
+        model.embeddings.weight.copy_(vectors)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer

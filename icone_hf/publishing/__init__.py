@@ -1,0 +1,16 @@
+"""How others get a model.
+
+The model card made from a run's folder, uploads to the Hub, a description of any checkpoint, and ONNX graphs.
+`onnx_export` needs onnxruntime: import it by its own name.
+"""
+
+from ..lazy import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(
+    __name__,
+    {
+        "checkpoint_info": ("describe",),
+        "hub": ("model_card", "push", "write_card"),
+        "onnx_export": ("export_onnx",),
+    },
+)

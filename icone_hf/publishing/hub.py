@@ -1,0 +1,194 @@
+"""A model card made from what a run has left in its folder, and the folder's way to the Hub."""
+
+import csv
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+
+from .checkpoint_info import count, describe
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+CARD = "README.md"
+MADE_BY_US = "<!-- Made by icone_hf."
+UPLOAD_FOLDER = "upload"  # what is being uploaded while a run goes on
+# What a run needs to go on is nobody else's concern, and many times as large as the model.
+LEFT_BEHIND = ["stages/**", "feature_cache/**", "runs/**", f"{UPLOAD_FOLDER}/**", "emissions.csv"]
+EPOCHS_PICTURE, EXAMPLES_PICTURE = "validation_rsum.png", "retrieval.png"
+PICTURES = {EPOCHS_PICTURE: "Validation Rsum after each epoch", EXAMPLES_PICTURE: "What the model retrieves"}
+METRICS = {
+    "t2i_r1": "text to image R@1",
+    "t2i_r5": "text to image R@5",
+    "t2i_r10": "text to image R@10",
+    "i2t_r1": "image to text R@1",
+    "i2t_r5": "image to text R@5",
+    "i2t_r10": "image to text R@10",
+    "rsum": "Rsum",
+}
+
+
+def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: str | None = None) -> ModelCard:
+    """The card of a checkpoint: from its config, weights, `recipe.json`, `metrics.json`, epochs and pictures.
+
+    Args:
+        folder: of the checkpoint.
+        repo_id: what the examples load. Default: the folder's name.
+        license: of the model, by the Hub's name for it. Default: `other`: the towers' have a say in it.
+
+    Raises:
+        ValueError: if the folder holds no checkpoint of IConE.
+    """
+    folder = Path(folder)
+    info = describe(folder)
+    name = (repo_id or folder.resolve().name).rsplit("/", 1)[-1]
+    towers, splits = (info["vision_tower"]["name"], info["text_tower"]["name"]), info["metrics"]
+    data, carbon = info["data"] or "training data", carbon_of(folder)
+    results = [
+        EvalResult(
+            task_type="image-text-retrieval",
+            task_name="Image-text retrieval",
+            dataset_type=data,
+            dataset_name=data,
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=f"{label} ({split})",
+            metric_value=round(values[metric], 2),
+        )
+        for split, values in splits.items()
+        for metric, label in METRICS.items()
+    ]
+    card_data = ModelCardData(
+        model_name=name,
+        license=license or "other",
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["icone", "image-text-retrieval", "cross-modal-retrieval", "sentence-transformers"],
+        datasets=[data] if _is_id(data) else None,
+        base_model=[tower for tower in towers if _is_id(tower)] or None,
+        eval_results=results or None,
+    )
+    if carbon is not None:
+        card_data["co2_eq_emissions"] = {"emissions": 1000 * carbon, "source": "codecarbon"}  # grams
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        model_name=name,
+        repo_id=repo_id or name,
+        info=info,
+        splits=splits,
+        pictures=[{"file": file, "what": what} for file, what in PICTURES.items() if (folder / file).is_file()],
+        carbon=carbon,
+        licences={side: licence_of(info[f"{side}_tower"]["name"]) for side in ("vision", "text")},
+        count=count,
+    )
+
+
+def write_card(folder: str | os.PathLike, repo_id: str | None = None, license: str | None = None) -> None:
+    """Saves a checkpoint's card as its README.md, and the picture of its epochs. A card that somebody wrote is kept.
+
+    Raises:
+        ValueError: as [`model_card`].
+    """
+    folder = Path(folder)
+    if (epochs := rsum_of_epochs(folder)) and importlib.util.find_spec("matplotlib"):  # an extra
+        from ..evaluation.figures import sweep_chart
+
+        by_epoch = {stage: {number: [rsum] for number, rsum in values.items()} for stage, values in epochs.items()}
+        sweep_chart(by_epoch, "epoch", "validation Rsum").savefig(folder / EPOCHS_PICTURE)
+    card = model_card(folder, repo_id, license)
+    if not (folder / CARD).is_file() or MADE_BY_US in (folder / CARD).read_text():
+        card.save(folder / CARD)
+
+
+def push(
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool | None = None,
+    license: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Uploads a checkpoint with its card, without stages and cache. A card that somebody has written is kept.
+
+    Args:
+        folder: of the checkpoint.
+        repo_id: made if it does not exist.
+        private: of a repository that is made.
+        license: see [`model_card`].
+        revision: branch to commit to; made if it does not exist.
+        token: default: the one that `hf auth login` has left.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: if the folder holds no checkpoint of IConE.
+        huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+    """
+    write_card(folder, repo_id, license)  # what is no checkpoint is refused here
+    repo_id = make_repository(repo_id, private, revision, token)
+    commit = HfApi(token=token).upload_folder(
+        repo_id=repo_id,
+        folder_path=Path(folder),
+        revision=revision,
+        commit_message="Upload an IConE checkpoint",
+        ignore_patterns=LEFT_BEHIND,
+    )
+    return commit.commit_url
+
+
+def make_repository(
+    repo_id: str, private: bool | None = None, revision: str | None = None, token: str | None = None
+) -> str:
+    """Makes it and a branch, if they do not exist; so a wrong token or name shows before a long run.
+
+    Returns:
+        Its whole name, which has an owner.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
+
+
+def _is_id(tower: str | None) -> bool:
+    """Whether a tower's name is one on the Hub, and not a folder of whoever trained the model."""
+    return tower is not None and tower.count("/") == 1 and not tower.startswith((".", "/")) and not Path(tower).exists()
+
+
+def rsum_of_epochs(folder: str | os.PathLike) -> dict[str, dict[float, float]]:
+    """The validation Rsum by epoch of every stage of a run that was measured more than once."""
+    stages = {}
+    for file in sorted(Path(folder).glob("stages/*/stage.json")):
+        logs = json.loads(file.read_text())["log_history"]
+        stages[file.parent.name.partition("-")[2]] = {
+            round(entry["epoch"], 2): entry["eval_rsum"] for entry in logs if "eval_rsum" in entry
+        }
+    return {stage: values for stage, values in stages.items() if len(values) > 1}
+
+
+def carbon_of(folder: str | os.PathLike) -> float | None:
+    """Kilograms of CO2 of all stages, if the run was one with `report_to=codecarbon`."""
+    files = [*Path(folder).glob("emissions.csv"), *Path(folder).glob("stages/*/emissions.csv")]
+    if not files:
+        return None
+    rows = [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
+    return sum(float(row["emissions"]) for row in rows)
+
+
+def licence_of(tower: str | None) -> str | None:
+    """The licence on a tower's own card, in its folder or on the Hub; `None` if nothing says so from here."""
+    if tower is None or not (_is_id(tower) or Path(tower, CARD).is_file()):
+        return None
+    try:
+        # Of a folder its README.md; an id is downloaded, or found in the cache.
+        data = ModelCard.load(str(Path(tower, CARD)) if Path(tower).is_dir() else tower).data
+    except (OSError, ValueError):  # no such card, no connection; a card that is none
+        return None
+    return data.get("license_name") if data.license == "other" else data.license

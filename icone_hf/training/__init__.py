@@ -1,0 +1,18 @@
+"""How a model is trained: in stages, each with a fresh optimizer and schedule.
+
+`IConETrainer` runs a list of `Stage`s and keeps each one's best epoch. A stage with frozen towers reads their outputs
+from a cache; one with trained towers can compute large batches in chunks. A run lives in one folder, and goes on from
+there after an interruption, on as many processes or others.
+"""
+
+from ..lazy import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(
+    __name__,
+    {
+        "arguments": ("IConETrainingArguments",),
+        "feature_cache": ("FeatureCache",),
+        "stages": ("PAPER_STAGES", "RECOMMENDED_CONFIG", "RECOMMENDED_STAGES", "Stage", "parse_stages"),
+        "trainer": ("IConETrainer",),
+    },
+)

@@ -1,0 +1,149 @@
+"""Arguments of a run: transformers' own with this project's defaults, and a few more."""
+
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+CLASS_VECTORS = ("random", "group_means")
+
+# The arguments that decide which numbers come out; a run is resumed only with the same ones.
+DECISIVE_ARGUMENTS = (
+    "seed",
+    "max_steps",
+    "gradient_accumulation_steps",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "bf16",
+    "fp16",
+    "pairs_per_group",
+    "neighbour_run",
+    "class_vectors",
+    "feature_cache_dtype",
+    "shard_classifier",
+)
+
+
+@dataclass
+class IConETrainingArguments(TrainingArguments):
+    """transformers' arguments with this project's defaults. A stage sets `learning_rate` and `num_train_epochs` itself.
+
+    The batch that InfoNCE takes its negatives from is `global_batch_size` or, without it, `per_device_train_batch_size`
+    times the number of processes (the paper: 128); gradient accumulation adds no negatives. A batch that does not fit
+    into memory is computed in chunks of `per_device_chunk_size` pairs, with the same loss and gradients. The optimizer
+    is Adam (AdamW without weight decay), the schedule a cosine after a warm-up of 5% of the steps. The epoch with the
+    best validation Rsum is kept. `use_cpu` is set where there is nothing else.
+
+    Raises:
+        ValueError: for a `global_batch_size` or `per_device_chunk_size` that cannot be, or beside
+            `gradient_accumulation_steps`, or for chunks under FSDP or DeepSpeed.
+    """
+
+    _argument_group_name = "run (transformers' TrainingArguments and, at their end, ours)"
+
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Image/sentence pairs a process and step."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures, or sentences, encoded at a time."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The same schedule in every stage."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of a stage's steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to measure the validation Rsum."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save; must match eval_strategy."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept a stage; the best one always is."}
+    )
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go on with the stage's best epoch."})
+    metric_for_best_model: str | None = field(default="rsum", metadata={"help": "Picks a stage's best epoch."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should grow."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: groups become pairs later."})
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs of one update over all processes, a multiple of these; it takes the place of "
+            "per_device_train_batch_size. Default: per_device_train_batch_size times the processes."
+        },
+    )
+    per_device_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs of one forward pass, if a process's share of the batch is too large for its memory: same "
+            "loss and gradients, about 4/3 of the time. Stages with frozen encoders need none and take none. "
+            "Default: the whole share at once."
+        },
+    )
+    shard_classifier: bool = field(
+        default=False,
+        metadata={
+            "help": "Spread the class vectors, their gradients, moments and logits over the n processes: the same "
+            "numbers as without, 1/n of the memory in each."
+        },
+    )
+    pairs_per_group: int = field(
+        default=1, metadata={"help": "Sentences of a group in a batch; above 1 with several_positives."}
+    )
+    neighbour_run: int = field(
+        default=0,
+        metadata={"help": "Make batches of runs of this many groups whose class vectors are near. 0: at random."},
+    )
+    class_vectors: str = field(
+        default="random",
+        metadata={"help": "What they start from: random, or group_means of the embeddings when they are first used."},
+    )
+    feature_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where frozen towers' outputs are kept. Default: OUTPUT_DIR/feature_cache. Runs may share one."
+        },
+    )
+    feature_cache_dtype: str = field(
+        default="float32", metadata={"help": "What they are kept as: float32, or bfloat16 in half the space."}
+    )
+
+    def __post_init__(self) -> None:
+        # Processes that torchrun starts on CPUs find each other only if they are told that these are CPUs.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+        for name in ("global_batch_size", "per_device_chunk_size"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more.")
+            if self.gradient_accumulation_steps > 1:
+                raise ValueError(
+                    f"{name}={value} describes one update, of which gradient_accumulation_steps="
+                    f"{self.gradient_accumulation_steps} would add up several: leave it at 1. What saves memory is "
+                    "per_device_chunk_size."
+                )
+        if self.global_batch_size is not None:
+            if self.global_batch_size % self.world_size:
+                raise ValueError(
+                    f"global_batch_size={self.global_batch_size} must be a multiple of the {self.world_size} processes."
+                )
+            # transformers, the sampler and the recipe all count by this field.
+            self.per_device_train_batch_size = self.global_batch_size // self.world_size
+        if self.per_device_chunk_size is not None and self.sharding_engine:
+            raise ValueError(
+                f"per_device_chunk_size={self.per_device_chunk_size} needs whole weights in every process, FSDP and "
+                "DeepSpeed hold shares of them: train with DDP, or without chunks."
+            )
+
+    @property
+    def pushes_checkpoints(self) -> bool:
+        """Say whether checkpoints are uploaded while the run goes on."""
+        return self.push_to_hub and self.hub_strategy != HubStrategy.END
+
+    @property
+    def sharding_engine(self) -> str | None:
+        """`FSDP` or `DeepSpeed`, if an argument or the launcher asks for it: parameters spread over the processes."""
+        for engine in ("FSDP", "DeepSpeed"):
+            if getattr(self, engine.lower()) or parse_flag_from_env(f"ACCELERATE_USE_{engine.upper()}"):
+                return engine
+        return None

@@ -1,0 +1,84 @@
+"""Uploads a run's checkpoints while it goes on, as transformers' Trainer does by its `hub_strategy`."""
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+
+from ..publishing.hub import UPLOAD_FOLDER, write_card
+from .run_folder import RECIPE_FILE, write_metrics
+from .stage_trainer import validation_metrics
+
+logger = logging.get_logger(__name__)
+
+
+class CheckpointPushes(TrainerCallback):
+    """At every save, uploads the model as it is then, with its processor, card, metrics and recipe.
+
+    The upload runs beside the training; a save that finds one under way is left out or, with `hub_always_push`, waits
+    for it. A failed upload is logged and does not end the training. With the strategy `checkpoint` the repository also
+    holds the run's `stages/` as they are on disk, with `all_checkpoints` every one that there ever was: who downloads
+    it into an `output_dir` can go on with the run there (`resume_from_checkpoint="auto"`).
+
+    Args:
+        folder: of the run.
+        repo_id: of a repository that exists.
+        save_model: saves model and processor into a folder.
+    """
+
+    def __init__(self, folder: Path, repo_id: str, save_model: Callable[[Path], None]):
+        self.folder = folder
+        self.repo_id = repo_id
+        self.save_model = save_model
+        self._upload: Future[Any] | None = None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self._upload is not None and not self._upload.done() and not args.hub_always_push:
+            return
+        self.wait()
+        staging = self.folder / UPLOAD_FOLDER
+        shutil.rmtree(staging, ignore_errors=True)
+        self.save_model(staging)
+        shutil.copy(self.folder / RECIPE_FILE, staging)
+        if measured := next((entry for entry in reversed(state.log_history) if "eval_rsum" in entry), None):
+            write_metrics(staging, {"validation": validation_metrics(measured)})
+        deleted = None
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            # Links, for the trainer may remove a checkpoint before it has been uploaded; not of logs that still grow.
+            growing = shutil.ignore_patterns("runs", "emissions.csv")
+            shutil.copytree(self.folder / "stages", staging / "stages", ignore=growing, copy_function=_link)
+            deleted = "stages/**" if args.hub_strategy == HubStrategy.CHECKPOINT else None
+        write_card(staging, self.repo_id)
+        self._upload = HfApi(token=args.hub_token).upload_folder(
+            repo_id=self.repo_id,
+            folder_path=staging,
+            revision=args.hub_revision,
+            commit_message=f"Training in progress: {Path(str(args.output_dir)).name}, step {state.global_step}",
+            delete_patterns=deleted,
+            run_as_future=True,
+        )
+
+    def wait(self) -> None:
+        """Returns when no upload is under way; says so if the last one has failed."""
+        if self._upload is None:
+            return
+        if error := self._upload.exception():
+            logger.warning(f"A checkpoint was not uploaded to {self.repo_id}: {error}")
+        self._upload = None
+        shutil.rmtree(self.folder / UPLOAD_FOLDER, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)

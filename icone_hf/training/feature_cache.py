@@ -1,0 +1,211 @@
+"""Frozen towers run once: their pooled outputs, memory-mapped from disk.
+
+A folder holds `image.npy` `(groups, width)`, `text.npy` `(sentences, width)`, `image.done` and `text.done`, a byte for
+each row that is 1 once the row is there, and `key.json`, digests of all that the outputs depend on. Every process fills
+batches of its own; after an interruption any number of processes goes on with the rows that are missing.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers.utils import logging
+
+from ..data.batching import Pair
+from ..data.captions import Captions
+from ..embedding.digests import digest_pictures, digest_processor, digest_towers
+from ..embedding.encoding import by_length, in_batches, pool_images, pool_texts
+from ..modeling.modeling_icone import IConEModel
+from .run_folder import write_json
+
+logger = logging.get_logger(__name__)
+
+# What features are stored as, and the type of the array on disk. NumPy has no bfloat16: its bits are kept.
+STORED_DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bfloat16, np.uint16)}
+
+
+class FeatureCache(torch.utils.data.Dataset):
+    """The pooled tower outputs of a split; a data set of [`Pair`]s for a stage with frozen encoders.
+
+    Rows are read where they lie: of a cache larger than the memory no more is held than the rows asked for, and what
+    the system keeps of the file for the next reader, and gives up when memory is short.
+
+    Args:
+        folder: of this split's cache, filled.
+        captions_per_group: number of sentences of each group, by row.
+        dtype: of the features that are handed out, whatever they are stored as: the model's.
+
+    Attributes:
+        image: memory-mapped `(groups, width)`, the input of `visual_projection`: float32, or bfloat16's bits as uint16.
+        text: memory-mapped `(sentences, width)`, the input of `text_projection`, likewise.
+        text_to_image: `(sentences,)`, the group of every sentence.
+    """
+
+    def __init__(self, folder: Path, captions_per_group: list[int], dtype: torch.dtype = torch.float32):
+        self.folder = folder
+        self.image = np.load(folder / "image.npy", mmap_mode="r")
+        self.text = np.load(folder / "text.npy", mmap_mode="r")
+        self.dtype = dtype
+        self.captions_per_group = captions_per_group
+        self.text_to_image = torch.from_numpy(np.repeat(np.arange(len(captions_per_group)), captions_per_group))
+        self._first_text = np.concatenate([[0], np.cumsum(captions_per_group)])
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __getitems__(self, pairs: list[Pair]) -> dict[str, torch.Tensor]:
+        """A whole batch at once (torch's protocol for batched fetching): the model's inputs for these pairs."""
+        rows = np.array([pair.row for pair in pairs])
+        texts = self._first_text[rows] + [pair.caption for pair in pairs]
+        return {
+            "pooled_image": as_features(self.image[rows]).to(self.dtype),
+            "pooled_text": as_features(self.text[texts]).to(self.dtype),
+            "group_ids": torch.tensor([pair.group_id for pair in pairs]),
+        }
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | os.PathLike,
+        model: IConEModel,
+        processor: Any,
+        groups: Dataset,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        dtype: str = "float32",
+    ) -> "FeatureCache":
+        """Opens the cache in `folder`, computing first what is not there yet.
+
+        A cache made with other tower weights, another processor, other data or as another type is thrown away, and the
+        log says which of them changed. Under several processes each computes its share, and all wait for the last.
+
+        Args:
+            folder: of this split's cache, which all processes see.
+            model, processor, groups: what to encode, and with what.
+            batch_size: pictures, or sentences, a forward pass.
+            num_workers: processes that decode pictures ahead, for each process.
+            dtype: what features are stored as: `"float32"`, or `"bfloat16"`, which takes half the disk.
+
+        Raises:
+            ValueError: if a picture cannot be decoded (what was computed before it is kept), or `dtype` is neither.
+        """
+        if dtype not in STORED_DTYPES:
+            raise ValueError(f"dtype={dtype!r} must be one of {', '.join(STORED_DTYPES)}.")
+        folder = Path(folder)
+        captions = Captions.read(groups)
+        images, texts = (_Rows(folder, name, dtype) for name in ("image", "text"))
+        state = PartialState()
+        if state.is_main_process:
+            _make_room(folder, {**cache_key(model, processor, groups), "dtype": dtype}, (images, texts))
+            images.create(len(groups), model.visual_projection.in_features)
+            texts.create(len(captions), model.text_projection.in_features)
+        state.wait_for_everyone()
+        no_image, no_text = images.missing(), texts.missing()
+        state.wait_for_everyone()  # all have seen what is missing before one fills some of it
+        for what, missing in (("image", no_image), ("text", no_text)):
+            if 0 < missing.sum() < len(missing):
+                logger.info(f"The feature cache in {folder} goes on: {missing.sum()} rows of {what} features missing.")
+        if no_image.any():
+            batches = _share(np.flatnonzero(no_image), batch_size)
+            images.fill(batches, pool_images(model, processor, groups, batches, num_workers))
+        if no_text.any():
+            order = by_length(processor, captions.flat)
+            batches = _share(order[no_text[order]], batch_size)
+            sentences = [[captions.flat[row] for row in batch] for batch in batches]
+            texts.fill(batches, pool_texts(model, processor, sentences))
+        state.wait_for_everyone()
+        return cls(folder, captions.counts, model.dtype)
+
+
+class _Rows:
+    """One array on disk, and which of its rows are there. Several processes write to it, never the same row.
+
+    Files are written to, not mapped: two computers that share a folder would overwrite each other's rows within a
+    mapped page.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: str):
+        self.array, self.done = folder / f"{name}.npy", folder / f"{name}.done"
+        self.dtype, self.stored_dtype = STORED_DTYPES[dtype]
+
+    def remove(self) -> None:
+        for path in (self.done, self.array):  # in this order: without marks a killed run leaves nothing that counts
+            path.unlink(missing_ok=True)
+
+    def create(self, count: int, width: int) -> None:
+        if self.done.is_file():  # the last one that is made
+            return
+        np.lib.format.open_memmap(self.array, mode="w+", dtype=self.stored_dtype, shape=(count, width))
+        unfinished = self.done.with_suffix(".tmp")
+        unfinished.write_bytes(bytes(count))
+        unfinished.replace(self.done)
+
+    def missing(self) -> np.ndarray:
+        """`(rows,)` bool."""
+        return np.fromfile(self.done, dtype=np.uint8) == 0
+
+    def fill(self, batches: list[list[int]], outputs: Iterator[torch.Tensor]) -> None:
+        """Writes the towers' outputs of these rows, each batch while the next one is computed."""
+        offset = np.load(self.array, mmap_mode="r").offset
+        with ThreadPoolExecutor(1) as thread:
+            writing: Future | None = None
+            for rows, pooled in zip(batches, outputs, strict=True):
+                content = pooled.to(self.dtype).cpu().contiguous().view(torch.uint8).numpy()
+                if writing is not None:
+                    writing.result()
+                writing = thread.submit(self._write, rows, content, offset)
+            if writing is not None:
+                writing.result()
+
+    def _write(self, rows: list[int], content: np.ndarray, offset: int) -> None:
+        with open(self.array, "r+b") as array, open(self.done, "r+b") as done:
+            for row, feature in zip(rows, content, strict=True):
+                array.seek(offset + row * feature.nbytes)
+                array.write(feature)
+            array.flush()
+            os.fsync(array.fileno())  # before a row is marked: even a power cut leaves no mark without its row
+            for row in rows:
+                done.seek(row)
+                done.write(b"\1")
+
+
+def as_features(stored: np.ndarray) -> torch.Tensor:
+    """Rows of `image` or `text`, copied from the map already, as a tensor of the type that they are stored as."""
+    tensor = torch.from_numpy(stored)
+    return tensor.view(torch.bfloat16) if stored.dtype == np.uint16 else tensor
+
+
+def _make_room(folder: Path, key: dict[str, str], arrays: Iterable[_Rows]) -> None:
+    """Leaves in `folder` a cache of this key, in whole or in part, or none."""
+    saved = json.loads((folder / "key.json").read_text()) if (folder / "key.json").is_file() else {}
+    if saved == key:
+        return
+    if saved:
+        changed = sorted(name for name in key if saved.get(name) != key[name])
+        logger.warning(f"The feature cache in {folder} is thrown away, since these changed: {', '.join(changed)}.")
+    for rows in arrays:
+        rows.remove()
+    write_json(folder / "key.json", key)
+
+
+def _share(rows: np.ndarray, batch_size: int) -> list[list[int]]:
+    """This process's batches of `rows`: every n-th, so that all have short sentences and long ones."""
+    state = PartialState()
+    return in_batches(rows.tolist(), batch_size)[state.process_index :: state.num_processes]
+
+
+def cache_key(model: IConEModel, processor: Any, groups: Dataset) -> dict[str, str]:
+    """Digests of all that a pooled feature depends on: both towers, the processor, pictures and captions."""
+    return {
+        **digest_towers(model),
+        "processor": digest_processor(processor),
+        "pictures": digest_pictures(groups),
+        "captions": Captions.read(groups).digest(),
+    }

@@ -1,0 +1,232 @@
+"""transformers' Trainer for one stage."""
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..compat import TrainerStepsMixin
+from ..data.batching import GroupBatchSampler, GroupDataLoader, PairChunks, PairCollator, PairDataset
+from ..embedding.encoding import GroupEmbeddings, embed_pooled, encode_groups
+from ..evaluation.measure import measure_embeddings
+from ..modeling.heads import IConEHeads, IConEOutput
+from ..modeling.modeling_icone import IConEModel
+from ..modeling.processing_icone import IConEProcessor
+from .arguments import IConETrainingArguments
+from .feature_cache import FeatureCache, as_features
+from .gradient_cache import backward_in_chunks
+from .progress import TrainingProgress
+from .sparse_rows import AdamWithSparseRows, with_dense_gradients
+from .stages import Stage
+
+
+class StageTrainer(TrainerStepsMixin, Trainer):
+    """transformers' Trainer for one stage: batches of groups, the stage's loss weights, validation by retrieval."""
+
+    def __init__(
+        self,
+        model: IConEModel | IConEHeads,
+        args: IConETrainingArguments,
+        stage: Stage,
+        train_dataset: PairDataset | FeatureCache,
+        eval_dataset: Dataset | FeatureCache,
+        processor: IConEProcessor | None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.stage = stage
+        self.pairs = train_dataset
+        self._loss_sums: dict[str, torch.Tensor] = {}
+        self._loss_steps = 0
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+        self._progress = TrainingProgress(stage.name, as_lines=bool(args.disable_tqdm))
+        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):  # a notebook has its own table
+            self.add_callback(self._progress)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' Trainer."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._progress.close()
+
+    def get_train_dataloader(self) -> GroupDataLoader:
+        args = cast(IConETrainingArguments, self.args)
+        classifier = self.trained_part.classifier
+        sampler = GroupBatchSampler(
+            self.pairs.captions_per_group,
+            self.args.per_device_train_batch_size * self.args.world_size,
+            seed=self.args.seed,
+            rank=self.args.process_index,
+            num_ranks=self.args.world_size,
+            pairs_per_group=args.pairs_per_group,
+            class_vectors=(lambda: classifier.weight) if args.neighbour_run and classifier is not None else None,
+            neighbour_run=args.neighbour_run,
+        )
+        pin_memory = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+        if isinstance(self.pairs, FeatureCache):
+            # It hands out whole batches from mapped memory: worker processes would only copy them, and heads alone
+            # need no chunks.
+            return GroupDataLoader(self.pairs, batch_sampler=sampler, collate_fn=_as_it_is, pin_memory=pin_memory)
+        collator, num_workers = PairCollator(self.processing_class), self.args.dataloader_num_workers
+        chunk_size = args.per_device_chunk_size
+        if chunk_size is not None and chunk_size < self.args.per_device_train_batch_size:
+            chunks = PairChunks(self.pairs, collator, chunk_size, num_workers, pin_memory)
+            return GroupDataLoader(chunks, batch_sampler=sampler, collate_fn=_as_it_is)
+        return GroupDataLoader(
+            self.pairs,
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers and num_workers > 0,
+        )
+
+    @property
+    def trained_part(self) -> IConEModel | IConEHeads:
+        """Return what this stage trains, without the wrappers of mixed precision and DDP."""
+        part = self.accelerator.unwrap_model(self.model)
+        assert isinstance(part, IConEModel | IConEHeads)
+        return part
+
+    def _sampled_rows(self) -> torch.Tensor | None:
+        """Return the class vectors if this stage trains samples of them."""
+        part = self.trained_part
+        if not part.config.instance_samples or part.classifier is None or not part.classifier.weight.requires_grad:
+            return None
+        return part.classifier.weight
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer; where classes are sampled, the class vectors have one of their own in it."""
+        rows = self._sampled_rows()
+        if self.optimizer is not None or rows is None:
+            return super().create_optimizer(model)
+        # What has no gradient is left out by transformers.
+        rows.requires_grad_(False)
+        dense = super().create_optimizer(model)
+        rows.requires_grad_(True)
+        args = self.args
+        sparse = torch.optim.SparseAdam(
+            [rows], lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
+        )
+        self.optimizer = AdamWithSparseRows(dense, sparse)
+        if args.world_size > 1:  # as DDP does with all that it is not told to leave out
+            torch.distributed.broadcast(rows.data, src=0)
+        return self.optimizer
+
+    def clip_gradients(self, model: torch.nn.Module, max_norm: float) -> torch.Tensor | float:
+        """Clip gradients, sparse ones too, which torch's own function refuses."""
+        if self._sampled_rows() is None:
+            return super().clip_gradients(model, max_norm)
+        return self.accelerator.clip_grad_norm_(with_dense_gradients(model.parameters()), max_norm)
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        if "read_chunks" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        optimizer, scaler = cast(Any, self.optimizer), self.accelerator.scaler
+        if callable(getattr(optimizer, "train", None)):  # a schedule-free optimizer has modes too
+            optimizer.train()
+        output = backward_in_chunks(
+            self.accelerator.unwrap_model(model),
+            lambda: map(self._prepare_inputs, inputs["read_chunks"]()),
+            inputs["group_ids"].to(self.args.device),
+            self.stage.instance_weight,
+            self.stage.contrastive_weight,
+            self.accelerator.backward,
+            loss_scale=1.0 if scaler is None else scaler.get_scale(),
+            autocast=self.accelerator.autocast,
+        )
+        self._count_losses(output)
+        return cast(torch.Tensor, output.loss)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        output = model(
+            **inputs,
+            instance_weight=self.stage.instance_weight,
+            contrastive_weight=self.stage.contrastive_weight,
+            return_loss=True,
+        )
+        self._count_losses(output)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def _count_losses(self, output: IConEOutput) -> None:
+        for name in ("instance_loss", "contrastive_loss"):
+            if (loss := getattr(output, name)) is not None:
+                self._loss_sums[name] = self._loss_sums.get(name, 0) + loss.detach()
+        self._loss_steps += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._loss_steps:
+            for name, total in self._loss_sums.items():
+                logs[name] = self.accelerator.gather(total).mean().item() / self._loss_steps
+            self._loss_sums, self._loss_steps = {}, 0
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | FeatureCache | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Retrieval metrics of groups, or of their cached features: keys `{metric_key_prefix}_rsum` and so on."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, FeatureCache):
+            embeds = embed_cached(self.trained_part, dataset)
+        else:
+            embeds = encode_groups(
+                cast(IConEModel, self.trained_part),
+                cast(IConEProcessor, self.processing_class),
+                dataset,
+                self.args.per_device_eval_batch_size,
+                self.args.dataloader_num_workers,
+            )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measure_embeddings(embeds)[0].items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def validation_metrics(log_entry: dict[str, Any]) -> dict[str, float]:
+    """The retrieval metrics in an entry of the log that [`StageTrainer.evaluate`] has written, by their own names."""
+    return {name.removeprefix("eval_"): value for name, value in log_entry.items() if name.startswith("eval_")}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+@torch.no_grad()
+def embed_cached(model: IConEModel | IConEHeads, cache: FeatureCache, chunk_size: int = 4096) -> GroupEmbeddings:
+    """Embeds a split from its cached features, L2-normalised, in float32 on the CPU; `chunk_size` rows at a time."""
+
+    def project(features: Any, projection: torch.nn.Linear) -> torch.Tensor:
+        weight = projection.weight
+        starts = range(0, len(features), chunk_size)
+        chunks = (as_features(np.array(features[i : i + chunk_size])) for i in starts)
+        return torch.cat([embed_pooled(chunk.to(weight), projection) for chunk in chunks])
+
+    return GroupEmbeddings(
+        project(cache.image, model.visual_projection), project(cache.text, model.text_projection), cache.text_to_image
+    )

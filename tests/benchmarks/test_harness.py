@@ -1,0 +1,56 @@
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import harness, summary  # noqa: E402
+
+
+def allocate(megabytes):
+    return np.ones(megabytes * 2**17).sum()
+
+
+def fail():
+    sys.exit(3)
+
+
+def test_runs_take_turns_and_warm_up_does_not_count():
+    order = []
+    runs = {"a": lambda: order.append("a"), "b": lambda: (order.append("b"), time.sleep(0.02))}
+    seconds = harness.interleaved(runs, rounds=3, warm_up=1)
+    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+    assert min(seconds["b"]) >= 0.02
+
+
+def test_a_run_may_time_itself():
+    assert harness.interleaved({"a": lambda: 0.5}, rounds=2, warm_up=0) == {"a": [0.5, 0.5]}
+
+
+def test_a_ratio_is_the_median_of_the_rounds():
+    assert harness.ratio({"a": [1.0, 6.0, 9.0], "b": [1.0, 2.0, 9.0]}, "a", to="b") == 1.0
+
+
+def test_peak_memory_is_that_of_the_function():
+    little, much = (harness.peak_memory(allocate, megabytes) for megabytes in (1, 300))
+    assert 280 < much["peak"] - much["before"] < 340
+    assert little["peak"] - little["before"] < 50
+
+
+def test_a_process_that_ends_is_reported():
+    with pytest.raises(RuntimeError, match="fail ended with exit code 3"):
+        harness.peak_memory(fail)
+
+
+def test_the_pages_show_what_was_measured():
+    for name, table in harness.blocks().items():
+        assert table in harness.page_of(name).read_text(encoding="utf-8"), f"{name}: python -m benchmarks --report"
+
+
+def test_the_readme_shows_what_was_measured():
+    assert summary.table() in summary.README.read_text(encoding="utf-8"), "python -m benchmarks --report"

@@ -1,0 +1,161 @@
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from icone_hf import PAPER_STAGES, IConEConfig, IConETrainingArguments, Stage, load_groups
+from icone_hf.cli.arguments import DataArguments, ModelArguments, RecipeArguments, parse_arguments
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+ALL = (ModelArguments, DataArguments, RecipeArguments, IConETrainingArguments)
+
+
+def write(tmp_path, **values):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out"), **values}))
+    return str(path)
+
+
+def test_arguments_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = write(tmp_path, projection_dim=64, temperature="7e-2", seed=5, bf16=False)
+    model, _, _, training = parse_arguments(ALL, [path, "--projection_dim", "32"])
+    assert (model.projection_dim, model.temperature, training.seed) == (32, 0.07, 5)
+    assert model.instance_logits == "dot"
+    assert training.per_device_train_batch_size == 128
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--shard_classifier", "x"], True),
+        (["x", "--shard_classifier"], True),
+        (["x", "--shard_classifier", "--seed", "1"], True),
+        (["x", "--shard_classifier", "no"], False),
+        (["--shard_classifier", "False", "x"], False),
+    ],
+)
+def test_a_flag_needs_no_value_wherever_it_stands(argv, expected):
+    args, positional = parse_arguments((IConETrainingArguments,), argv, positionals={"name": {}})
+    assert (args.shard_classifier, positional.name) == (expected, "x")
+
+
+def test_a_flag_that_may_be_unset_needs_no_value_either():
+    (args,) = parse_arguments((IConETrainingArguments,), ["--hub_private_repo", "--seed", "1"])
+    assert (args.hub_private_repo, args.seed) == (True, 1)
+
+
+def test_arguments_alone(tmp_path):
+    *_, training = parse_arguments(ALL, ["--output_dir", str(tmp_path), "--warmup_steps", "0.1", "--use_cpu", "true"])
+    assert (training.output_dir, training.warmup_steps, training.use_cpu) == (str(tmp_path), 0.1, True)
+
+
+def test_processors_are_used_where_there_is_nothing_else(tmp_path):
+    assert IConETrainingArguments(tmp_path).use_cpu == (not torch.accelerator.is_available())
+
+
+def test_defaults_are_the_papers(tmp_path):
+    model, _, recipe, training = parse_arguments(ALL, ["--output_dir", str(tmp_path)])
+    assert model.vision_model_name_or_path == "openai/clip-vit-base-patch32"
+    assert (model.projection_dim, model.temperature, model.instance_logits) == (2048, 0.05, "dot")
+    assert recipe.parse() == PAPER_STAGES
+    assert (training.weight_decay, training.lr_scheduler_type, training.metric_for_best_model) == (
+        0.0,
+        "cosine",
+        "rsum",
+    )
+
+
+def test_stages_from_a_file_and_from_an_argument(tmp_path):
+    stage = {
+        "name": "only",
+        "num_train_epochs": 1,
+        "learning_rate": "1e-3",
+        "instance_weight": 1,
+        "contrastive_weight": 0,
+    }
+    path = write(tmp_path, stages=[{**stage, "train_encoders": False}])
+    (parsed,) = parse_arguments(ALL, [path])[2].parse()
+    assert (parsed.name, parsed.learning_rate) == ("only", 1e-3)
+    text = json.dumps([asdict(Stage("b", 1, 1e-5, instance_weight=0, contrastive_weight=1, train_encoders=True))])
+    (parsed,) = parse_arguments(ALL, [path, "--stages", text])[2].parse()
+    assert (parsed.name, parsed.train_encoders) == ("b", True)
+    with pytest.raises(ValueError, match="neither 'paper' nor a list"):
+        RecipeArguments("papers").parse()
+
+
+@pytest.mark.parametrize(
+    ("values", "extra", "message"),
+    [
+        ({"projection_dims": 3}, [], "projection_dims is no argument. Did you mean projection_dim?"),
+        ({}, ["--temprature", "1"], "--temprature is no argument. Did you mean --temperature?"),
+        ({}, ["--projection_dim", "wide"], "invalid int value: 'wide'"),
+        ({"projection_dim": "wide"}, [], "invalid int value: 'wide'"),
+        ({"lr_scheduler_type": "cosin"}, [], "cosin"),
+    ],
+)
+def test_what_is_unknown_or_wrong_is_refused(tmp_path, capsys, values, extra, message):
+    with pytest.raises(SystemExit):
+        parse_arguments(ALL, [write(tmp_path, **values), *extra])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist"), ("- a\n- b\n", "must hold 'argument: value' lines")]
+)
+def test_files_that_are_no_mapping_are_refused(tmp_path, capsys, content, message):
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit):
+        parse_arguments(ALL, [str(path)])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_of_the_examples_parses(path):
+    model, _, recipe, training = parse_arguments(ALL, [str(path)])
+    assert recipe.parse()
+    assert training.output_dir.startswith("outputs/")
+    assert model.config()["projection_dim"] == model.projection_dim
+    assert IConEConfig(**model.config()).vision_pooling == model.vision_pooling
+
+
+def test_poolings_are_guessed_unless_named(tmp_path):
+    model, *_ = parse_arguments(ALL, ["--output_dir", str(tmp_path), "--text_pooling", "mean"])
+    assert (model.vision_pooling, model.text_pooling) == (None, "mean")
+    assert IConEConfig(**model.config()).vision_pooling == "pooler"
+
+
+def test_a_negative_lora_rank_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(ALL, [write(tmp_path), "--lora_rank", "-1"])
+    assert "lora_rank=-1 must be 0 (no adapters) or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["flickr30k", "coco"])
+def test_the_papers_configs_hold_the_papers_values(name):
+    model, _, recipe, training = parse_arguments(ALL, [str(CONFIGS / f"{name}.yaml")])
+    assert recipe.parse() == PAPER_STAGES
+    assert training.per_device_train_batch_size * 4 == 128  # the paper's four GPUs
+    assert (model.projection_dim, model.temperature, model.instance_logits) == (2048, 0.05, "dot")
+    assert (model.vision_pooling, model.text_pooling) == ("pooler", "cls")
+
+
+def test_data_arguments_are_load_groups_keywords():
+    arguments = DataArguments(num_validation_groups=4, image_size=48, scenes_seed=3)
+    groups = load_groups(**arguments.load_arguments("validation"))
+    assert len(groups) == 4
+    assert groups[0]["image"].size == (48, 48)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_takes_the_configs_of_many_processes(path, make_model):
+    config = load_config_from_file(str(path))  # raises for a key that it does not know
+    assert config.num_processes == 8 * config.num_machines
+    layers = config.fsdp_config.get("fsdp_transformer_layer_cls_to_wrap")
+    if layers:  # CLIP's and BERT's
+        assert set(layers.split(",")) <= {type(module).__name__ for module in make_model().modules()}

@@ -1,0 +1,213 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import DatasetDict
+from safetensors import safe_open
+from tiny import make_groups
+
+from icone_hf import IConEModel, encode_groups, fold_metrics, load_groups, retrieval_metrics
+from icone_hf.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+STAGE = {"name": "only", "num_train_epochs": 1, "learning_rate": 1e-3, "instance_weight": 1, "contrastive_weight": 1}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder of groups with the three splits, as `save_to_disk` leaves it."""
+    splits = {"train": make_groups(12), "validation": make_groups(6, start=12), "test": make_groups(8, start=18)}
+    DatasetDict(splits).save_to_disk(tmp_path / "groups")
+    return str(tmp_path / "groups")
+
+
+@pytest.fixture
+def checkpoint(tmp_path, make_model, processor):
+    make_model().save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    return str(tmp_path / "checkpoint")
+
+
+def test_help_is_fast_and_names_every_command():
+    code = "import sys; from icone_hf.cli import main; main(['--help']); print('torch' in sys.modules)"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 5  # it takes 0.06 s; seconds would be torch
+    assert all(name in done.stdout for name in COMMANDS)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"usage: icone {name}" in shown
+    assert any(argument in shown for argument in ("--output_dir", "--split", "--revision", "--push", "--int8"))
+    assert not any(clutter in shown for clutter in ("--output-dir", "--output_dir OUTPUT_DIR", "default: None)"))
+
+
+def test_help_is_in_groups_and_names_each_argument_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")] == [
+        "positional arguments:",
+        "options:",
+        "data:",
+        "encoding:",
+        "measuring:",
+        "output:",
+    ]
+    assert "--source" not in shown  # a positional argument
+    assert "  --batch_size N " in shown
+
+
+def test_train_evaluate_encode(source, towers, tmp_path, capsys):
+    output = tmp_path / "out"
+    towers = ["--vision_model_name_or_path", towers[0], "--text_model_name_or_path", towers[1]]
+    stages = json.dumps([{**STAGE, "train_encoders": False}])
+    more = ["--projection_dim", "16", "--stages", stages, "--use_cpu", "true", "--report_to", "none"]
+    assert main(["train", "--source", source, "--output_dir", str(output), *towers, *more]) == 0
+    trained = json.loads((output / "metrics.json").read_text())
+    assert set(trained) == {"validation", "stages", "test"}
+
+    assert main(["evaluate", str(output), source, "--folds", "2", "--grid", str(tmp_path / "grid.png")]) == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["test"] == pytest.approx(trained["test"])
+    assert (tmp_path / "grid.png").stat().st_size > 10000
+
+    assert main(["encode", str(output), source, str(tmp_path / "deep" / "test.safetensors")]) == 0
+    assert "8 pictures and 24 sentences" in capsys.readouterr().out
+    with safe_open(tmp_path / "deep" / "test.safetensors", "pt") as file:
+        embeds = [file.get_tensor(name) for name in ("image_embeds", "text_embeds", "text_to_image")]
+        assert file.metadata() == {"checkpoint": str(output), "source": source, "split": "test"}
+    assert retrieval_metrics(*embeds) == pytest.approx(metrics["test"])
+    assert fold_metrics(*embeds, 2) == pytest.approx(metrics["test_mean_of_2_folds"])
+
+
+def test_encode_writes_what_encode_groups_returns(source, checkpoint, processor, tmp_path):
+    out = tmp_path / "validation.safetensors"
+    assert main(["encode", checkpoint, source, str(out), "--split", "validation", "--batch_size", "5"]) == 0
+    expected = encode_groups(IConEModel.from_pretrained(checkpoint), processor, load_groups(source, "validation"))
+    with safe_open(out, "pt") as file:
+        for name, tensor in expected._asdict().items():
+            torch.testing.assert_close(file.get_tensor(name), tensor)
+
+
+def test_encode_into_a_folder_writes_shards(source, checkpoint, tmp_path, capsys):
+    out = tmp_path / "shards"
+    more = ["--split", "validation", "--shard_size", "4", "--embedding_dtype", "float16"]
+    assert main(["encode", checkpoint, source, str(out), *more]) == 0
+    assert "6 pictures and 18 sentences" in capsys.readouterr().out
+    assert len(list(out.glob("pictures/*.parquet"))) == 2
+
+    make_groups(1)[0]["image"].save(tmp_path / "alone.png")
+    assert main(["encode", checkpoint, str(tmp_path), str(tmp_path / "v1.0") + "/", "--pictures_only"]) == 0
+    assert "1 pictures and 0 sentences" in capsys.readouterr().out
+    assert main(["encode", checkpoint, source, str(tmp_path / "a.safetensors"), "--shard_size", "4"]) == 2
+    assert "are for shards: make OUT=" in capsys.readouterr().err
+    assert main(["encode", checkpoint, source, str(out), *more, "--shard_size", "5"]) == 2
+    assert f"icone encode: error: 7 shards in {out} are not" in capsys.readouterr().err
+
+
+def test_processes_on_cpus_share_an_encoding(source, checkpoint, tmp_path):
+    """Each rank makes its shards, and one says so."""
+    out = tmp_path / "shards"
+    command = ["encode", checkpoint, source, str(out), "--split", "train", "--shard_size", "3", "--json"]
+    done = subprocess.run(
+        [Path(sys.executable).with_name("torchrun"), "--nproc_per_node", "2", "-m", "icone_hf", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["pictures"] == 12
+    assert len(list(out.glob("pictures/*.parquet"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "usage: icone COMMAND"),
+        (["tran"], "icone: error: tran is no command: use train, evaluate, encode, "),
+        (["evaluate", "x", "nowhere.json"], "icone evaluate: error: nowhere.json does not exist"),
+        (["encode", "x", "y", "z.npy"], "icone encode: error: OUT=z.npy is neither FILE.safetensors nor a"),
+        (["evaluate", "./nowhere", "openmoji-scenes", "--num_test_groups", "2"], "icone evaluate: error: "),
+        (["train", "--source", "openmoji-scenes", "--image_root", "x"], "icone train: error: image_root='x' has no"),
+        (["reproduce", "table1"], "icone reproduce: error: There is nothing to run: no Flickr30k: pass --flickr30k"),
+    ],
+)
+def test_what_the_user_did_wrong_is_one_line(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_arguments_are_refused_in_the_commands_name(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "only-one", "--splt", "test"])
+    assert stop.value.code == 2
+    assert "icone evaluate: error" in capsys.readouterr().err
+
+
+def test_a_program_reads_json(source, checkpoint, tmp_path, capsys):
+    def result(*argv):
+        capsys.readouterr()
+        assert main([*argv]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    metrics = result("evaluate", "--json", checkpoint, source, "--split", "validation")
+    assert metrics == {"validation": json.loads((Path(checkpoint) / "metrics.json").read_text())["validation"]}
+    out = str(tmp_path / "shards")
+    assert result("encode", checkpoint, source, out, "--json") == {
+        "out": out,
+        "pictures": 8,
+        "sentences": 24,
+        "unreadable": [],
+    }
+    out = str(tmp_path / "parquet")
+    assert result("data", source, out, "--json") == {
+        "out": out,
+        "groups": {"train": 12, "validation": 6, "test": 8},
+        "url": None,
+    }
+
+
+def test_an_interrupted_command_says_how_it_goes_on(monkeypatch, capsys):
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("icone_hf.cli.train", stop)
+    monkeypatch.setattr(stop, "__name__", "train")
+    assert main(["train"]) == 130
+    assert "interrupted. Call it again with --resume_from_checkpoint auto" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_programs_keeps_its_traceback(monkeypatch, checkpoint, source):
+    def broken(*args, **kwargs):
+        return torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+    monkeypatch.setattr("icone_hf.embedding.encoding.encode_groups", broken)
+    with pytest.raises(RuntimeError):
+        main(["evaluate", checkpoint, source])
+    monkeypatch.setattr("icone_hf.embedding.encoding.encode_groups", lambda *args: int("no number"))
+    with pytest.raises(ValueError, match="no number"):
+        main(["evaluate", checkpoint, source])
+
+
+def test_scripts_and_module_are_the_command():
+    for command, message in (
+        (["-m", "icone_hf", "tran"], "icone: error: tran is no command"),
+        ([str(ROOT / "examples" / "evaluate.py"), "x", "nowhere.json"], "icone evaluate: error: nowhere.json does not"),
+    ):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith(message)

@@ -1,0 +1,190 @@
+import logging as python_logging
+import os
+import signal
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from tiny import make_groups
+
+import icone_hf.embedding.shards as embedding_shards
+from icone_hf import IConEModel, IConEProcessor, encode, encode_groups, load_pictures
+
+COUNTS = [1, 3, 2, 5, 1, 2, 4]
+
+
+@pytest.fixture
+def groups():
+    return make_groups(7, captions=COUNTS)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of pictures without captions, in two depths, and files that are none."""
+    for row, group in enumerate(make_groups(5)):
+        path = tmp_path / "album" / ("deep" if row % 2 else "") / f"{row}.{'PNG' if row else 'jpeg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        group["image"].save(path, format="png")
+    (tmp_path / "album" / "notes.txt").write_text("no picture")
+    return tmp_path / "album"
+
+
+def read(folder, kind):
+    table = datasets.load_dataset("parquet", data_dir=f"{folder}/{kind}", split="train", cache_dir=f"{folder}/cache")
+    return table.with_format("numpy")
+
+
+def test_shards_hold_what_encode_groups_returns(make_model, processor, groups, tmp_path):
+    model = make_model()
+    assert encode(model, processor, groups, tmp_path, shard_size=4, batch_size=3) == {}
+    images, texts, text_to_image = encode_groups(model, processor, groups)
+    pictures, sentences = read(tmp_path, "pictures"), read(tmp_path, "sentences")
+    assert [path.name for path in sorted((tmp_path / "pictures").iterdir())] == ["00000.parquet", "00001.parquet"]
+    assert len(list((tmp_path / "sentences").iterdir())) == 5  # 18 sentences
+    np.testing.assert_allclose(pictures["embedding"][:], images, atol=1e-5)
+    np.testing.assert_allclose(sentences["embedding"][:], texts, atol=1e-5)
+    assert pictures.features["embedding"] == datasets.List(datasets.Value("float32"), length=16)
+    assert list(pictures["image_id"]) == groups["image_id"][:]
+    assert sentences["row"][:].tolist() == text_to_image.tolist()
+    assert sentences["caption"][:].tolist() == [number for count in COUNTS for number in range(count)]
+    assert list(sentences["text"]) == [caption for captions in groups["captions"] for caption in captions]
+
+
+def test_a_folder_of_pictures_needs_no_captions(make_model, processor, folder, tmp_path):
+    model, pictures = make_model(), load_pictures(folder)
+    assert pictures["image_id"][:] == ["0.jpeg", "2.PNG", "4.PNG", "deep/1.PNG", "deep/3.PNG"]
+    encode(model, processor, pictures, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out" / "sentences").exists()
+    found = read(tmp_path / "out", "pictures")
+    assert list(found["image_id"]) == pictures["image_id"][:]
+    assert found.features["embedding"] == datasets.List(datasets.Value("float16"), length=16)
+    with torch.no_grad():
+        inputs = processor(images=pictures["image"][:], return_tensors="pt")
+        np.testing.assert_allclose(found["embedding"][:], model(**inputs).image_embeds, atol=1e-3)
+    for missing, message in ((folder / "nowhere", "is no folder"), (tmp_path / "out", "holds no picture file")):
+        with pytest.raises(FileNotFoundError, match=message):
+            load_pictures(missing)
+
+
+def test_what_was_done_is_kept(make_model, processor, groups, tmp_path, monkeypatch):
+    model = make_model()
+    original, encoded = embedding_shards.pool_images, []
+
+    def killed_in_the_third_shard(*args):
+        for count, pooled in enumerate(original(*args)):
+            if count == 5:
+                raise KeyboardInterrupt
+            yield pooled
+
+    monkeypatch.setattr(embedding_shards, "pool_images", killed_in_the_third_shard)
+    with pytest.raises(KeyboardInterrupt):
+        encode(model, processor, groups, tmp_path, shard_size=2, batch_size=1)
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
+    assert sorted(done) == ["00000.parquet", "00001.parquet"]
+
+    def counting(model, processor, source, batches, *args):
+        encoded.extend(batches)
+        return original(model, processor, source, batches, *args)
+
+    monkeypatch.setattr(embedding_shards, "pool_images", counting)
+    encode(model, processor, groups, tmp_path, shard_size=2, batch_size=1)
+    assert encoded == [[4], [5], [6]]
+    assert done.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}.items()
+    np.testing.assert_allclose(
+        read(tmp_path, "pictures")["embedding"][:], encode_groups(model, processor, groups).image_embeds, atol=1e-5
+    )
+
+
+def test_shards_of_something_else_are_refused(make_model, processor, groups, tmp_path):
+    encode(make_model(), processor, groups, tmp_path, shard_size=4)
+    model = make_model()
+    with torch.no_grad():
+        model.vision_model.post_layernorm.weight[0] *= 1.001
+        model.text_projection.weight[0] *= 1.001
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
+    with pytest.raises(
+        ValueError, match=r"7 shards in .* are not .*0.parquet was made with another text head, vision tower"
+    ):
+        encode(model, processor, groups, tmp_path, shard_size=4)
+    with pytest.raises(ValueError, match="another dtype"):
+        encode(make_model(), processor, groups, tmp_path, shard_size=4, dtype="float16")
+    with pytest.raises(ValueError, match="another rows, shard_size"):
+        encode(make_model(), processor, groups, tmp_path, shard_size=5)
+    with pytest.raises(
+        ValueError, match=r"3 shards in .* are not .*pictures/00001.parquet was made with another rows\."
+    ):
+        encode(make_model(), processor, groups.select(range(6)), tmp_path, shard_size=4)
+    changed = IConEProcessor(processor.image_processor, processor.tokenizer)
+    changed.image_processor.image_mean = [0.4, 0.5, 0.5]
+    with pytest.raises(ValueError, match="another processor"):
+        encode(make_model(), changed, groups, tmp_path, shard_size=4)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}  # nothing was touched
+    for wrong, message in (({"dtype": "int8"}, "dtype='int8' must be"), ({"shard_size": 0}, "shard_size=0 must be")):
+        with pytest.raises(ValueError, match=message):
+            encode(make_model(), processor, groups, tmp_path, **wrong)
+
+
+def test_unreadable_pictures_are_named_and_the_others_stay(make_model, processor, folder, tmp_path, caplog):
+    python_logging.getLogger("transformers").propagate = True
+    model = make_model()
+    whole = (folder / "deep" / "1.PNG").read_bytes()
+    (folder / "deep" / "1.PNG").write_bytes(b"no picture")
+    for _ in range(2):  # the second call finds all shards there, and says it again
+        caplog.clear()
+        unreadable = encode(model, processor, load_pictures(folder), tmp_path / "out", shard_size=2)
+        assert list(unreadable) == [3]
+        assert f"The picture of row 3 ({folder}/deep/1.PNG) cannot be decoded" in caplog.text
+        assert f"delete {tmp_path}/out/pictures/00001.parquet and encode again" in caplog.text
+    assert read(tmp_path / "out", "pictures")["row"][:].tolist() == [0, 1, 2, 4]
+
+    (folder / "deep" / "1.PNG").write_bytes(whole)
+    with pytest.raises(
+        ValueError, match=r"1 shards in .* are not .*out/pictures/00001.parquet was made with another rows\."
+    ):
+        encode(model, processor, load_pictures(folder), tmp_path / "out", shard_size=2)
+    (tmp_path / "out" / "pictures" / "00001.parquet").unlink()
+    assert encode(model, processor, load_pictures(folder), tmp_path / "out", shard_size=2) == {}
+    assert read(tmp_path / "out", "pictures")["row"][:].tolist() == [0, 1, 2, 3, 4]
+
+
+def encode_as_a_rank(rank, num_ranks, port, towers, folder):
+    """One of several processes, of which the first is killed in its second shard."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    assert PartialState(cpu=True).num_processes == num_ranks
+    torch.manual_seed(0)
+    model = IConEModel.from_encoders(*towers, num_groups=8, projection_dim=16)
+    original = embedding_shards.pool_images
+
+    def killed(*args):
+        for count, pooled in enumerate(original(*args)):
+            if rank == 0 and count == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield pooled
+
+    embedding_shards.pool_images = killed
+    encode(model, IConEProcessor.from_encoders(*towers), make_groups(14), folder, shard_size=2, batch_size=1)
+
+
+def test_one_process_finishes_what_two_began(towers, make_model, processor, tmp_path, monkeypatch):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        torch.multiprocessing.spawn(encode_as_a_rank, (2, 28000 + os.getpid() % 500, towers, tmp_path), nprocs=2)
+    done = {int(path.stem) for path in (tmp_path / "pictures").glob("*.parquet")}
+    assert 0 in done  # the first's first shard; of the second's, 1, 3 and 5, as many as it came to
+    assert done <= {0, 1, 3, 5}
+    encoded = []
+    original = embedding_shards.pool_images
+
+    def counting(model, processor, source, batches, *args):
+        encoded.extend(row for batch in batches for row in batch)
+        return original(model, processor, source, batches, *args)
+
+    monkeypatch.setattr(embedding_shards, "pool_images", counting)
+    groups = make_groups(14)
+    encode(make_model(), processor, groups, tmp_path, shard_size=2, batch_size=1)
+    assert encoded == [row for row in range(14) if row // 2 not in done]
+    expected = encode_groups(make_model(), processor, groups)
+    np.testing.assert_allclose(read(tmp_path, "pictures")["embedding"][:], expected.image_embeds, atol=1e-5)
+    np.testing.assert_allclose(read(tmp_path, "sentences")["embedding"][:], expected.text_embeds, atol=1e-5)

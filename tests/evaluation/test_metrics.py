@@ -1,0 +1,248 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icone_hf.evaluation.metrics import (
+    fold_metrics,
+    fold_ranks,
+    metrics_table,
+    retrieval_metrics,
+    retrieval_ranks,
+    sentence_metrics,
+)
+
+KEYS = {f"{d}_{m}" for d in ("t2i", "i2t") for m in ("r1", "r5", "r10", "medr", "mnr")} | {"rsum"}
+
+
+def numpy_ranks(images, texts, owner):
+    """By the definition: count every other item that scores at least as much; own sentences are no rivals."""
+    scores = images @ texts.T
+    t2i = [
+        sum(scores[i, j] >= scores[owner[j], j] for i in range(len(images)) if i != owner[j]) + 1
+        for j in range(len(texts))
+    ]
+    i2t = []
+    for i in range(len(images)):
+        best = max(scores[i, j] for j in range(len(texts)) if owner[j] == i)
+        i2t.append(sum(scores[i, j] >= best for j in range(len(texts)) if owner[j] != i) + 1)
+    return np.array(t2i), np.array(i2t)
+
+
+def numpy_metrics(images, texts, owner):
+    metrics = {}
+    for direction, ranks in zip(("t2i", "i2t"), numpy_ranks(images, texts, owner), strict=True):
+        for k in (1, 5, 10):
+            metrics[f"{direction}_r{k}"] = 100 * np.mean(ranks <= k)
+        metrics |= {f"{direction}_medr": np.median(ranks), f"{direction}_mnr": np.mean(ranks)}
+    metrics["rsum"] = sum(value for name, value in metrics.items() if name[4:] in ("r1", "r5", "r10"))
+    return metrics
+
+
+@st.composite
+def galleries(draw_value):
+    """Integer embeddings, so that scores are exact and ties are many; unsorted, uneven sentences."""
+    rng = np.random.default_rng(draw_value(st.integers(0, 10**6)))
+    num_images, dim = draw_value(st.integers(1, 12)), draw_value(st.integers(1, 3))
+    counts = rng.integers(1, 5, num_images)
+    owner = rng.permutation(np.repeat(np.arange(num_images), counts))
+    return rng.integers(-2, 3, (num_images, dim)), rng.integers(-2, 3, (len(owner), dim)), owner
+
+
+def tensors(gallery):
+    return torch.tensor(gallery[0]).float(), torch.tensor(gallery[1]).float(), torch.tensor(gallery[2])
+
+
+@given(galleries(), st.integers(1, 15))
+@settings(max_examples=150, deadline=None)
+def test_ranks_are_those_of_the_definition_with_ties_and_any_chunk(gallery, chunk_size):
+    ours = retrieval_ranks(*tensors(gallery), chunk_size=chunk_size)
+    for mine, reference in zip(ours, numpy_ranks(*gallery), strict=True):
+        assert mine.tolist() == reference.tolist()
+
+
+@given(galleries())
+@settings(max_examples=50, deadline=None)
+def test_metrics_are_those_of_ten_lines_of_numpy(gallery):
+    ours = retrieval_metrics(*tensors(gallery))
+    assert set(ours) == KEYS
+    assert all(type(value) is float for value in ours.values())
+    assert ours == pytest.approx(numpy_metrics(*gallery))
+
+
+@given(galleries(), st.integers(-8, 8))
+@settings(max_examples=50, deadline=None)
+def test_scaling_all_embeddings_changes_no_rank(gallery, exponent):
+    images, texts, owner = tensors(gallery)
+    scaled = retrieval_ranks(images * 2.0**exponent, texts * 2.0**-exponent * 4, owner)
+    for before, after in zip(retrieval_ranks(images, texts, owner), scaled, strict=True):
+        assert torch.equal(before, after)
+
+
+@given(galleries(), st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_the_order_of_images_and_sentences_changes_no_metric(gallery, seed):
+    images, texts, owner = tensors(gallery)
+    rng = np.random.default_rng(seed)
+    image_order, text_order = torch.tensor(rng.permutation(len(images))), torch.tensor(rng.permutation(len(texts)))
+    new_place = torch.argsort(image_order)
+    shuffled = retrieval_metrics(images[image_order], texts[text_order], new_place[owner[text_order]])
+    assert shuffled == pytest.approx(retrieval_metrics(images, texts, owner))
+
+
+def test_a_model_that_says_the_same_of_everything_scores_last():
+    images, texts = torch.ones(4, 3), torch.ones(8, 3)
+    t2i, i2t = retrieval_ranks(images, texts, torch.arange(8) // 2)
+    assert t2i.tolist() == [4] * 8
+    assert i2t.tolist() == [7] * 4  # six sentences of others tie, its own second one does not count
+
+
+def test_identical_captions_of_two_pictures_tie_against_us():
+    torch.manual_seed(1)
+    images = torch.nn.functional.normalize(torch.randn(50, 384), dim=1)
+    texts = images[:, :].clone()
+    texts[31] = texts[30]  # the same caption under two pictures
+    _, i2t = retrieval_ranks(images, texts, torch.arange(50), chunk_size=7)
+    assert i2t[30] == 2
+
+
+def test_perfect_embeddings():
+    metrics = retrieval_metrics(torch.eye(20), torch.eye(20).repeat_interleave(5, 0), torch.arange(100) // 5)
+    assert metrics["rsum"] == pytest.approx(600)
+    assert metrics["t2i_medr"] == metrics["i2t_mnr"] == 1.0
+
+
+def test_folds_are_the_mean_over_consecutive_images():
+    rng = np.random.default_rng(0)
+    images, texts, owner = rng.normal(size=(20, 4)), rng.normal(size=(60, 4)), np.repeat(np.arange(20), 3)
+    folds = [
+        numpy_metrics(images[f * 5 : f * 5 + 5], texts[f * 15 : f * 15 + 15], np.repeat(np.arange(5), 3))
+        for f in range(4)
+    ]
+    ours = fold_metrics(torch.tensor(images), torch.tensor(texts), torch.tensor(owner), folds=4)
+    assert ours == pytest.approx({name: np.mean([fold[name] for fold in folds]) for name in folds[0]})
+
+
+@given(galleries(), st.integers(1, 4), st.integers(1, 15))
+@settings(max_examples=100, deadline=None)
+def test_ranks_within_folds_are_those_of_each_fold_alone(gallery, folds, chunk_size):
+    # The gallery repeated for every fold, each time with other numbers.
+    images, texts, owner = gallery
+    scale = [np.roll([1, 2, -1, 3], fold)[:1] for fold in range(folds)]
+    all_images = np.concatenate([images * s for s in scale])
+    all_texts = np.concatenate([texts * s for s in scale])
+    all_owners = np.concatenate([owner + fold * len(images) for fold in range(folds)])
+    shuffle = np.random.default_rng(0).permutation(len(all_texts))
+    t2i, i2t = fold_ranks(*tensors((all_images, all_texts[shuffle], all_owners[shuffle])), folds, chunk_size)
+    whole = numpy_ranks(all_images, all_texts, all_owners)
+    within = [numpy_ranks(images * s, texts * s, owner) for s in scale]
+    back = np.argsort(shuffle)
+    assert t2i[:, back].tolist() == [whole[0].tolist(), np.concatenate([ranks[0] for ranks in within]).tolist()]
+    assert i2t.tolist() == [whole[1].tolist(), np.concatenate([ranks[1] for ranks in within]).tolist()]
+
+
+@given(galleries(), st.integers(1, 15), st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_the_shares_of_several_processes_sum_to_the_whole(gallery, chunk_size, num_shares):
+    whole = retrieval_ranks(*tensors(gallery))
+    for chunks in (chunk_size, None):
+        parts = [
+            retrieval_ranks(*tensors(gallery), chunk_size=chunks, share=(k, num_shares)) for k in range(num_shares)
+        ]
+        for direction in (0, 1):
+            ranks = torch.stack([part[direction] for part in parts])
+            assert ((ranks > 0).sum(dim=0) == 1).all()  # each query in one share
+            assert torch.equal(ranks.sum(dim=0), whole[direction])
+    sizes = [sum(int((ranks > 0).sum()) for ranks in part) for part in parts]
+    assert max(sizes) - min(sizes) <= 2 * num_shares  # of equal size, without a chunk size
+
+
+def test_a_share_must_be_one_of_them():
+    with pytest.raises(ValueError, match=r"share=\(2, 2\)"):
+        retrieval_ranks(torch.eye(2), torch.eye(2), torch.arange(2), share=(2, 2))
+
+
+def test_one_fold_is_the_whole():
+    rng = np.random.default_rng(0)
+    args = torch.tensor(rng.normal(size=(6, 4))), torch.tensor(rng.normal(size=(12, 4))), torch.arange(12) // 2
+    assert fold_metrics(*args, folds=1) == pytest.approx(retrieval_metrics(*args))
+
+
+def test_folds_must_be_equal():
+    with pytest.raises(ValueError, match="7 images cannot be cut into 2 folds"):
+        fold_metrics(torch.eye(7), torch.eye(7), torch.arange(7), folds=2)
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "owner", "message"),
+    [
+        (torch.eye(3), torch.eye(4), torch.arange(4), r"image_embeds \(3, 3\) and text_embeds \(4, 4\)"),
+        (torch.eye(3)[0], torch.eye(3), torch.arange(3), "image_embeds"),
+        (torch.eye(3), torch.eye(3), torch.arange(2), r"text_to_image \(2,\)"),
+        (torch.eye(3), torch.eye(3), torch.tensor([0, 1, 3]), r"text_to_image\[2\] is 3, but image rows are 0\.\.2"),
+        (torch.eye(3), torch.eye(3), torch.tensor([0, -1, 2]), r"text_to_image\[1\] is -1"),
+        (torch.eye(3), torch.eye(3), torch.tensor([0.0, 1, 2]), "integers"),
+        (torch.eye(3), torch.eye(3)[:2], torch.tensor([0, 2]), r"1 of 3 images have no sentence \(rows 1\)"),
+        (torch.eye(3), torch.eye(3)[:0], torch.arange(0), "no sentences"),
+        (torch.tensor([[1.0], [math.nan]]), torch.ones(2, 1), torch.arange(2), "image_embeds holds NaN .* row 1"),
+        (torch.ones(2, 1), torch.tensor([[math.inf], [1.0]]), torch.arange(2), "text_embeds holds NaN .* row 0"),
+    ],
+)
+def test_bad_input_is_refused_by_name(images, texts, owner, message):
+    with pytest.raises(ValueError, match=message):
+        retrieval_metrics(images, texts, owner)
+
+
+def test_chunk_size_must_be_positive():
+    with pytest.raises(ValueError, match="chunk_size=0"):
+        retrieval_metrics(torch.eye(2), torch.eye(2), torch.arange(2), chunk_size=0)
+
+
+def test_chunk_size_bounds_the_scores_held_at_once(monkeypatch):
+    largest = 0
+    real = torch.Tensor.__matmul__
+
+    def watched(a, b):
+        nonlocal largest
+        result = real(a, b)
+        largest = max(largest, result.numel())
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    retrieval_metrics(torch.randn(40, 4), torch.randn(200, 4), torch.arange(200) // 5, chunk_size=3)
+    assert largest == 3 * 200
+
+
+def test_table_shows_every_metric():
+    metrics = retrieval_metrics(torch.eye(3), torch.eye(3), torch.arange(3))
+    header, _, row = metrics_table({"test": metrics}).splitlines()
+    assert [cell.strip() for cell in header.split("|")[2:-1]][-1] == "Rsum"
+    assert [float(cell) for cell in row.split("|")[2:-1]] == list(
+        map(float, json.loads(json.dumps(list(metrics.values()))))
+    )
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=8).filter(lambda c: max(c) > 1), st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_sentences_find_the_others_of_their_group(counts, seed):
+    rng = np.random.default_rng(seed)
+    group = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    embeds = rng.integers(-1, 2, (len(group), 3)).astype(np.float32)  # many ties
+    scores, ranks = embeds @ embeds.T, []
+    for i in range(len(group)):
+        own = [j for j in range(len(group)) if group[j] == group[i] and j != i]
+        if own:
+            best = max(scores[i, own])
+            ranks.append(1 + sum(scores[i, j] >= best for j in range(len(group)) if group[j] != group[i]))
+    ours = sentence_metrics(torch.tensor(embeds), torch.tensor(group), chunk_size=3)
+    assert ours["t2t_mnr"] == pytest.approx(np.mean(ranks))
+    assert ours["t2t_r1"] == pytest.approx(100 * np.mean(np.array(ranks) == 1))
+
+
+def test_single_sentences_have_nothing_to_find():
+    with pytest.raises(ValueError, match="two sentences"):
+        sentence_metrics(torch.eye(3), torch.arange(3))

@@ -1,0 +1,228 @@
+import logging as python_logging
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import draw, make_groups
+
+import icone_hf.training.feature_cache as feature_cache
+from icone_hf import FeatureCache
+from icone_hf.data.batching import Pair
+from icone_hf.embedding.encoding import encode_groups
+from icone_hf.training.stage_trainer import embed_cached
+
+
+@pytest.fixture
+def groups():
+    return make_groups(7, captions=[1, 3, 2, 5, 1, 2, 4])
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Counts the pictures and sentences that go through the towers."""
+    counts = {"image": 0, "text": 0}
+
+    def counting(name, original):
+        def count(*args, **kwargs):
+            for pooled in original(*args, **kwargs):
+                counts[name] += len(pooled)
+                yield pooled
+
+        return count
+
+    monkeypatch.setattr(feature_cache, "pool_images", counting("image", feature_cache.pool_images))
+    monkeypatch.setattr(feature_cache, "pool_texts", counting("text", feature_cache.pool_texts))
+    return counts
+
+
+def test_cached_rows_are_the_towers_outputs(make_model, processor, groups, tmp_path):
+    model = make_model(text_pooling="mean").eval()
+    cache = FeatureCache.build(tmp_path, model, processor, groups, batch_size=3)
+    assert isinstance(cache.image, np.memmap)
+    assert cache.image.shape == (7, 32)
+    assert cache.text.shape == (18, 24)
+    pairs = [Pair(3, 4), Pair(0, 0), Pair(6, 2), Pair(0, 0, is_filler=True)]
+    items = cache.__getitems__(pairs)
+    assert items["group_ids"].tolist() == [3, 0, 6, -100]
+    with torch.no_grad():
+        for i, pair in enumerate(pairs):
+            inputs = processor(
+                images=groups[pair.row]["image"], text=[groups[pair.row]["captions"][pair.caption]], return_tensors="pt"
+            )
+            vision = model.pool_image(model.vision_model(inputs.pop("pixel_values")))
+            text = model.pool_text(model.text_model(**inputs), inputs["attention_mask"])
+            torch.testing.assert_close(items["pooled_image"][i : i + 1], vision, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(items["pooled_text"][i : i + 1], text, atol=1e-5, rtol=1e-4)
+
+
+def test_embeddings_from_the_cache_are_those_of_the_model(make_model, processor, groups, tmp_path):
+    model = make_model()
+    cached = embed_cached(model, FeatureCache.build(tmp_path, model, processor, groups), chunk_size=4)
+    for ours, direct in zip(cached, encode_groups(model, processor, groups, batch_size=5), strict=True):
+        torch.testing.assert_close(ours, direct, atol=1e-5, rtol=1e-4)
+
+
+def test_it_is_computed_once(make_model, processor, groups, tmp_path, encoded):
+    for _ in range(3):
+        FeatureCache.build(tmp_path, make_model(), processor, groups)
+        processor(text=["a red square"] * 2, return_tensors="pt")  # leaves its padding in the tokenizer
+    assert encoded == {"image": 7, "text": 18}
+
+
+def test_heads_and_losses_do_not_matter(make_model, processor, groups, tmp_path, encoded):
+    FeatureCache.build(tmp_path, make_model(), processor, groups)
+    model = make_model(num_groups=3, projection_dim=8, temperature=0.5)
+    FeatureCache.build(tmp_path, model, processor, groups)
+    assert encoded["image"] == 7
+
+
+def change_weights(model, processor, groups):
+    with torch.no_grad():
+        model.text_model.encoder.layer[1].output.dense.bias[3] += 1e-3
+    return groups
+
+
+def change_buffer(model, processor, groups):
+    model.vision_model.post_layernorm.weight.data[0] *= 1.001
+    return groups
+
+
+def change_processor(model, processor, groups):
+    processor.image_processor.image_mean = [0.4, 0.5, 0.5]
+    return groups
+
+
+def change_pooling(model, processor, groups):
+    model.config.text_pooling = "mean"
+    return groups
+
+
+def change_caption(model, processor, groups):
+    return groups.map(
+        lambda row, i: {"captions": ["a red square", *row["captions"][1:]] if i == 2 else row["captions"]},
+        with_indices=True,
+    )
+
+
+def change_picture(model, processor, groups):
+    return groups.map(lambda row, i: {"image": draw("white", "black") if i == 2 else row["image"]}, with_indices=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (change_weights, "text tower"),
+        (change_buffer, "vision tower"),
+        (change_processor, "processor"),
+        (change_pooling, "text tower"),
+        (change_caption, "captions"),
+        (change_picture, "pictures"),
+        (lambda model, processor, groups: groups.select([1, 0, 2, 3, 4, 5, 6]), "captions, pictures"),
+    ],
+)
+def test_it_is_thrown_away_when_what_it_depends_on_changes(
+    make_model, processor, groups, tmp_path, encoded, caplog, change, named
+):
+    python_logging.getLogger("transformers").propagate = True
+    model = make_model()
+    FeatureCache.build(tmp_path, model, processor, groups)
+    changed = change(model, processor, groups)
+    cache = FeatureCache.build(tmp_path, model, processor, changed)
+    assert f"thrown away, since these changed: {named}" in caplog.text
+    assert encoded["image"] == 14
+    fresh = FeatureCache.build(tmp_path / "fresh", model, processor, changed)
+    assert np.array_equal(cache.image, fresh.image)
+    assert np.array_equal(cache.text, fresh.text)
+
+
+@pytest.mark.parametrize("fails_in", ["image", "text"])
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    make_model, processor, groups, tmp_path, encoded, monkeypatch, fails_in
+):
+    model = make_model()
+    complete = FeatureCache.build(tmp_path / "complete", model, processor, groups, batch_size=2)
+    before = dict(encoded)
+    name = f"pool_{fails_in}s"
+    working = getattr(feature_cache, name)
+
+    def failing(*args, **kwargs):
+        for count, pooled in enumerate(working(*args, **kwargs)):
+            if count == 2:
+                raise KeyboardInterrupt
+            yield pooled
+
+    monkeypatch.setattr(feature_cache, name, failing)
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache.build(tmp_path / "cut", model, processor, groups, batch_size=2)
+    assert sum((tmp_path / "cut" / f"{fails_in}.done").read_bytes()) == 4
+    monkeypatch.setattr(feature_cache, name, working)
+    resumed = FeatureCache.build(tmp_path / "cut", model, processor, groups, batch_size=2)
+    np.testing.assert_allclose(resumed.image, complete.image, atol=1e-5)
+    np.testing.assert_allclose(resumed.text, complete.text, atol=1e-5)
+    # At most the batch that was cut is encoded twice.
+    assert encoded[fails_in] - before[fails_in] <= (7 if fails_in == "image" else 18) + 2
+
+
+def test_what_was_half_thrown_away_does_not_count(make_model, processor, groups, tmp_path, encoded):
+    FeatureCache.build(tmp_path, make_model(), processor, groups)
+    (tmp_path / "key.json").unlink()
+    FeatureCache.build(tmp_path, make_model(), processor, groups)
+    assert encoded == {"image": 14, "text": 36}
+
+
+def test_bfloat16_takes_half_the_space_and_is_read_as_the_models_type(make_model, processor, groups, tmp_path, caplog):
+    python_logging.getLogger("transformers").propagate = True
+    exact = FeatureCache.build(tmp_path / "a", make_model(), processor, groups)
+    half = FeatureCache.build(tmp_path / "b", make_model(), processor, groups, dtype="bfloat16")
+    assert half.image.nbytes * 2 == exact.image.nbytes
+    pairs = [Pair(3, 4), Pair(0, 0), Pair(6, 2)]
+    for name, features in half.__getitems__(pairs).items():
+        if name.startswith("pooled"):
+            assert features.dtype == torch.float32
+            assert torch.equal(features, exact.__getitems__(pairs)[name].bfloat16().float())
+    for ours, theirs in zip(embed_cached(make_model(), half), embed_cached(make_model(), exact), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.01, rtol=0)
+
+    model = make_model().bfloat16()
+    for dtype in ("float32", "bfloat16"):
+        cache = FeatureCache.build(tmp_path / "c", model, processor, groups, dtype=dtype)
+        batch = cache.__getitems__(pairs)
+        assert batch["pooled_text"].dtype == torch.bfloat16
+        assert model(**batch).loss.isfinite()
+    assert "thrown away, since these changed: dtype" in caplog.text
+
+
+def test_another_type_is_refused(make_model, processor, groups, tmp_path):
+    with pytest.raises(ValueError, match="dtype='float16' must be one of float32, bfloat16"):
+        FeatureCache.build(tmp_path, make_model(), processor, groups, dtype="float16")
+
+
+def read_more_than_fits(folder):
+    """In a process of its own: reads a cache under a limit on what the process may hold, a quarter of the cache."""
+    cache = FeatureCache(folder, [5] * 2**16)
+    model = torch.nn.Module()
+    model.visual_projection = model.text_projection = torch.nn.Linear(256, 8, bias=False)
+    free = (cache.image.nbytes + cache.text.nbytes) // 4
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    limit = int(status["VmData"].split()[0]) * 1024 + free
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    rng = np.random.default_rng(0)
+    for _ in range(100):  # as a stage does it: batches from anywhere
+        cache.__getitems__([Pair(int(row), 1) for row in rng.integers(2**16, size=128)])
+    assert len(embed_cached(model, cache).text_embeds) == 5 * 2**16  # everything once
+    with pytest.raises(MemoryError):  # which proves that the limit is one
+        np.array(cache.text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on memory that leaves mapped files out")
+def test_a_cache_larger_than_the_memory_is_read(tmp_path):
+    for name, rows in (("image", 2**16), ("text", 5 * 2**16)):  # 384 MiB, of holes that take no space on the disk
+        np.lib.format.open_memmap(tmp_path / f"{name}.npy", mode="w+", dtype=np.float32, shape=(rows, 256))
+    torch.multiprocessing.spawn(_call, (read_more_than_fits, tmp_path), nprocs=1)
+
+
+def _call(rank, function, *args):
+    function(*args)
