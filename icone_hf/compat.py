@@ -44,6 +44,10 @@ class TrainerStepsMixin:
         """Clip the gradients to a norm, infinity clips none, and return the norm that they had."""
         return super()._get_grad_norm(model) if math.isinf(max_norm) else super()._clip_grad_norm(model)  # type: ignore[misc]
 
+    def prepare_inputs(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Move a batch to the device of training."""
+        return self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: "torch.nn.Module | None" = None) -> None:
         self.load_weights(resume_from_checkpoint, model)
 

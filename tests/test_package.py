@@ -1,77 +1,94 @@
+"""The shape of the package: folders, imports, public names, old addresses, the Auto classes."""
+
+import ast
 import doctest
 import importlib
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from transformers.dynamic_module_utils import get_imports
 
 import icone_hf
+from icone_hf.moved import MODULES
 
 PACKAGE = Path(icone_hf.__file__).parent
-MODEL_ROOM = {
-    "configuration_icone",
-    "modeling_icone",
-    "processing_icone",
-    "losses",
-    "objective",
-    "class_sampling",
-    "encoders",
-    "lora",
-    "sentence_transformers_files",
-    "sharded_classifier",
-    "towers",
-}
-# Each room may import those to its right.
-LAYERS = (
-    ("__main__",),
-    ("cli",),
-    ("reproduce",),
-    ("report", "paper_figures"),
-    ("trainer", "arguments", "experiments", "offline_towers"),
-    ("checkpoint_pushes",),
-    ("hub", "sharded_trainer", "group_files", "mteb_encoder", "onnx_export"),
-    ("figures", "stage_trainer", "checkpoint_info"),
-    ("embedding_shards", "feature_cache", "training_args", "training_progress", "heat_maps"),
-    ("encoding", "digests", "run_folder"),
-    ("stages", "batching", "groups", "retrieval", "gradient_cache"),
-    ("scenes", "word_vectors", "sparse_rows", "pictures"),
-    ("progress",),
-    ("processing_icone", "modeling_icone"),
-    ("sharded_classifier",),
-    ("configuration_icone", "objective"),
-    ("class_sampling", "encoders", "lora", "sentence_transformers_files", "towers"),
-    ("losses",),
-)
+# Each folder may import itself and those below it.
+FOLDERS = ("cli", "paper", "training", "publishing", "evaluation", "embedding", "data", "modeling")
+# At the top, beside the folders: what any folder but modeling may import.
+TOP = ("progress", "compat", "lazy")
+TRAVELS = sorted(path.stem for path in (PACKAGE / "modeling").glob("*.py") if path.stem != "__init__")
 
 
-def imports_of(name):
-    return set(re.findall(r"^from \.(\w+) import", (PACKAGE / f"{name}.py").read_text(), re.MULTILINE))
+def imports_of(path):
+    """The modules of ours that a file imports, anywhere in it: `folder.module` or `module`, from the package's root."""
+    here = path.relative_to(PACKAGE).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: len(here) - node.level + 1]
+            parts = [*base, *(node.module.split(".") if node.module else [])]
+            found |= {".".join(parts)} if node.module else {".".join([*parts, alias.name]) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "icone_hf":
+            found.add(node.module.removeprefix("icone_hf").lstrip("."))
+        elif isinstance(node, ast.Import):
+            found |= {name.name[len("icone_hf.") :] for name in node.names if name.name.startswith("icone_hf.")}
+    return found
 
 
-def test_imports_point_one_way():
-    level = {name: i for i, names in enumerate(LAYERS) for name in names}
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert modules == set(level)
-    for module in modules:
-        assert all(level[other] > level[module] for other in imports_of(module)), module
+def files_of(folder):
+    return sorted((PACKAGE / folder).glob("*.py"))
 
 
-def test_the_model_knows_nothing_above_it_and_losses_and_retrieval_import_no_room():
-    for name in MODEL_ROOM:
-        assert imports_of(name) <= MODEL_ROOM
-        source = (PACKAGE / f"{name}.py").read_text()
-        assert not re.search(
-            r"^from __future__", source, re.MULTILINE
-        )  # transformers reads the types of the model's config
-        allowed = {"torch", "transformers", "huggingface_hub", "safetensors"} | set(sys.stdlib_module_names)
-        roots = set(re.findall(r"^(?:import|from) ([a-z_]+)", source, re.MULTILINE))
-        assert roots <= allowed
-        # What transformers asks for before it runs a checkpoint's own code; imports in a `try` it lets be.
-        assert set(get_imports(str(PACKAGE / f"{name}.py"))) <= allowed
-    assert imports_of("losses") == imports_of("retrieval") == set()
+def test_every_folder_is_in_the_list_and_one_level_deep():
+    folders = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")} - {"."}
+    assert folders == set(FOLDERS)
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*TOP, "moved", "__init__", "__main__"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_go_down_the_list_of_folders(folder):
+    above = FOLDERS[: FOLDERS.index(folder)]
+    for path in files_of(folder):
+        upward = {name for name in imports_of(path) if name.split(".")[0] in above}
+        assert not upward, f"{path.relative_to(PACKAGE)} imports {', '.join(sorted(upward))}, which is above {folder}/"
+
+
+@pytest.mark.parametrize("module", TOP)
+def test_what_stands_at_the_top_imports_no_folder(module):
+    assert not {name.split(".")[0] for name in imports_of(PACKAGE / f"{module}.py")} & set(FOLDERS)
+
+
+def test_no_import_goes_round_in_a_circle():
+    paths = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    waiting = {name: imports_of(path) & set(modules) - {name} for name, path in modules.items() if name != "__init__"}
+    while waiting:
+        free = {name for name, needed in waiting.items() if not needed & set(waiting)}
+        assert free, f"these import each other: {', '.join(sorted(waiting))}"
+        waiting = {name: needed for name, needed in waiting.items() if name not in free}
+
+
+@pytest.mark.parametrize("name", TRAVELS)
+def test_what_travels_with_a_checkpoint_is_flat_and_needs_no_other_package(name):
+    """transformers copies these files by their single-dot imports, and asks for every package that they import."""
+    source = (PACKAGE / "modeling" / f"{name}.py").read_text()
+    assert imports_of(PACKAGE / "modeling" / f"{name}.py") <= {f"modeling.{other}" for other in TRAVELS}
+    assert not re.search(
+        r"^from __future__", source, re.MULTILINE
+    )  # transformers reads the types of the model's config
+    allowed = {"torch", "transformers", "huggingface_hub", "safetensors"} | set(sys.stdlib_module_names)
+    assert set(re.findall(r"^(?:import|from) ([a-z_]+)", source, re.MULTILINE)) <= allowed
+    # What transformers asks for before it runs a checkpoint's own code; imports in a `try` it lets be.
+    assert set(get_imports(str(PACKAGE / "modeling" / f"{name}.py"))) <= allowed
+
+
+@pytest.mark.parametrize("module", ["modeling/losses.py", "evaluation/metrics.py"])
+def test_losses_and_metrics_can_be_lifted_out(module):
+    assert not imports_of(PACKAGE / module)
 
 
 def test_public_names_exist_and_are_documented():
@@ -83,15 +100,57 @@ def test_public_names_exist_and_are_documented():
         _ = icone_hf.IConEmodel
 
 
-@pytest.mark.parametrize("run", ["pass", "icone_hf.cli.main(['--help'])", "icone_hf.cli.main(['--version'])"])
-def test_nothing_heavy_is_imported_before_it_is_needed(run):
-    heavy = ("torch", "transformers", "datasets", "numpy", "PIL", "pyarrow", "yaml", "importlib.abc")
-    code = f"import sys, icone_hf.cli; {run}; print([m for m in {heavy} if m in sys.modules])"
-    # -S: without site-packages' own start-up files, of which an editable install's one imports importlib.abc.
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[-1] == "[]"
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_folder_says_what_it_is_for_and_hands_on_its_names(folder):
+    face = importlib.import_module(f"icone_hf.{folder}")
+    assert 3 <= len(face.__doc__.strip().splitlines()) <= 6
+    extras = {"mteb_encoder", "figures", "onnx_export"}
+    for name in getattr(face, "__all__", ()):
+        assert getattr(face, name) is not None, (folder, name, extras)
+    with pytest.raises(AttributeError):
+        _ = face.no_such_name
+
+
+def test_names_are_those_of_the_first_release():
+    """Whatever `from icone_hf import ...` gave before there were folders."""
+    before = """EfficientNetLiteConfig EfficientNetLiteModel FeatureCache GroupBatchSampler GroupEmbeddings IConEConfig
+    IConEModel IConEOutput IConEProcessor IConETrainer IConETrainingArguments PAPER_STAGES PairCollator PairDataset
+    RecurrentTextConfig RecurrentTextModel Stage contrastive_loss draw_scenes encode encode_groups fold_metrics
+    fold_ranks heat_map heat_maps instance_loss load_groups load_pictures pointing_game recurrent_tower_from_bert
+    recurrent_tower_from_glove retrieval_metrics retrieval_ranks sentence_metrics"""
+    assert set(before.split()) <= set(icone_hf.__all__)
+
+
+@pytest.mark.parametrize("old", sorted(MODULES))
+def test_modules_are_still_found_where_they_were(old):
+    """In a process of its own they would all be imported; here the new places are checked, and one import below."""
+    new = importlib.import_module(MODULES[old])
+    public = next(name for name, value in vars(new).items() if getattr(value, "__module__", "") == new.__name__)
+    with pytest.warns(DeprecationWarning, match=f"icone_hf.{old} is {MODULES[old]} now"):
+        assert getattr(importlib.import_module(f"icone_hf.{old}"), public) is getattr(new, public)
+
+
+def test_an_old_import_works_in_a_new_process_and_imports_nothing_by_itself():
+    code = """
+import sys, icone_hf.figures, icone_hf.retrieval
+assert "icone_hf.evaluation.metrics" not in sys.modules
+from icone_hf.retrieval import retrieval_metrics
+from icone_hf.training_args import IConETrainingArguments
+import icone_hf
+assert icone_hf.trainer.IConETrainer.__module__ == "icone_hf.training.trainer"
+assert callable(icone_hf.heat_maps), "the function, not the module of the same name"
+print(retrieval_metrics.__module__, IConETrainingArguments.__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["icone_hf.evaluation.metrics", "icone_hf.training.arguments"]
+
+
+def test_nobody_of_ours_uses_an_old_address():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        for path in PACKAGE.rglob("*.py"):
+            if path.stem not in ("mteb_encoder", "__main__", "__init__"):
+                importlib.import_module(".".join(("icone_hf", *path.relative_to(PACKAGE).with_suffix("").parts)))
 
 
 @pytest.mark.parametrize(
@@ -99,11 +158,13 @@ def test_nothing_heavy_is_imported_before_it_is_needed(run):
     [
         "import icone_hf, transformers",
         "import transformers, icone_hf",
-        "from icone_hf import retrieval_metrics; import transformers; from icone_hf import IConEModel, IConEProcessor",
+        "import importlib.util; importlib.util.find_spec('transformers'); import icone_hf",
+        "import icone_hf, importlib.util; importlib.util.find_spec('transformers')",
         "from icone_hf import IConEModel; import transformers; from icone_hf import IConEProcessor",
-        "import icone_hf.modeling.modeling_icone, icone_hf.modeling.processing_icone",
+        "import icone_hf.modeling",
         "from icone_hf import encode_groups",
         "import icone_hf.evaluation.metrics, transformers",
+        "import sys; sys.argv = ['icone']; from icone_hf.cli import loading",
     ],
 )
 def test_auto_classes_know_icone(imports):
@@ -119,7 +180,7 @@ print(PROCESSOR_MAPPING[AutoConfig.for_model("icone").__class__].__name__)
     assert done.stdout.split() == ["IConEModel", "IConEProcessor"]
 
 
-@pytest.mark.parametrize("name", ["configuration_icone", "modeling_icone", "retrieval"])
+@pytest.mark.parametrize("name", ["modeling.configuration_icone", "modeling.modeling_icone", "evaluation.metrics"])
 def test_doctests(name):
     module = importlib.import_module(f"icone_hf.{name}")
     result = doctest.testmod(module)
@@ -130,6 +191,6 @@ def test_doctests(name):
 def test_no_network_code_of_third_parties_is_imported_at_run_time():
     assert not [
         path
-        for path in PACKAGE.glob("*.py")
+        for path in PACKAGE.rglob("*.py")
         if "efficientnet_lite_pytorch" in re.sub(r'"""[\s\S]*?"""', "", path.read_text())
     ]

@@ -144,7 +144,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             optimizer.train()
         output = backward_in_chunks(
             self.accelerator.unwrap_model(model),
-            lambda: map(self._prepare_inputs, inputs["read_chunks"]()),
+            lambda: map(self.prepare_inputs, inputs["read_chunks"]()),
             inputs["group_ids"].to(self.args.device),
             self.stage.instance_weight,
             self.stage.contrastive_weight,

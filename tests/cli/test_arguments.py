@@ -7,7 +7,15 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from icone_hf import PAPER_STAGES, IConEConfig, IConETrainingArguments, Stage, load_groups
+from icone_hf import (
+    PAPER_STAGES,
+    RECOMMENDED_CONFIG,
+    RECOMMENDED_STAGES,
+    IConEConfig,
+    IConETrainingArguments,
+    Stage,
+    load_groups,
+)
 from icone_hf.cli.arguments import DataArguments, ModelArguments, RecipeArguments, parse_arguments
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -24,7 +32,6 @@ def test_arguments_win_over_the_file_and_the_file_over_defaults(tmp_path):
     path = write(tmp_path, projection_dim=64, temperature="7e-2", seed=5, bf16=False)
     model, _, _, training = parse_arguments(ALL, [path, "--projection_dim", "32"])
     assert (model.projection_dim, model.temperature, training.seed) == (32, 0.07, 5)
-    assert model.instance_logits == "dot"
     assert training.per_device_train_batch_size == 128
 
 
@@ -57,11 +64,28 @@ def test_processors_are_used_where_there_is_nothing_else(tmp_path):
     assert IConETrainingArguments(tmp_path).use_cpu == (not torch.accelerator.is_available())
 
 
-def test_defaults_are_the_papers(tmp_path):
-    model, _, recipe, training = parse_arguments(ALL, ["--output_dir", str(tmp_path)])
+def model_config(argv):
+    """The config of the model that a command line asks for, in the fields that a recipe decides."""
+    model, _, recipe, _ = parse_arguments(ALL, argv)
+    config = IConEConfig(**model.config(recipe.config()))
+    return config.projection_dim, config.temperature, config.instance_logits, config.instance_temperature
+
+
+def test_the_recommended_recipe_runs_unless_another_is_named():
+    """Cosine logits go with the recommended stages; the paper's form is what it prints, with any other list too."""
+    stages = json.dumps([asdict(stage) for stage in RECOMMENDED_STAGES])
+    assert parse_arguments(ALL, [])[2].parse() == RECOMMENDED_STAGES
+    assert parse_arguments(ALL, ["--stages", "paper"])[2].parse() == PAPER_STAGES
+    assert model_config([]) == (512, 0.07, "cosine", 0.1) == tuple(RECOMMENDED_CONFIG.values())
+    assert model_config(["--stages", "paper"]) == (2048, 0.05, "dot", None)
+    assert model_config(["--stages", stages]) == (2048, 0.05, "dot", None)
+    assert model_config(["--instance_logits", "dot", "--temperature", "0.1"]) == (512, 0.1, "dot", 0.1)
+
+
+def test_other_defaults_are_the_papers(tmp_path):
+    model, _, _, training = parse_arguments(ALL, ["--output_dir", str(tmp_path)])
     assert model.vision_model_name_or_path == "openai/clip-vit-base-patch32"
-    assert (model.projection_dim, model.temperature, model.instance_logits) == (2048, 0.05, "dot")
-    assert recipe.parse() == PAPER_STAGES
+    assert model.text_model_name_or_path == "google-bert/bert-base-uncased"
     assert (training.weight_decay, training.lr_scheduler_type, training.metric_for_best_model) == (
         0.0,
         "cosine",
@@ -83,7 +107,7 @@ def test_stages_from_a_file_and_from_an_argument(tmp_path):
     text = json.dumps([asdict(Stage("b", 1, 1e-5, instance_weight=0, contrastive_weight=1, train_encoders=True))])
     (parsed,) = parse_arguments(ALL, [path, "--stages", text])[2].parse()
     assert (parsed.name, parsed.train_encoders) == ("b", True)
-    with pytest.raises(ValueError, match="neither 'paper' nor a list"):
+    with pytest.raises(ValueError, match="neither 'recommended' nor 'paper' nor a list"):
         RecipeArguments("papers").parse()
 
 
@@ -140,13 +164,13 @@ def test_a_negative_lora_rank_is_refused(tmp_path, capsys):
 def test_the_papers_configs_hold_the_papers_values(name):
     model, _, recipe, training = parse_arguments(ALL, [str(CONFIGS / f"{name}.yaml")])
     assert recipe.parse() == PAPER_STAGES
-    assert training.per_device_train_batch_size * 4 == 128  # the paper's four GPUs
+    assert training.global_batch_size == 128  # on any number of processes
     assert (model.projection_dim, model.temperature, model.instance_logits) == (2048, 0.05, "dot")
     assert (model.vision_pooling, model.text_pooling) == ("pooler", "cls")
 
 
 def test_data_arguments_are_load_groups_keywords():
-    arguments = DataArguments(num_validation_groups=4, image_size=48, scenes_seed=3)
+    arguments = DataArguments("openmoji-scenes", num_validation_groups=4, image_size=48, scenes_seed=3)
     groups = load_groups(**arguments.load_arguments("validation"))
     assert len(groups) == 4
     assert groups[0]["image"].size == (48, 48)

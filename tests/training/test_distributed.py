@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from icone_hf import IConEModel
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def launch(towers, output, processes, **options):
     """Runs distributed_run.py to its end; returns its exit code and what it wrote to stderr."""
-    command = [str(HERE / "distributed_run.py"), *towers, str(output), json.dumps(options)]
+    command = [str(TESTS / "distributed_run.py"), *towers, str(output), json.dumps(options)]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     else:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from tiny import make_groups
 from transformers import TrainerCallback
 
-from icone_hf import FeatureCache, IConETrainer, IConETrainingArguments, Stage, losses, objective
+from icone_hf import FeatureCache, IConETrainer, IConETrainingArguments, Stage
 from icone_hf.data.batching import Pair, PairChunks, PairCollator, PairDataset
+from icone_hf.modeling import losses, objective
 from icone_hf.training.gradient_cache import backward_in_chunks
 from icone_hf.training.stage_trainer import StageTrainer
 

@@ -1,0 +1,140 @@
+"""Configuration of IConE."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .encoders import EfficientNetLiteConfig  # noqa: F401  (registers towers that AutoConfig would not know)
+from .towers import POOLINGS, guess_pooling
+
+INSTANCE_LOGITS = ("dot", "cosine")
+CONTRASTIVE_LOSSES = ("infonce", "sigmoid", "max_hinge", "sum_hinge")
+
+
+def tower_width(config: Any) -> int:
+    """Width of a tower's pooled output: its `hidden_size`, or the last of its `hidden_sizes` (ResNet, ConvNeXt).
+
+    Raises:
+        ValueError: if the tower's config has neither.
+    """
+    width = getattr(config, "hidden_size", None)
+    if width is None:
+        width = (getattr(config, "hidden_sizes", None) or [None])[-1]
+    if not isinstance(width, int):
+        raise ValueError(
+            f"The tower of type {config.model_type!r} states no hidden_size (nor hidden_sizes), so the width of its "
+            "output is unknown. Set config.hidden_size to the width of its pooled output before building IConE."
+        )
+    return width
+
+
+@strict
+class IConEConfig(PreTrainedConfig):
+    """Configuration of [`IConEModel`]: two towers, one common space, one classifier over the image/text groups.
+
+    Args:
+        vision_config: config (or dict with a `model_type`) of any image model that `AutoModel` builds.
+            Default: CLIP ViT-B/32's vision tower.
+        text_config: config (or dict with a `model_type`) of any text model that `AutoModel` builds. Default: BERT-base.
+        projection_dim: dimensions of the common space; the paper's class vectors have 2048.
+        num_groups: classes of the shared classifier, one for each image/text group of the training split. 0: no
+            classifier, a model for retrieval alone.
+        temperature: tau of equations (6)-(7), and of the sigmoid loss.
+        learn_temperature: trains the temperature, from `temperature` on, as CLIP does (never below 0.01).
+        contrastive_loss: what holds a batch's images against its sentences, weighted by lambda_2: `"infonce"`, the
+            paper's equations (6)-(8); `"sigmoid"`, SigLIP's, with a bias that is learned; `"max_hinge"` and
+            `"sum_hinge"`, VSE++'s.
+        margin: of the hinges.
+        several_positives: with `"infonce"` or `"sigmoid"`, other pairs of the same group in a batch are positives too.
+            Otherwise no loss sees them. See `pairs_per_group` of [`IConETrainingArguments`].
+        instance_logits: `"dot"`, the paper's equations (1) and (3), or `"cosine"`: features and class vectors
+            normalised.
+        instance_temperature: divides the `"cosine"` logits. `None`: the same as `temperature`.
+        instance_samples: in training, the instance loss scores the classes of the batch and this many of the others,
+            drawn anew at every step, which stand for all of them. Its cost then does not grow with `num_groups`. The
+            classifier's gradient is sparse: [`IConETrainer`] knows how to step it. 0: every class is scored, as in the
+            paper.
+        vision_pooling: which output of the vision tower is "the global token". `"pooler"`: its `pooler_output` (CLIP's
+            layer-normed class token, a convolutional network's global mean); `"cls"`: the last layer's first token;
+            `"mean"`: the mean over positions; `"last"`: the last token. `None`: guessed from the tower's type, and
+            replaced by the guess.
+        text_pooling: the same for the text tower; padding is left out, on whichever side it is. The paper takes BERT's
+            [CLS] token, `"cls"`.
+        vision_lora, text_lora: keywords of peft's `LoraConfig` for a tower that has adapters, `None` for one that has
+            none; see [`IConEModel.add_adapter`].
+        initializer_range: standard deviation of the classifier's initial weights.
+
+    Raises:
+        ValueError: if a field's value is outside its range or a pooling cannot be guessed; the message names the field.
+
+    Example:
+        >>> config = IConEConfig(text_config={"model_type": "bert", "num_hidden_layers": 6}, num_groups=29783)
+        >>> config.vision_config.patch_size, config.text_config.num_hidden_layers, config.projection_dim
+        (32, 6, 2048)
+    """
+
+    model_type = "icone"
+    sub_configs_defaults: ClassVar = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+    }
+
+    vision_config: PreTrainedConfig | dict | None = None
+    text_config: PreTrainedConfig | dict | None = None
+    projection_dim: int = 2048
+    num_groups: int = 0
+    temperature: float | int = 0.05
+    learn_temperature: bool = False
+    contrastive_loss: str = "infonce"
+    margin: float | int = 0.2
+    several_positives: bool = False
+    instance_logits: str = "dot"
+    instance_temperature: float | int | None = None
+    instance_samples: int = 0
+    vision_pooling: str | None = None
+    text_pooling: str | None = None
+    vision_lora: dict | None = None
+    text_lora: dict | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for field, tower in (("vision_pooling", self.vision_config), ("text_pooling", self.text_config)):
+            if getattr(self, field) is None:
+                setattr(self, field, guess_pooling(tower, field))
+        self.validate_architecture()  # here a plain ValueError; `@strict`, which calls it too, wraps it in its own
+
+    def validate_architecture(self) -> None:
+        """Checks what the field types cannot say, on construction and on saving."""
+        if self.projection_dim < 1:
+            raise ValueError(f"projection_dim={self.projection_dim} must be 1 or more.")
+        if self.num_groups < 0:
+            raise ValueError(f"num_groups={self.num_groups} must be 0 (no classifier) or more.")
+        if self.instance_samples < 0:
+            raise ValueError(f"instance_samples={self.instance_samples} must be 0 (all classes) or more.")
+        for name in ("temperature", "instance_temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be greater than 0: similarities are divided by it.")
+        if not self.margin > 0:
+            raise ValueError(f"margin={self.margin} must be greater than 0.")
+        for name, choices in (("instance_logits", INSTANCE_LOGITS), ("contrastive_loss", CONTRASTIVE_LOSSES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
+        if self.contrastive_loss.endswith("hinge") and (self.several_positives or self.learn_temperature):
+            raise ValueError(
+                f"contrastive_loss={self.contrastive_loss!r} ranks one positive, without a temperature: set "
+                "several_positives and learn_temperature to False."
+            )
+        for name in ("vision_pooling", "text_pooling"):
+            if getattr(self, name) not in POOLINGS:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(POOLINGS)}.")
+        for sub_config in (self.vision_config, self.text_config):
+            if isinstance(sub_config, PreTrainedConfig):
+                tower_width(sub_config)
+
+
+AutoConfig.register("icone", IConEConfig, exist_ok=True)
+IConEConfig.register_for_auto_class()  # a checkpoint takes this module along: it loads without the package

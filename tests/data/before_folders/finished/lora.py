@@ -1,0 +1,149 @@
+"""LoRA in the towers, by peft: small trained matrices beside frozen weights (E. J. Hu et al., 2021)."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+ALL_LINEAR = "all-linear"
+
+
+def _lora_config() -> Any:
+    try:  # the only import of peft, and guarded: a checkpoint with this file as remote code must load without it
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError(
+            "LoRA adapters (vision_lora, text_lora in the config) need peft: pip install 'icone_hf[lora]'. A "
+            "checkpoint saved with merge_lora=True needs none."
+        ) from error
+    return LoraConfig
+
+
+def add_lora(tower: PreTrainedModel, settings: dict[str, Any], modality: str) -> None:
+    """Puts adapters into a tower, in place; as they start, they change none of its outputs.
+
+    Args:
+        tower: its own weights are frozen from then on.
+        settings: keywords of peft's `LoraConfig`. `target_modules` is every linear layer unless given.
+        modality: `vision` or `text`, for errors.
+
+    Raises:
+        ImportError: if peft is missing.
+        ValueError: if the tower has no linear layer and no other is named, or for `modules_to_save`.
+    """
+    settings = {"target_modules": ALL_LINEAR, **copy.deepcopy(settings)}
+    if settings.get("modules_to_save"):
+        raise ValueError(f"{modality}_lora has modules_to_save, which IConE has not: leave it out.")
+    layers = (nn.Linear, Conv1D)
+    if settings["target_modules"] == ALL_LINEAR and not any(isinstance(module, layers) for module in tower.modules()):
+        raise ValueError(
+            f"The {modality} tower ({type(tower).__name__}) has no linear layer for LoRA: name other layers in "
+            f"{modality}_lora's target_modules, or train this tower in full ({modality}_lora=None)."
+        )
+    tower.add_adapter(_lora_config()(**settings))
+
+
+def has_lora(tower: nn.Module) -> bool:
+    """Whether a tower has adapters."""
+    return bool(getattr(tower, "_hf_peft_config_loaded", False))
+
+
+def lora_settings(adapter_config: Any) -> dict[str, Any]:
+    """The keywords that make a peft `LoraConfig`, those alone that differ from its defaults, as JSON can hold them.
+
+    Raises:
+        TypeError: if it is another kind of adapter.
+    """
+    lora_config = _lora_config()
+    if not isinstance(adapter_config, lora_config):
+        raise TypeError(f"IConE's towers take peft's LoraConfig, not {type(adapter_config).__name__}.")
+    default = lora_config().to_dict()
+    ignored = ("base_model_name_or_path", "peft_version", "inference_mode")
+    changed = {k: v for k, v in adapter_config.to_dict().items() if k not in ignored and v != default.get(k)}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
+
+
+def recorded_lora(tower: PreTrainedModel, modality: str) -> dict[str, Any] | None:
+    """The settings of the adapters that a tower has now, `None` if it has none.
+
+    Raises:
+        ValueError: if there are several: a checkpoint holds one.
+    """
+    if not has_lora(tower):
+        return None
+    if list(tower.peft_config) != ["default"]:
+        raise ValueError(
+            f"The {modality} tower has the adapters {', '.join(tower.peft_config)}; an IConE checkpoint holds one, "
+            "named default."
+        )
+    return lora_settings(tower.peft_config["default"])
+
+
+class LoraTowersMixin:
+    """Adapters of the two towers of a model; its config keeps their settings in `vision_lora` and `text_lora`."""
+
+    config: Any
+    vision_model: PreTrainedModel
+    text_model: PreTrainedModel
+    training: bool
+    set_modes: Callable[[bool], Any]
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """Puts LoRA adapters into both towers; `from_encoders(..., vision_lora={"r": 8})` puts them into one.
+
+        The towers' own weights are frozen from then on, and the adapters are what a stage with `train_encoders=True`
+        trains of them; projections and classifier, which are new, train in full. Save with `merge_lora=True` for a
+        checkpoint that loads without peft.
+
+        Args:
+            adapter_config: peft's `LoraConfig`; `target_modules` is every linear layer unless given.
+            adapter_name: only `default`, or `None`, which means it.
+
+        Raises:
+            TypeError: for another kind of adapter.
+            ValueError: if there are adapters already, a tower has no layer to adapt, or for another name.
+        """
+        if adapter_name not in (None, "default"):
+            raise ValueError(f"adapter_name={adapter_name!r}: an IConE model has one adapter, named default.")
+        settings = lora_settings(adapter_config)
+        for modality, tower in (("vision", self.vision_model), ("text", self.text_model)):
+            add_lora(tower, settings, modality)
+            setattr(self.config, f"{modality}_lora", settings)
+        self.set_modes(self.training)  # new dropout is in training mode, whichever the model is in
+
+    def add_configured_adapters(self) -> None:
+        """Puts in what the config asks for and the towers do not have."""
+        for modality, tower in (("vision", self.vision_model), ("text", self.text_model)):
+            settings = getattr(self.config, f"{modality}_lora")
+            if settings is not None and not has_lora(tower):
+                add_lora(tower, settings, modality)
+
+    def record_adapters(self) -> None:
+        """Writes into the config what was put into a tower by its own `add_adapter`."""
+        for modality, tower in (("vision", self.vision_model), ("text", self.text_model)):
+            if getattr(self.config, f"{modality}_lora") is None:
+                setattr(self.config, f"{modality}_lora", recorded_lora(tower, modality))
+
+
+def set_trainable(tower: nn.Module, trainable: bool) -> None:
+    """Freezes or thaws a tower: its adapters alone if it has some, all of it if not."""
+    adapters_alone = has_lora(tower)
+    for name, parameter in tower.named_parameters():
+        parameter.requires_grad_(trainable and (not adapters_alone or ".lora_" in name))
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a model without adapters that computes the same; `model` itself is left as it is."""
+    # peft's layers, told without importing peft.
+    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "get_base_layer")}
+    prefixes = tuple(f"{name}." for name in adapted)
+    merged = {name: value for name, value in model.state_dict().items() if not name.startswith(prefixes or "\0")}
+    for name, module in adapted.items():
+        layer: Any = copy.deepcopy(module)
+        layer.merge()
+        merged |= {f"{name}.{key}": value for key, value in layer.get_base_layer().state_dict().items()}
+    return merged

@@ -1,0 +1,194 @@
+"""The losses of IConE as pure functions of tensors, with the paper's equation numbers.
+
+Rows whose `group_ids` equal [`IGNORED_GROUP`] are fillers (the last batch of an epoch, cut for several processes):
+they are neither anchors nor negatives, and they do not count in any mean.
+"""
+
+import torch
+import torch.nn.functional as F
+
+IGNORED_GROUP = -100  # torch's own ignore_index for cross_entropy
+
+
+def instance_loss(
+    features: torch.Tensor,
+    class_vectors: torch.Tensor,
+    group_ids: torch.Tensor,
+    logits: str = "dot",
+    temperature: float = 0.05,
+    reduction: str = "mean",
+    log_counts: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Classifies each row into its image/text group: equations (1)-(2) for images, (3)-(4) for sentences.
+
+    `L = -log softmax(W_share^T f)[c]`, averaged over the rows. Equation (5) is this loss on the images plus this loss
+    on the sentences, against the same `class_vectors`.
+
+    Args:
+        features: `(batch, dim)`, the projected, unnormalised features of one modality.
+        class_vectors: `(num_groups, dim)`, the shared classifier's weight.
+        group_ids: `(batch,)`, integers in `0..num_groups-1`, or [`IGNORED_GROUP`].
+        logits: `"dot"`, the paper's; `"cosine"` normalises features and class vectors and divides by `temperature`.
+        temperature: used by `"cosine"` alone.
+        reduction: `"mean"` or `"sum"` over the rows that count.
+        log_counts: `(num_groups,)`, added to every row's logits: the log of how many classes each row of
+            `class_vectors` stands for, where these are a sample (see `class_sampling.py`). `None`: each for itself.
+
+    Returns:
+        A scalar, in float32 whatever the inputs' dtype.
+
+    Raises:
+        ValueError: for another value of `logits`.
+    """
+    scores = instance_scores(features, class_vectors, logits, temperature)
+    if log_counts is not None:
+        scores = scores + log_counts
+    return F.cross_entropy(scores, group_ids, ignore_index=IGNORED_GROUP, reduction=reduction)
+
+
+def instance_scores(
+    features: torch.Tensor, class_vectors: torch.Tensor, logits: str = "dot", temperature: float = 0.05
+) -> torch.Tensor:
+    """The logits of [`instance_loss`], whose arguments these are: `(batch, num_groups)`, float32."""
+    if logits == "dot":
+        return (features @ class_vectors.T).float()
+    if logits == "cosine":
+        return (F.normalize(features, dim=-1) @ F.normalize(class_vectors, dim=-1).T).float() / temperature
+    raise ValueError(f'logits={logits!r} is unknown: use "dot" (the paper\'s) or "cosine".')
+
+
+def contrastive_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    temperature: float | torch.Tensor = 0.05,
+    group_ids: torch.Tensor | None = None,
+    several_positives: bool = False,
+) -> torch.Tensor:
+    """Symmetric InfoNCE over a batch of pairs: the SUM of both directions, equations (6)-(8).
+
+    `L_v2t = -1/B sum_i log(exp(S_ii / tau) / sum_j exp(S_ij / tau))`, `L_t2v` the same over the columns, with `S` the
+    cosine. (Equation (6) as printed lacks tau in the denominator; (7) has it, and so do we in both.)
+
+    With `group_ids`, a pair (i, j) of one group with i != j is no negative. It is left out of both sums or, with
+    `several_positives`, one more positive: the mean over a row's positives of their log-probabilities takes the place
+    of `log p_ii`, and all of them stay in the denominator (Khosla et al. 2020, "Supervised Contrastive Learning",
+    equation 2).
+
+    Args:
+        image_embeds: `(batch, dim)`, L2-normalised.
+        text_embeds: `(batch, dim)`, L2-normalised; row i describes the image of row i.
+        temperature: tau; a scalar tensor where it is learned.
+        group_ids: `(batch,)`, the group of each pair. `None`: all pairs are of different groups.
+        several_positives: whether the other pairs of a group are positives.
+
+    Returns:
+        A scalar, in float32 whatever the inputs' dtype.
+
+    Raises:
+        ValueError: for `several_positives` without `group_ids`.
+    """
+    scores = (image_embeds @ text_embeds.T).float() / temperature
+    targets = torch.arange(len(scores), device=scores.device)
+    if group_ids is not None or several_positives:
+        positive, valid = _pair_masks(scores, group_ids, several_positives)
+        # A filler's own entry stays, so that its row has a softmax; it is no positive, and no target below.
+        own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(~valid & ~own, float("-inf"))
+        targets = targets.masked_fill(~positive.any(dim=1), IGNORED_GROUP)
+        if several_positives:
+            return _mean_surprise(scores, positive) + _mean_surprise(scores.T, positive.T)
+    image_to_text = F.cross_entropy(scores, targets, ignore_index=IGNORED_GROUP)
+    text_to_image = F.cross_entropy(scores.T, targets, ignore_index=IGNORED_GROUP)
+    return image_to_text + text_to_image
+
+
+def hinge_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    margin: float = 0.2,
+    group_ids: torch.Tensor | None = None,
+    hardest: bool = True,
+) -> torch.Tensor:
+    """The ranking loss of VSE++ (Faghri et al. 2018), equations (5) and (6) there, averaged over the batch.
+
+    `l(i, c) = agg_c' [margin - s(i, c) + s(i, c')]_+ + agg_i' [margin - s(i, c) + s(i', c)]_+`, with `s` the cosine and
+    `agg` the maximum over the batch's negatives ("MH", the hardest one alone counts) or the sum ("SH"). Dual-Path
+    (Zheng et al. 2020) ranks by the same hinge, with a margin of 1 and one negative, beside the instance loss.
+
+    Args:
+        image_embeds: `(batch, dim)`, L2-normalised.
+        text_embeds: `(batch, dim)`, L2-normalised; row i describes the image of row i.
+        margin: in units of the cosine.
+        group_ids: `(batch,)`; pairs of one group are no negatives of each other. `None`: all groups differ.
+        hardest: the maximum of the hinges, or their sum.
+
+    Returns:
+        A scalar, in float32 whatever the inputs' dtype.
+    """
+    scores = (image_embeds @ text_embeds.T).float()
+    positive, valid = _pair_masks(scores, group_ids, several_positives=False)
+    negative = valid & ~positive
+    matched = scores.diagonal()
+    image_hinges = F.relu(margin - matched[:, None] + scores).masked_fill(~negative, 0.0)
+    text_hinges = F.relu(margin - matched[None, :] + scores).masked_fill(~negative, 0.0)
+    if hardest:
+        total = image_hinges.amax(dim=1).sum() + text_hinges.amax(dim=0).sum()
+    else:
+        total = image_hinges.sum() + text_hinges.sum()
+    return total / positive.sum()
+
+
+def sigmoid_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    temperature: float | torch.Tensor,
+    bias: float | torch.Tensor,
+    group_ids: torch.Tensor | None = None,
+    several_positives: bool = False,
+) -> torch.Tensor:
+    """SigLIP's loss (Zhai et al. 2023), algorithm 1 there: every pair of the batch is matched or not, by itself.
+
+    `L = -1/B sum_ij log sigmoid(z_ij (s_ij / tau + b))`, with `s` the cosine, `z_ij` 1 for a matching pair and -1
+    otherwise. A pair (i, j) of one group with i != j is left out or, with `several_positives`, matching.
+
+    Args:
+        image_embeds: `(batch, dim)`, L2-normalised.
+        text_embeds: `(batch, dim)`, L2-normalised; row i describes the image of row i.
+        temperature: tau; SigLIP learns its inverse, from 10 on.
+        bias: b; SigLIP learns it, from -10 on.
+        group_ids: `(batch,)`, the group of each pair. `None`: all pairs are of different groups.
+        several_positives: whether the other pairs of a group match.
+
+    Returns:
+        A scalar, in float32 whatever the inputs' dtype.
+
+    Raises:
+        ValueError: for `several_positives` without `group_ids`.
+    """
+    logits = (image_embeds @ text_embeds.T).float() / temperature + bias
+    positive, valid = _pair_masks(logits, group_ids, several_positives)
+    signs = positive.float() * 2 - 1
+    return -F.logsigmoid(signs * logits).masked_fill(~valid, 0.0).sum() / positive.any(dim=1).sum()
+
+
+def _pair_masks(
+    scores: torch.Tensor, group_ids: torch.Tensor | None, several_positives: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which entries of the square `scores` are positives, and which a loss may see at all; fillers are neither."""
+    diagonal = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    if group_ids is None:
+        if several_positives:
+            raise ValueError("several_positives needs group_ids, which say whose positives they are.")
+        return diagonal, torch.ones_like(diagonal)
+    is_filler = group_ids == IGNORED_GROUP
+    counts = ~is_filler[:, None] & ~is_filler[None, :]
+    same_group = group_ids[:, None] == group_ids[None, :]
+    positive = (same_group if several_positives else diagonal) & counts
+    return positive, counts & (positive | ~same_group)
+
+
+def _mean_surprise(scores: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
+    """Minus the mean log-probability of a row's positives under its softmax, averaged over the rows that have any."""
+    log_probabilities = F.log_softmax(scores, dim=1).masked_fill(~positive, 0.0)
+    num_positives = positive.sum(dim=1)
+    return -(log_probabilities.sum(dim=1) / num_positives.clamp(min=1)).sum() / (num_positives > 0).sum()

@@ -1,0 +1,257 @@
+"""The shared classifier cut into rows, one share on each rank: exact.
+
+Every class is scored, as in `losses.instance_loss`, but no rank holds more than its share of the weights, of their
+gradients and moments, and of the logits: the vocabulary-parallel cross-entropy of Megatron-LM (Shoeybi et al. 2019,
+section 3) for class vectors.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from safetensors import safe_open
+from torch import nn
+
+from .losses import IGNORED_GROUP, instance_scores
+from .objective import check_group_ids, count_ranks, gather_rows, rank_index
+
+NAME = "classifier.weight"  # in a checkpoint of IConEModel
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+REST_FILE, CLASSES_FILE = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def _reduce(tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
+    """The sum, or the largest, over the ranks, in place."""
+    if count_ranks() > 1:
+        torch.distributed.all_reduce(
+            tensor, torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
+        )
+    return tensor
+
+
+def shard(num_groups: int, rank: int, num_ranks: int) -> slice:
+    """The rows that a rank holds: shares differ by one at most, and are empty where there are fewer rows than ranks."""
+    return slice(rank * num_groups // num_ranks, (rank + 1) * num_groups // num_ranks)
+
+
+class ShardedClassifier(nn.Module):
+    """This rank's rows of `W_share`: [`IConEModel.shard_classifier`] puts them in the place of all of them.
+
+    Each rank's rows are its own, and their gradient is that of the loss, which needs no averaging: the model tells
+    DistributedDataParallel to leave them alone. An optimizer that moves every number by itself (Adam, SGD) moves them
+    as it would in one process; clip by [`clip_sharded_norm`].
+
+    Args:
+        num_groups: classes of all ranks together.
+        projection_dim: of the common space.
+        std: standard deviation of the initial weights. Ranks draw different ones, also where their seeds are the same.
+        dtype: of the weights.
+    """
+
+    def __init__(
+        self, num_groups: int, projection_dim: int, std: float = 0.02, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.rows = shard(num_groups, rank_index(), count_ranks())
+        generator = torch.Generator().manual_seed(torch.initial_seed() + rank_index())
+        weight = torch.empty(self.rows.stop - self.rows.start, projection_dim, dtype=dtype)
+        self.weight = nn.Parameter(weight.normal_(std=std, generator=generator))
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        group_ids: torch.Tensor,
+        logits: str = "dot",
+        temperature: float = 0.05,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The instance loss of one modality's rows on all ranks, each against every class. All ranks call it together.
+
+        Args:
+            features: `(batch, dim)`, this rank's, of the same size on all ranks. Their gradient is `num_ranks` times
+                that of the loss, as DDP, which takes the mean over ranks, needs it.
+            group_ids: `(batch,)`, `0..num_groups-1`, or [`IGNORED_GROUP`].
+            logits, temperature: as in [`instance_loss`].
+            num_items_in_batch: rows that the mean is taken over, if these are a chunk of a larger batch. `None`: these.
+
+        Returns:
+            A scalar, in float32: the mean over the rows of all ranks, the same on every rank.
+
+        Raises:
+            ValueError: for group ids out of range (on a CPU alone: elsewhere looking would wait for the device).
+        """
+        check_group_ids(group_ids, self.num_groups)
+        features, group_ids = _GatherRows.apply(features), gather_rows(group_ids, count_ranks())
+        scores = instance_scores(features, self.weight, logits, temperature)
+        losses = _ShardedCrossEntropy.apply(scores, group_ids, self.rows.start)
+        return losses.sum() / ((group_ids != IGNORED_GROUP).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def objective(
+        self,
+        config: Any,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        group_ids: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Equation (5), as [`instance_objective`] computes it from all class vectors."""
+        temperature = config.instance_temperature or config.temperature
+        return sum(
+            self(features, group_ids, config.instance_logits, temperature, num_items_in_batch)
+            for features in (image_features, text_features)
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> "ShardedClassifier":
+        """This rank's rows of a checkpoint of [`IConEModel`], saved by whatever number of ranks; reads no others.
+
+        Raises:
+            ValueError: if the checkpoint has no classifier.
+        """
+        index = Path(folder) / INDEX_FILE
+        file = json.loads(index.read_text())["weight_map"].get(NAME) if index.is_file() else SINGLE_FILE
+        if file is not None:
+            with safe_open(Path(folder) / file, framework="pt") as stored:
+                if NAME in stored.keys():  # noqa: SIM118  (safe_open is no dict)
+                    weight = stored.get_slice(NAME)
+                    num_groups, dim = weight.get_shape()
+                    own = weight[shard(num_groups, rank_index(), count_ranks())]
+                    classifier = cls(num_groups, dim, dtype=own.dtype)
+                    classifier.weight.data.copy_(own)
+                    return classifier
+        raise ValueError(f"{folder} has no class vectors: it was saved with with_classifier=False.")
+
+    def add_to_checkpoint(self, folder: str | os.PathLike) -> None:
+        """Adds all class vectors to a checkpoint without them, in transformers' layout of several files.
+
+        All ranks call it, the first one after it has saved the rest as one file.
+        """
+        folder = Path(folder)
+        save_rows(folder / CLASSES_FILE, {NAME: self.weight}, self.num_groups)
+        if rank_index() == 0:
+            (folder / SINGLE_FILE).replace(folder / REST_FILE)
+            with safe_open(folder / REST_FILE, framework="pt") as stored:
+                files = {**dict.fromkeys(stored.keys(), REST_FILE), NAME: CLASSES_FILE}
+            size = sum((folder / name).stat().st_size for name in (REST_FILE, CLASSES_FILE))
+            content = {"metadata": {"total_size": size}, "weight_map": files}
+            (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        _barrier()
+
+
+def save_rows(file: str | os.PathLike, tensors: Mapping[str, torch.Tensor], num_rows: int) -> None:
+    """Writes tensors of `num_rows` rows, of which each rank holds its [`shard`], as one safetensors file.
+
+    All ranks call it, and see one file system. Each writes its rows to their place, so that no rank holds them all.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        shape = [num_rows, *tensor.shape[1:]]
+        size = tensor.element_size() * torch.Size(shape).numel()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    start = 8 + len(encoded)
+    if rank_index() == 0:
+        with open(file, "wb") as stored:
+            stored.write(len(encoded).to_bytes(8, "little") + encoded)
+            stored.truncate(start + end)
+    _barrier()
+    first = shard(num_rows, rank_index(), count_ranks()).start
+    with open(file, "r+b") as stored:
+        for name, tensor in tensors.items():
+            row_size = tensor.element_size() * tensor.shape[1:].numel()
+            stored.seek(start + header[name]["data_offsets"][0] + first * row_size)
+            for part in tensor.detach().split(4096):
+                if part.numel():
+                    stored.write(part.cpu().contiguous().view(torch.uint8).numpy().data)
+    _barrier()
+
+
+def load_rows(file: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """This rank's [`shard`] of the rows of every tensor in a safetensors file."""
+    with safe_open(file, framework="pt") as stored:
+        slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+        return {name: rows[shard(rows.get_shape()[0], rank_index(), count_ranks())] for name, rows in slices.items()}
+
+
+@torch.no_grad()
+def clip_sharded_norm(
+    parameters: Iterable[torch.Tensor], classifier: ShardedClassifier, max_norm: float
+) -> torch.Tensor:
+    """`torch.nn.utils.clip_grad_norm_` over the parameters that all ranks share and every rank's class vectors.
+
+    Args:
+        parameters: those that every rank holds, with gradients that are the same on all ranks (after DDP's mean); the
+            class vectors may be among them.
+        classifier: whose rows differ.
+        max_norm: the largest norm.
+
+    Returns:
+        The norm before clipping, a scalar, the same on every rank.
+    """
+    parameters = [p for p in parameters if p.grad is not None and p is not classifier.weight]
+    shared = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    own = classifier.weight.grad
+    of_classes = _reduce(torch.zeros_like(shared) if own is None else own.float().square().sum())
+    norm = (shared.float().square() + of_classes).sqrt()
+    torch.nn.utils.clip_grads_with_norm_([*parameters, classifier.weight], max_norm, norm)
+    return norm
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows; the gradient of this rank's is summed over the ranks, and `num_ranks` times that."""
+
+    @staticmethod
+    def forward(ctx, rows):  # type: ignore[no-untyped-def]
+        ctx.num_rows = len(rows)
+        gathered = gather_rows(rows, count_ranks())
+        return gathered.view_as(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        total = _reduce(gradient.clone())
+        return total[rank_index() * ctx.num_rows :][: ctx.num_rows] * count_ranks()
+
+
+class _ShardedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of logits `(rows, this rank's classes)` over the classes of all ranks: `(rows,)`, 0 for fillers.
+
+    The ranks exchange three numbers a row: the largest logit, the sum of exponentials, the logit of the row's class.
+    The gradient, softmax minus one-hot, needs no exchange; it holds where every rank does the same with the result.
+    """
+
+    @staticmethod
+    def forward(ctx, scores, group_ids, start):  # type: ignore[no-untyped-def]
+        num_rows, num_classes = scores.shape
+        largest = scores.amax(dim=1) if num_classes else scores.new_full((num_rows,), float("-inf"))
+        largest = _reduce(largest, largest=True)
+        exponentials = (scores - largest[:, None]).exp()
+        rows = ((group_ids >= start) & (group_ids < start + num_classes)).nonzero()[:, 0]
+        columns = group_ids[rows] - start
+        of_classes = scores.new_zeros(num_rows)
+        of_classes[rows] = scores[rows, columns]
+        totals, of_classes = _reduce(torch.stack((exponentials.sum(dim=1), of_classes)))
+        is_filler = group_ids == IGNORED_GROUP
+        ctx.save_for_backward(exponentials.div_(totals[:, None]), rows, columns, is_filler)
+        return (totals.log() + largest - of_classes).masked_fill(is_filler, 0.0)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        probabilities, rows, columns, is_filler = ctx.saved_tensors
+        gradient = gradient.masked_fill(is_filler, 0.0)
+        result = probabilities * gradient[:, None]
+        result[rows, columns] -= gradient[rows]
+        return result, None, None
+
+
+def _barrier() -> None:
+    if count_ranks() > 1:
+        torch.distributed.barrier()
