@@ -1,4 +1,7 @@
-"""How far long work has come: a bar on a terminal, plain lines in a log. Both go to stderr; results go to stdout."""
+"""Progress of long work: bars on a terminal, lines in a log.
+
+Both go to stderr; results go to stdout.
+"""
 
 import contextlib
 import sys
@@ -12,12 +15,18 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 def is_terminal() -> bool:
-    """Whether stderr is a terminal, by rich's own rules (which environment variables can override)."""
+    """Tell whether stderr is a terminal.
+
+    The rules are rich's own, and environment variables can override them.
+    """
     return Console(stderr=True).is_terminal
 
 
 def new_bars() -> Progress:
-    """Bars on a terminal, of which others may run inside; what is printed meanwhile goes above them."""
+    """Make progress bars for a terminal.
+
+    Other bars may run inside, and what is printed meanwhile goes above them.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -29,12 +38,15 @@ def new_bars() -> Progress:
 
 
 def say(line: str) -> None:
-    """Prints a line of a log."""
+    """Print a line of a log."""
     print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `3 min`, `1 h 20 min`."""
+    """Write a duration for people to read.
+
+    It looks like `45 s`, `3 min` or `1 h 20 min`.
+    """
     if seconds < 100:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -42,19 +54,20 @@ def duration(seconds: float) -> str:
 
 
 def remaining(seconds: float, done: int, total: int) -> str:
-    """What is left of `total`, if `done` of it took so many seconds."""
+    """Estimate the time left, if `done` took `seconds`."""
     return duration(seconds * (total - done) / done)
 
 
 @contextlib.contextmanager
 def progress(what: str, total: int, is_shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Shows how much of `total` is done in a block, which calls what it is given with the number that were added.
+    """Show how much of a block's work is done.
 
-    In a log, what takes less than half a minute leaves no line.
+    The block gets a function and calls it with the number of items that it has just done. In a log, work of less than
+    half a minute leaves no line.
 
     Args:
-        what: `Encoding pictures`.
-        total: how many there are.
+        what: `Encoding images`, say.
+        total: number of items.
         is_shown: `False` on all processes but one.
     """
     if not is_shown:
@@ -64,6 +77,7 @@ def progress(what: str, total: int, is_shown: bool = True) -> Iterator[Callable[
             task = bars.add_task(what, total=total)
             yield lambda added: bars.advance(task, added)
     else:
+        # A line at most every half minute, when something was done, and one at the end if there was any.
         began = said = time.monotonic()
         done = 0
 

@@ -25,7 +25,7 @@ with progress("Counting outside", 2) as outside:
 
 
 def on_a_terminal(code):
-    """What a program writes to a terminal of its own."""
+    """Run a program on a terminal of its own and return what it writes there."""
     watched, terminal = pty.openpty()
     environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=terminal, stderr=terminal, env=environment)
@@ -47,23 +47,23 @@ def test_a_terminal_shows_bars_even_one_in_another():
 def test_a_log_has_lines_and_no_bars(capsys, monkeypatch):
     now = iter(range(0, 10_000, 10))  # every look at the clock is ten seconds later
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    with show("Encoding pictures", 4000) as advance:
+    with show("Encoding images", 4000) as advance:
         for _ in range(8):
             advance(500)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        "Encoding pictures: 1,500 of 4,000, 50 s to go",
-        "Encoding pictures: 3,000 of 4,000, 20 s to go",
-        "Encoding pictures: 4,000 in 90 s",
+        "Encoding images: 1,500 of 4,000, 50 s to go",
+        "Encoding images: 3,000 of 4,000, 20 s to go",
+        "Encoding images: 4,000 in 90 s",
     ]
 
 
 def test_what_is_short_or_of_another_process_leaves_no_line(capsys, monkeypatch):
-    with show("Encoding pictures", 2) as advance:
+    with show("Encoding images", 2) as advance:
         advance(2)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
-    with show("Encoding pictures", 2, is_shown=False) as advance:
+    with show("Encoding images", 2, is_shown=False) as advance:
         advance(1)
     assert capsys.readouterr().err == ""
 

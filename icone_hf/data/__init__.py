@@ -1,4 +1,4 @@
-"""What the model learns from: groups of an image and its captions.
+"""Groups of an image and its captions, which the model learns from.
 
 `load_groups` reads a source and checks it; `draw_scenes` makes one up; `save_groups` writes one for the Hub. For
 training, groups become batches of pairs in which no group stands twice (`GroupBatchSampler`, `PairCollator`).

@@ -1,8 +1,8 @@
-"""What a batch holds: the sampler that keeps a group to one place in it, the pairs, and the collator.
+"""Training batches of image-caption pairs, in which no group stands twice.
 
-Two sentences of one picture in one batch would each be the other's false negative. Unless a loss takes several
-positives, we keep them apart rather than mask them: every row then has the same number of negatives, and no row's
-forward pass is spent on a pair that no loss uses.
+Two captions of one image in one batch would each be the other's false negative. Unless a loss takes several positives,
+we keep them apart rather than mask them: every row then has the same number of negatives, and no row's forward pass is
+spent on a pair that no loss uses.
 """
 
 import functools
@@ -17,15 +17,19 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler
 
 from ..modeling.losses import IGNORED_GROUP
+from ..modeling.processing_icone import IConEProcessor
 from .captions import Captions
-from .images import Pictures
+from .images import Images
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One image/sentence pair: the group's row and the sentence's place in `captions`.
+    """Name one image and one of its captions.
 
-    A filler repeats a pair, and no loss sees it.
+    Args:
+        row: of the group in its split.
+        caption: which of the group's captions.
+        is_filler: whether the pair only repeats another to fill up a batch. No loss sees a filler.
     """
 
     row: int
@@ -34,18 +38,22 @@ class Pair:
 
     @property
     def group_id(self) -> int:
+        """Return the group's row, or IGNORED_GROUP for a filler."""
         return IGNORED_GROUP if self.is_filler else self.row
 
 
 def neighbour_order(vectors: torch.Tensor, run: int, rng: np.random.Generator) -> np.ndarray:
-    """An order of groups made of runs of neighbours: `(groups,)` row numbers, each once.
+    """Order groups into runs of neighbours.
 
     A run is a group drawn at random and the `run - 1` nearest, by cosine, of those that no earlier run has taken.
 
     Args:
         vectors: `(groups, dim)`, L2-normalised.
-        run: groups in a run; the last may be shorter.
+        run: groups in a run; the last run may be shorter.
         rng: draws the groups that runs begin with.
+
+    Returns:
+        `(groups,)` row numbers, each once.
     """
     is_free = torch.ones(len(vectors), dtype=torch.bool)
     order: list[torch.Tensor] = []
@@ -53,7 +61,7 @@ def neighbour_order(vectors: torch.Tensor, run: int, rng: np.random.Generator) -
         if not is_free[first]:
             continue
         similarity = (vectors @ vectors[first]).masked_fill(~is_free, float("-inf"))
-        similarity[first] = float("inf")
+        similarity[first] = float("inf")  # a run begins with the group that was drawn, whatever rounding says
         chosen = similarity.topk(min(run, int(is_free.sum()))).indices
         is_free[chosen] = False
         order.append(chosen)
@@ -61,33 +69,32 @@ def neighbour_order(vectors: torch.Tensor, run: int, rng: np.random.Generator) -
 
 
 class GroupBatchSampler(Sampler[list[Pair]]):
-    """Batches of pairs in which no group stands twice; one epoch visits every pair once.
+    """Draw batches in which no group stands twice.
 
-    The sizes of an epoch's batches differ by one at most, so there is no short last batch. There are `ceil(pairs /
-    batch_size)` of them, or as many as the largest group has sentences, if that is more. An epoch deals the sentences,
-    group after group in random order, onto the batches like cards: every pass goes over all batches once, in a random
-    order of its own, and a group that lies across two passes does not meet its own batches in the second.
+    One epoch visits every pair once. The sizes of its batches differ by one at most, so there is no short last batch.
+    There are `ceil(pairs / batch_size)` batches, or as many as the largest group has captions, if that is more.
 
-    With `pairs_per_group` the cards are hands of that many sentences of one group (its last hand may be smaller), for
-    losses that know several positives. With `class_vectors` a batch is made of runs of neighbouring groups, whose
-    sentences are each other's hardest negatives: the k-th hands of all groups are batched together, run after run.
+    With `pairs_per_group`, for losses that know several positives, a group's captions are split into portions of at
+    most that many and of nearly the same size, and a batch holds one portion of a group. With `class_vectors` a batch
+    is made of runs of neighbouring groups, whose captions are each other's hardest negatives: the k-th portions of all
+    groups are batched together, run after run.
 
     The global batches depend on the seed, the epoch and `class_vectors` alone. Each of `num_ranks` processes yields its
-    contiguous share; a batch that they do not divide is filled up with fillers, so that every rank has as many rows and
-    every loss still counts each pair once.
+    contiguous share. A batch that the processes don't divide is filled up with fillers, so that every rank has as many
+    rows and every loss still counts each pair once.
 
     Args:
-        captions_per_group: number of sentences of each group, by row.
+        captions_per_group: number of captions of each group, by row.
         batch_size: pairs in a global batch, over all ranks, at most.
         seed: of the shuffling.
         rank, num_ranks: which share is yielded.
-        pairs_per_group: sentences of a group in a batch, at most.
+        pairs_per_group: captions of a group in a batch, at most.
         class_vectors: called when an epoch begins, returns `(groups, dim)`; see [`neighbour_order`].
         neighbour_run: length of a run of neighbours.
 
     Raises:
         ValueError: if `batch_size` is not a multiple of `num_ranks` or below `pairs_per_group`, or a group has no
-            sentence.
+            caption.
     """
 
     def __init__(
@@ -107,7 +114,7 @@ class GroupBatchSampler(Sampler[list[Pair]]):
             raise ValueError(f"pairs_per_group={pairs_per_group} must be between 1 and batch_size={batch_size}.")
         self.captions_per_group = np.asarray(captions_per_group, dtype=np.int64)
         if not self.captions_per_group.size or self.captions_per_group.min() < 1:
-            raise ValueError("There must be groups, and each needs a sentence.")
+            raise ValueError("There must be groups, and each needs a caption.")
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -116,66 +123,81 @@ class GroupBatchSampler(Sampler[list[Pair]]):
         self.class_vectors = class_vectors
         self.neighbour_run = neighbour_run
         self.epoch = 0
-        self._hands_per_group = -(-self.captions_per_group // pairs_per_group)
-        self._hands_per_batch = batch_size // pairs_per_group
+        self._portions_per_group = -(-self.captions_per_group // pairs_per_group)
+        self._portions_per_batch = batch_size // pairs_per_group
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        most = int(self._hands_per_group.max())
+        most = int(self._portions_per_group.max())
         if self.class_vectors is None:
-            return max(-(-int(self._hands_per_group.sum()) // self._hands_per_batch), most)
-        passes = ((self._hands_per_group > k).sum() for k in range(most))
-        return sum(-(-int(groups) // self._hands_per_batch) for groups in passes)
+            # The portions of the largest group need as many batches, or it would stand twice in one.
+            return max(-(-int(self._portions_per_group.sum()) // self._portions_per_batch), most)
+        groups_with_portion = ((self._portions_per_group > k).sum() for k in range(most))
+        return sum(-(-int(groups) // self._portions_per_batch) for groups in groups_with_portion)
 
     def global_batches(self) -> Iterator[list[Pair]]:
-        """The epoch's batches over all ranks, without fillers."""
+        """Yield the epoch's batches over all ranks, without fillers."""
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.captions_per_group))
-        hands = {
-            int(row): np.array_split(rng.permutation(self.captions_per_group[row]), self._hands_per_group[row])
+        # Split the captions of each group, in random order, into portions.
+        portions = {
+            int(row): np.array_split(rng.permutation(self.captions_per_group[row]), self._portions_per_group[row])
             for row in order
         }
-        dealt = self._deal(order, rng) if self.class_vectors is None else self._line_up(rng)
-        for batch in dealt:
-            yield [Pair(row, int(caption)) for row, hand in batch for caption in hands[row][hand]]
+        batches = self._spread_groups(order, rng) if self.class_vectors is None else self._batch_neighbours(rng)
+        for batch in batches:
+            yield [Pair(row, int(caption)) for row, portion in batch for caption in portions[row][portion]]
 
-    def _deal(self, order: np.ndarray, rng: np.random.Generator) -> Iterator[list[tuple[int, int]]]:
-        """The (group, hand) pairs of each batch, for groups in random `order`."""
-        counts = self._hands_per_group[order]
-        num_batches, num_hands = len(self), int(counts.sum())
+    def _spread_groups(self, order: np.ndarray, rng: np.random.Generator) -> Iterator[list[tuple[int, int]]]:
+        """Distribute all portions so that batches mix groups well.
+
+        All portions form one sequence, group after group in the random `order`. We walk through it in passes: a pass
+        gives each batch one portion, and visits the batches in a random order of its own. So the sizes of batches
+        differ by one at most, and groups that meet in one batch are not bound to meet in the next. Within a pass a
+        group can't meet itself. Where a group lies across two passes, the second must avoid the batches that the first
+        has given it.
+
+        Yields:
+            The (row, portion) pairs of a batch.
+        """
+        counts = self._portions_per_group[order]
+        num_batches, num_portions = len(self), int(counts.sum())
         group_ends = np.cumsum(counts)
+
+        # Draw the passes; together they say which batch each portion of the sequence goes to.
         passes = [rng.permutation(num_batches)]
-        for start in range(num_batches, num_hands, num_batches):
-            one = rng.permutation(num_batches)
-            # The group that lies across the boundary: `before` of its hands are dealt, `after` are to come.
+        for start in range(num_batches, num_portions, num_batches):
+            # The group at the boundary has `before` portions in the last pass and `after` in this one.
             group = int(np.searchsorted(group_ends, start, side="right"))
             before = start - int(group_ends[group] - counts[group])
             after = int(group_ends[group]) - start
             taken = passes[-1][num_batches - before :]
-            is_taken = np.isin(one, taken)
-            clash = np.flatnonzero(is_taken[:after])
-            free = after + np.flatnonzero(~is_taken[after:])[: len(clash)]
-            one[clash], one[free] = one[free], one[clash]
-            passes.append(one)
-        batch_of = np.concatenate(passes)[:num_hands]
+            passes.append(_begin_without(taken, after, rng.permutation(num_batches)))
+        batch_of = np.concatenate(passes)[:num_portions]
+
         rows = np.repeat(order, counts)
-        hands = np.arange(num_hands) - np.repeat(group_ends - counts, counts)
-        # A stable sort by batch: a batch's hands stand in the order of their groups, which is random.
+        portions = np.arange(num_portions) - np.repeat(group_ends - counts, counts)  # 0, 1, ... within each group
+        # A stable sort by batch: a batch's portions stand in the order of their groups, which is random.
         position = np.argsort(batch_of, kind="stable")
         for chosen in np.split(position, np.cumsum(np.bincount(batch_of, minlength=num_batches))[:-1]):
-            yield [(int(rows[i]), int(hands[i])) for i in chosen]
+            yield [(int(rows[i]), int(portions[i])) for i in chosen]
 
-    def _line_up(self, rng: np.random.Generator) -> Iterator[list[tuple[int, int]]]:
-        """The (group, hand) pairs of each batch, neighbours together; the batches in random order."""
+    def _batch_neighbours(self, rng: np.random.Generator) -> Iterator[list[tuple[int, int]]]:
+        """Put neighbouring groups into one batch.
+
+        Yields:
+            The (row, portion) pairs of a batch; the batches come in random order.
+        """
         vectors = F.normalize(self.class_vectors().detach().float().cpu(), dim=-1)  # type: ignore[misc]
         batches = []
-        for hand in range(int(self._hands_per_group.max())):
-            rows = np.flatnonzero(self._hands_per_group > hand)
-            line = rows[neighbour_order(vectors[torch.from_numpy(rows)], self.neighbour_run, rng)]
-            parts = np.array_split(line, -(-len(line) // self._hands_per_batch))
-            batches += [[(int(row), hand) for row in part] for part in parts]
+        # The k-th portions of all groups that have so many are batched by themselves, so no group meets itself.
+        for portion in range(int(self._portions_per_group.max())):
+            rows = np.flatnonzero(self._portions_per_group > portion)
+            in_runs = rows[neighbour_order(vectors[torch.from_numpy(rows)], self.neighbour_run, rng)]
+            parts = np.array_split(in_runs, -(-len(in_runs) // self._portions_per_batch))
+            batches += [[(int(row), portion) for row in part] for part in parts]
         for i in rng.permutation(len(batches)):
             yield batches[i]
 
@@ -183,20 +205,31 @@ class GroupBatchSampler(Sampler[list[Pair]]):
         for batch in self.global_batches():
             missing = -len(batch) % self.num_ranks
             batch += [Pair(batch[0].row, batch[0].caption, is_filler=True)] * missing
-            share = len(batch) // self.num_ranks
+            share = len(batch) // self.num_ranks  # rows of each rank
             yield batch[self.rank * share : (self.rank + 1) * share]
 
 
+def _begin_without(taken: np.ndarray, count: int, batches: np.ndarray) -> np.ndarray:
+    """Swap taken batches out of the first `count`."""
+    is_taken = np.isin(batches, taken)
+    clash = np.flatnonzero(is_taken[:count])
+    free = count + np.flatnonzero(~is_taken[count:])[: len(clash)]
+    batches[clash], batches[free] = batches[free], batches[clash]
+    return batches
+
+
 class PairDataset(torch.utils.data.Dataset):
-    """Groups, indexed by [`Pair`]: the decoded picture, the sentence and the group id.
+    """Look up a pair's image, caption and group id.
+
+    The index is a [`Pair`], and the image is decoded when it is asked for.
 
     Args:
-        groups: in the groups' contract.
-        smallest_side: see [`Pictures`].
+        groups: rows with `image` and `captions`.
+        smallest_side: see [`Images`].
     """
 
     def __init__(self, groups: Dataset, smallest_side: int | None = None):
-        self.pictures = Pictures(groups, smallest_side)
+        self.images = Images(groups, smallest_side)
         self.captions = groups.select_columns(["captions"])
         self.captions_per_group = Captions.read(groups).counts
 
@@ -205,13 +238,13 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, pair: Pair) -> dict[str, Any]:
         caption = self.captions[pair.row]["captions"][pair.caption]
-        return {"image": self.pictures[pair.row], "caption": caption, "group_id": pair.group_id}
+        return {"image": self.images[pair.row], "caption": caption, "group_id": pair.group_id}
 
 
 class PairCollator:
-    """Turns items of [`PairDataset`] into the model's inputs; `processor` is an [`IConEProcessor`]."""
+    """Turn items of [`PairDataset`] into the model's inputs."""
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: IConEProcessor):
         self.processor = processor
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -224,18 +257,21 @@ class PairCollator:
 
 
 class PairChunks(torch.utils.data.Dataset):
-    """Hands out a batch unread: `read_chunks`, which reads it chunk by chunk as often as it is called, and `group_ids`.
+    """Give batches as chunks, read when needed.
 
-    Cached gradients (`gradient_cache.py`) pass over a batch twice. Its pictures are decoded in each pass instead of
-    being kept: 4,096 of 224 pixels are 2.4 GB as floats and 0.6 GB as bytes, while decoding again costs little
-    beside the towers, or nothing where worker processes do it ahead. So, whatever the batch, there are as many
-    pictures in memory as workers prefetch chunks. A chunk's sentences are padded to the longest of the chunk.
+    A batch is `{"read_chunks": ..., "group_ids": ...}`. `read_chunks()` reads it chunk by chunk, as often as it is
+    called.
+
+    Cached gradients (`gradient_cache.py`) pass over a batch twice. Its images are decoded in each pass instead of being
+    kept: 4,096 of 224 pixels are 2.4 GB as floats and 0.6 GB as bytes, while decoding again costs little beside the
+    towers, or nothing where worker processes do it in advance. So memory holds as many images as workers prefetch
+    chunks, whatever the batch. A chunk's captions are padded to the longest of the chunk.
 
     Args:
         pairs: the data set.
         collate_fn: turns a chunk's items into the model's inputs.
         chunk_size: pairs in a chunk; a batch's last one may be smaller.
-        num_workers: processes that read chunks ahead. They live as long as this object.
+        num_workers: processes that read chunks in advance. They live as long as this object.
         pin_memory: as in `DataLoader`.
     """
 
@@ -249,7 +285,8 @@ class PairChunks(torch.utils.data.Dataset):
     ):
         self.pairs = pairs
         self.chunk_size = chunk_size
-        self._chunks: list[list[Pair]] = []  # what the loader reads next
+        # One loader, and so one set of workers, serves all batches: `_read` puts a batch's chunks into this list.
+        self._chunks: list[list[Pair]] = []
         self._loader = DataLoader(
             pairs,
             batch_sampler=self._chunks,
@@ -273,7 +310,10 @@ class PairChunks(torch.utils.data.Dataset):
 
 
 class GroupDataLoader(DataLoader):
-    """A DataLoader over a [`GroupBatchSampler`] that passes `set_epoch` on, as the Trainer expects."""
+    """Load batches of a [`GroupBatchSampler`].
+
+    It passes `set_epoch` on to the sampler, as the Trainer expects.
+    """
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

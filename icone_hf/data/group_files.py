@@ -1,4 +1,4 @@
-"""Writes groups, pictures included, as Parquet files in the layout that the Hub shows and `load_groups` reads."""
+"""Parquet files of groups, in the layout that the Hub shows."""
 
 import os
 from collections.abc import Mapping
@@ -9,16 +9,19 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from ..compat import embed_images
 
-SHARD_BYTES = 500 * 2**20  # of pictures and captions in a file, about
+SHARD_BYTES = 500 * 2**20  # of images and captions in a file, about
 
 
 def save_groups(splits: Mapping[str, Dataset], folder: str | os.PathLike, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Writes `data/SPLIT-00000-of-00001.parquet` and so on, and a card that names splits, columns and sizes.
+    """Save groups as Parquet files with a card.
+
+    [`load_groups`] reads the folder. The files are `data/SPLIT-00000-of-00001.parquet` and so on, images included; the
+    card names splits, columns and sizes.
 
     Args:
-        splits: groups by split; pictures that are files are copied in.
+        splits: groups by split; images that are files are copied in.
         folder: must not hold data already.
-        shard_bytes: pictures and captions in a file, about.
+        shard_bytes: images and captions in a file, about.
 
     Raises:
         ValueError: if the folder holds data.
@@ -30,6 +33,7 @@ def save_groups(splits: Mapping[str, Dataset], folder: str | os.PathLike, shard_
     for split, groups in splits.items():
         whole = groups.select_columns(["image", "captions", "image_id"])
         whole = embed_images(whole, batch_size=100, description=f"Embedding {split} images")
+        # The size is known only now that files have become bytes.
         size = whole.data.nbytes
         num_shards = min(len(groups), -(-size // shard_bytes))
         for number in range(num_shards):
@@ -40,7 +44,13 @@ def save_groups(splits: Mapping[str, Dataset], folder: str | os.PathLike, shard_
 
 
 def dataset_card(sizes: Mapping[str, int]) -> DatasetCard:
-    """The card of such a folder; its first lines tell the Hub which files are which split."""
+    """Write the card of a folder of groups.
+
+    Its first lines tell the Hub which files are which split.
+
+    Args:
+        sizes: number of groups by split.
+    """
     files = [{"split": split, "path": f"data/{split}-*"} for split in sizes]
     data = DatasetCardData(
         configs=[{"config_name": "default", "data_files": files}],
@@ -53,21 +63,32 @@ def dataset_card(sizes: Mapping[str, int]) -> DatasetCard:
 {data}
 ---
 
-# Groups of a picture and its sentences
+# Groups of an image and its captions
 
 | split | groups |
 |---|---|
 {rows}
 
-Each row is a group: `image`, `captions` (one sentence or more) and `image_id`. The row of a training group is its
+Each row is a group: `image`, `captions` (one or more) and `image_id`. The row of a training group is its
 class. Read it by `datasets.load_dataset`, or by `icone_hf.load_groups(ID, "train")`, which checks it. Say here whose
-pictures and sentences these are, and under which licence.
+images and captions these are, and under which licence.
 """
     )
 
 
 def push_groups(folder: str | os.PathLike, repo_id: str, private: bool | None = None) -> str:
-    """Uploads such a folder as a data set, and returns its address. Files that are there already are not sent again."""
+    """Upload a folder of groups to the Hub.
+
+    Files that are there already are not sent again.
+
+    Args:
+        folder: as [`save_groups`] writes it.
+        repo_id: of the data set; it is created if it doesn't exist.
+        private: whether a new data set is private.
+
+    Returns:
+        The address of the data set.
+    """
     api = HfApi()
     url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
     api.upload_folder(repo_id=url.repo_id, repo_type="dataset", folder_path=Path(folder))

@@ -1,6 +1,6 @@
-"""The data contract, and the sources that fulfil it.
+"""Sources of data, read as groups.
 
-A *group* is one picture and all its sentences. A split of groups is a `datasets.Dataset` whose rows hold `image`
+A *group* is one image and all its captions. A split of groups is a `datasets.Dataset` whose rows hold `image`
 (`datasets.Image`), `captions` (a list of one or more strings) and, where the source has them, `image_id` and more. The
 row number in the training split is the group's class number.
 """
@@ -8,7 +8,7 @@ row number in the training split is the group's class number.
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,15 @@ SCENES_PER_SPLIT = {"train": 2500, "validation": 250, "test": 500}
 # Other names under which sources keep the three splits. Karpathy's COCO file keeps 30,504 training images as "restval".
 SPLIT_NAMES = {"train": ("train", "restval"), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}  # and the builder that reads them
-# Columns of our own layout, of tables of paths, and of the copies of Flickr30k and COCO that stand on the Hub.
+# Columns of the layout that save_groups writes, of tables of paths, and of copies of Flickr30k and COCO on the Hub. Of
+# several the first counts.
 IMAGE_COLUMNS = ("image", "file_name", "path", "image_path", "filepath", "filename")
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentences_raw", "alt_text", "text")
 ID_COLUMNS = ("image_id", "cocoid", "img_id", "imgid")
 
 
 class MissingSplitError(ValueError):
-    """The source has no such split."""
+    """Report that a source has no such split."""
 
 
 def load_groups(
@@ -51,40 +52,44 @@ def load_groups(
     image_size: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Loads one split of a source as groups, checked: every picture is there, every caption says something.
+    """Load one split of a source as groups.
+
+    The groups are checked: every image is there, every caption says something.
 
     Args:
         source: one of
 
             - a Karpathy JSON (`dataset_flickr30k.json`, `dataset_coco.json`), with `image_root`;
             - the id of a data set on the Hub, or a local folder that `datasets.load_dataset` or `load_from_disk` reads:
-              Parquet files, or pictures with a `metadata.csv`, `.jsonl` or `.parquet` (an ImageFolder);
+              Parquet files, or images with a `metadata.csv`, `.jsonl` or `.parquet` (an ImageFolder);
             - a CSV, TSV, JSONL or Parquet file of paths and captions;
             - `"openmoji-scenes"`, drawn on this machine.
         split: `"train"`, `"validation"` or `"test"`. `val`, `valid` and `dev` are read as validation, `restval` as
             train. Where a data set on the Hub or a file has a column `split` with such names, as copies of Flickr30k
             have, the column counts, and not the split that its rows lie in. A file without one is training data.
-        image_root: folder that file names start from. Of a JSON for COCO the one that holds `train2014` and `val2014`;
-            of another file by default its own.
-        image_column: the column with the pictures, or their paths. `None`: the first of `image`, `file_name`, `path`,
+        image_root: folder that file names start from. For COCO's JSON it is the one that holds `train2014` and
+            `val2014`; for a table of paths it is the table's own folder by default.
+        image_column: the column with the images, or their paths. `None`: the first of `image`, `file_name`, `path`,
             `image_path`, `filepath`, `filename` that is there.
         caption_column: the column with a caption, a list of captions, or Karpathy's `{"raw": caption}`. `None`: the
             first of `captions`, `caption`, `sentences`, `sentences_raw`, `alt_text`, `text` that is there.
-        id_column: the column that names a picture. Rows with the same id are one group; so are, without it, rows of the
-            same local file. `None`: the first of `image_id`, `cocoid`, `img_id`, `imgid` that is there.
+        id_column: the column that names an image. Rows with the same id are one group; without such a column, rows of
+            the same local file are. `None`: the first of `image_id`, `cocoid`, `img_id`, `imgid` that is there.
         num_groups: the number of scenes. Default: 2,500 for training, 250 for validation, 500 for test.
         image_size: the scenes' side in pixels. Default: 160.
         seed: of the scenes.
 
     Raises:
-        FileNotFoundError: if the JSON or pictures are missing; the first missing ones and their number are named.
-        MissingSplitError: a ValueError, if the source has no such split; those it has are named.
+        FileNotFoundError: if the JSON or images are missing; the first missing ones and their number are named.
+        MissingSplitError: a ValueError, if the source has no such split; the splits that it has are named.
         ValueError: if a column is missing, a caption is empty, or an argument does not belong to the source.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown: use one of {', '.join(SPLITS)}.")
     source = os.fspath(source)
     is_scenes, is_json = source == OPENMOJI_SCENES, source.endswith(".json")
+
+    # Refuse arguments that this kind of source would ignore.
     columns = {"image_column": image_column, "caption_column": caption_column, "id_column": id_column}
     given = {"image_root": image_root, "num_groups": num_groups, "image_size": image_size, **columns}
     belongs = {"num_groups", "image_size"} if is_scenes else {"image_root"} if is_json else set(columns)
@@ -92,6 +97,7 @@ def load_groups(
     for name, value in given.items():
         if value is not None and name not in belongs:
             raise ValueError(f"{name}={value!r} has no meaning for the source {source!r}: leave it out.")
+
     if is_scenes:
         return draw_scenes(split, num_groups or SCENES_PER_SPLIT[split], image_size or 160, seed)
     if is_json:
@@ -103,12 +109,16 @@ def load_groups(
 
 
 def load_pictures(folder: str | os.PathLike) -> Dataset:
-    """Every picture file in a folder, at any depth, sorted: rows of `image` and `image_id`, its path from the folder.
+    """List the image files of a folder.
 
-    For pictures without captions, to be embedded; [`load_groups`] loads captioned ones.
+    Folders in it are searched too, at any depth. This is for images without captions, to be embedded; [`load_groups`]
+    loads captioned ones.
+
+    Returns:
+        Rows of `image` and `image_id`, the file's path from the folder, sorted by path.
 
     Raises:
-        FileNotFoundError: if the folder does not exist or holds no picture.
+        FileNotFoundError: if the folder does not exist or holds no image.
     """
     root = Path(folder)
     names = sorted(
@@ -118,30 +128,32 @@ def load_pictures(folder: str | os.PathLike) -> Dataset:
         if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS
     )
     if not names:
-        raise FileNotFoundError(f"{root} {'holds no picture file' if root.is_dir() else 'is no folder'}.")
+        raise FileNotFoundError(f"{root} {'holds no image file' if root.is_dir() else 'is no folder'}.")
     features = datasets.Features({"image": datasets.Image(), "image_id": datasets.Value("string")})
     return Dataset.from_dict({"image": [os.path.join(root, name) for name in names], "image_id": names}, features)
 
 
 def check_disjoint(splits: dict[str, Dataset]) -> None:
-    """Refuses pictures that stand in two splits: a test on training pictures measures memory.
+    """Refuse images that stand in two splits.
+
+    A test on training images measures memory. Splits without `image_id` are not checked.
 
     Raises:
-        ValueError: naming the first ids and the two splits. Splits without `image_id` are not checked.
+        ValueError: naming the first ids and the two splits.
     """
-    owner: dict[Any, str] = {}
+    split_of: dict[Any, str] = {}  # by image id
     for name, groups in splits.items():
         if "image_id" not in groups.column_names:
             continue
         ids = set(groups["image_id"])
         for other in splits:
-            shared = sorted((i for i in ids if owner.get(i) == other), key=str)
+            shared = sorted((i for i in ids if split_of.get(i) == other), key=str)
             if shared:
                 raise ValueError(
                     f"{len(shared)} image ids stand in both {other} and {name}: {first_of(shared)}. Keep each image in "
                     "one split only, or name the column that tells images apart (id_column)."
                 )
-        owner.update(dict.fromkeys(ids, name))
+        split_of.update(dict.fromkeys(ids, name))
 
 
 def _no_split_error(split: str, source: str, found: Iterable[str]) -> MissingSplitError:
@@ -164,37 +176,34 @@ def _load_karpathy(path: Path, split: str, image_root: str | os.PathLike | None)
             "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
         )
     if image_root is None:
-        raise ValueError(f"{path} holds file names only: pass image_root=, the folder of the pictures.")
-    records = json.loads(path.read_text(encoding="utf-8")).get("images")
-    if not isinstance(records, list):
-        raise ValueError(f'{path} is not one of Karpathy\'s files: it has no list under "images".')
-    missing_fields = [
-        row for row, record in enumerate(records) if not {"filename", "sentences", "split"} <= record.keys()
-    ]
-    if missing_fields:
-        raise ValueError(f"{path}: records {first_of(missing_fields)} lack filename, sentences or split.")
-    # The same file name may stand under two of COCO's folders; a picture is its whole path.
+        raise ValueError(f"{path} holds file names only: pass image_root=, the folder of the images.")
+    records = _read_karpathy(path)
+
+    # Collect the captions of each image. One file name may stand in two of COCO's folders: the path tells them apart.
     captions: dict[str, list[str]] = defaultdict(list)
     splits_of: dict[str, set[str]] = defaultdict(set)
     ids: dict[str, str] = {}
     for record in records:
         name = os.path.join(record.get("filepath", ""), record["filename"])
-        splits_of[name].add(_our_split(record["split"]))
+        splits_of[name].add(_standard_split(record["split"]))
         if record["split"] in SPLIT_NAMES[split]:
             captions[name] += [sentence["raw"] for sentence in record["sentences"]]
             ids[name] = str(record.get("cocoid", record.get("imgid", name)))
+
+    # Check splits and files.
     if not captions:
         raise _no_split_error(split, str(path), {record["split"] for record in records})
     straddling = sorted(name for name, names in splits_of.items() if len(names) > 1)
     if straddling:
-        raise ValueError(f"{path}: {len(straddling)} pictures stand in two splits: {first_of(straddling)}.")
+        raise ValueError(f"{path}: {len(straddling)} images stand in two splits: {first_of(straddling)}.")
     paths = [os.path.join(image_root, name) for name in captions]
     missing = [image for image in paths if not os.path.isfile(image)]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(paths)} pictures of {path} are missing under image_root="
+            f"{len(missing)} of {len(paths)} images of {path} are missing under image_root="
             f"{os.fspath(image_root)!r}: {first_of(missing)}"
         )
+
     features = datasets.Features(
         {
             "image": datasets.Image(),
@@ -206,8 +215,22 @@ def _load_karpathy(path: Path, split: str, image_root: str | os.PathLike | None)
     return Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
 
 
-def _our_split(name: str) -> str:
-    return next((ours for ours, names in SPLIT_NAMES.items() if name in names), name)
+def _read_karpathy(path: Path) -> list[dict[str, Any]]:
+    """Read the records of one of Karpathy's files."""
+    records = json.loads(path.read_text(encoding="utf-8")).get("images")
+    if not isinstance(records, list):
+        raise ValueError(f'{path} is not one of Karpathy\'s files: it has no list under "images".')
+    missing_fields = [
+        row for row, record in enumerate(records) if not {"filename", "sentences", "split"} <= record.keys()
+    ]
+    if missing_fields:
+        raise ValueError(f"{path}: records {first_of(missing_fields)} lack filename, sentences or split.")
+    return records
+
+
+def _standard_split(name: str) -> str:
+    """Translate a source's name for a split."""
+    return next((standard for standard, names in SPLIT_NAMES.items() if name in names), name)
 
 
 # --- Hub data sets and local folders ---
@@ -227,28 +250,9 @@ def _load_columns(
 ) -> Dataset:
     table, rows = _load_table(source, split)
     names = table.column_names
-    if image_column is None:
-        image_column = next((name for name in IMAGE_COLUMNS if name in names), None)
-        if image_column is None:
-            raise ValueError(
-                f"{source} has no column {', '.join(IMAGE_COLUMNS)}, only {', '.join(names)}: pass image_column=."
-            )
-    if caption_column is None:
-        caption_column = next((name for name in CAPTION_COLUMNS if name in names), None)
-        if caption_column is None:
-            raise ValueError(
-                f"{source} has no column {', '.join(CAPTION_COLUMNS)}, only {', '.join(names)}: pass caption_column=. "
-                "(A folder of pictures needs a metadata.csv with the columns file_name and caption.)"
-            )
-    if id_column is None:
-        id_column = next((name for name in ID_COLUMNS if name in names), None)
-    for argument, name in (
-        ("image_column", image_column),
-        ("caption_column", caption_column),
-        ("id_column", id_column),
-    ):
-        if name is not None and name not in names:
-            raise ValueError(f"{argument}={name!r} is no column of {source}; it has {', '.join(names)}.")
+    image_column, caption_column, id_column = _choose_columns(source, names, image_column, caption_column, id_column)
+
+    # Turn paths into images.
     if _is_table(source) and getattr(table.features[image_column], "dtype", None) in ("string", "large_string"):
         root = os.path.dirname(source) if image_root is None else image_root
         paths = [os.path.join(root, path or "") for path in table[image_column]]
@@ -256,7 +260,7 @@ def _load_columns(
     if not isinstance(table.features[image_column], datasets.Image):
         table = table.cast_column(image_column, datasets.Image())
 
-    # Read from the Arrow columns: the pictures' bytes need not come into memory for this.
+    # Look for images that are missing, by the Arrow columns: the images' bytes need not come into memory for this.
     stored = table.cast_column(image_column, datasets.Image(decode=False)).data.column(image_column)
     paths = pyarrow.compute.struct_field(stored, "path").to_pylist()
     is_embedded = pyarrow.compute.is_valid(pyarrow.compute.struct_field(stored, "bytes")).to_pylist()
@@ -269,13 +273,13 @@ def _load_columns(
         if not embedded and not os.path.isfile(path or "")
     ]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(table)} pictures of {source} are missing: {first_of(missing)}")
+        raise FileNotFoundError(f"{len(missing)} of {len(table)} images of {source} are missing: {first_of(missing)}")
 
-    # Rows of one picture are one group. Without an id, a local file is known by its path; embedded pictures are not.
+    # Join the rows of one image. Without an id, a local file is known by its path; embedded images are not.
     if id_column is not None:
         keys = [str(key) for key in table[id_column]]
     else:
-        keys = [  # a bare row number would name a picture of every split
+        keys = [  # a bare row number would name an image of every split
             f"{split}-{row}" if embedded else path
             for row, (path, embedded) in enumerate(zip(paths, is_embedded, strict=True))
         ]
@@ -286,7 +290,9 @@ def _load_columns(
         first_row.setdefault(key, row)
     groups = table.select(list(first_row.values()))
     if len(groups) < len(table):
-        logger.info(f"{source}: {len(table)} rows of {len(groups)} pictures; rows of one picture are one group.")
+        logger.info(f"{source}: {len(table)} rows of {len(groups)} images; rows of one image are one group.")
+
+    # Give the three columns the names that groups have.
     groups = groups.remove_columns(
         [name for name in {caption_column, id_column, "captions", "image_id"} if name in names]
     )
@@ -296,15 +302,67 @@ def _load_columns(
     return groups.add_column("image_id", list(captions), feature=datasets.Value("string"))
 
 
+def _choose_columns(
+    source: str,
+    names: Sequence[str],
+    image_column: str | None,
+    caption_column: str | None,
+    id_column: str | None,
+) -> tuple[str, str, str | None]:
+    """Find the columns that were not named.
+
+    All columns are checked.
+
+    Args:
+        source: for the messages.
+        names: of the columns that there are.
+        image_column, caption_column, id_column: as given to [`load_groups`].
+
+    Returns:
+        The columns of images, captions and ids; the last is `None` where no column names images.
+    """
+    if image_column is None:
+        image_column = next((name for name in IMAGE_COLUMNS if name in names), None)
+        if image_column is None:
+            raise ValueError(
+                f"{source} has no column {', '.join(IMAGE_COLUMNS)}, only {', '.join(names)}: pass image_column=."
+            )
+    if caption_column is None:
+        caption_column = next((name for name in CAPTION_COLUMNS if name in names), None)
+        if caption_column is None:
+            raise ValueError(
+                f"{source} has no column {', '.join(CAPTION_COLUMNS)}, only {', '.join(names)}: pass caption_column=. "
+                "(A folder of images needs a metadata.csv with the columns file_name and caption.)"
+            )
+    if id_column is None:
+        id_column = next((name for name in ID_COLUMNS if name in names), None)
+    for argument, name in (
+        ("image_column", image_column),
+        ("caption_column", caption_column),
+        ("id_column", id_column),
+    ):
+        if name is not None and name not in names:
+            raise ValueError(f"{argument}={name!r} is no column of {source}; it has {', '.join(names)}.")
+    return image_column, caption_column, id_column
+
+
 def _as_captions(value: Any) -> list[str]:
-    """One caption, a list of captions, or Karpathy's `{"raw": caption}` in the place of each."""
+    """Read a value of the caption column.
+
+    The value is one caption or a list of captions, each a string or Karpathy's `{"raw": caption}`.
+    """
     if value is None or isinstance(value, str | dict):
         value = [value or ""]
     return [caption["raw"] if isinstance(caption, dict) else caption for caption in value]
 
 
 def _load_table(source: str, split: str) -> tuple[Dataset, list[int] | None]:
-    """A table that holds the split, and the split's rows in it if a column tells them."""
+    """Load the table that holds a split.
+
+    Returns:
+        The table, and the split's rows in it; `None` if all rows are of the split.
+    """
+    # Load all splits of the source.
     is_saved = os.path.isfile(os.path.join(source, "dataset_dict.json")) or os.path.isfile(
         os.path.join(source, "dataset_info.json")
     )
@@ -318,13 +376,16 @@ def _load_table(source: str, split: str) -> tuple[Dataset, list[int] | None]:
         loaded = datasets.load_from_disk(source) if is_saved else datasets.load_dataset(source)
     if isinstance(loaded, Dataset):
         loaded = DatasetDict({str(loaded.split or "train"): loaded})
+
+    # A column `split` counts if it names splits in every row; other columns of that name say something else.
     if all("split" in names for names in loaded.column_names.values()):
         table = datasets.concatenate_datasets(list(loaded.values()))
-        named = [_our_split(name) for name in table["split"]]
-        if set(named) <= set(SPLITS):
-            if split not in named:
+        split_of = [_standard_split(name) for name in table["split"]]
+        if set(split_of) <= set(SPLITS):
+            if split not in split_of:
                 raise _no_split_error(split, source, sorted(set(table["split"])))
-            return table.remove_columns("split"), [row for row, name in enumerate(named) if name == split]
+            return table.remove_columns("split"), [row for row, name in enumerate(split_of) if name == split]
+
     found = [name for name in SPLIT_NAMES[split] if name in loaded]
     if not found:
         raise _no_split_error(split, source, loaded)

@@ -1,4 +1,4 @@
-"""Decodes the pictures of groups when they are asked for, large JPEG files at a part of their size if wanted."""
+"""Images of groups, decoded when they are asked for."""
 
 import io
 import os
@@ -19,13 +19,13 @@ IMAGE_ENDINGS = frozenset(
 )
 
 
-class Pictures:
-    """The pictures of groups, by row.
+class Images:
+    """Decode the images of groups by row.
 
     Args:
         groups: rows with an `image`, as `datasets` stores it: embedded, or the path of a file.
-        smallest_side: pixels. A JPEG picture is read at a half, a quarter or an eighth of its size if both its sides
-            then have so many; libjpeg makes that part of the decoding ("draft"). `None` reads every picture in full.
+        smallest_side: pixels. A JPEG image is read at a half, a quarter or an eighth of its size if both its sides
+            then have so many; libjpeg makes that part of the decoding ("draft"). `None` reads every image in full.
     """
 
     def __init__(self, groups: Dataset, smallest_side: int | None = None):
@@ -36,25 +36,26 @@ class Pictures:
         return len(self._stored)
 
     def __getitem__(self, row: int) -> Image.Image:
-        """The picture of a row, turned upright.
+        """Decode a row's image and turn it upright.
 
         Raises:
-            ValueError: if it cannot be decoded, naming the row and, where it is a file, the path.
+            ValueError: if it can't be decoded, naming the row and, where it is a file, the path.
         """
         stored = self._stored[row]["image"]
         try:
             return self._decode(stored)
         except Exception as error:
             raise ValueError(
-                f"The picture of row {row} ({stored['path'] or 'embedded'}) cannot be decoded: {error}. Replace it or "
+                f"The image of row {row} ({stored['path'] or 'embedded'}) cannot be decoded: {error}. Replace it or "
                 "leave this row out."
             ) from error
 
     def _decode(self, stored: dict[str, Any]) -> Image.Image:
         content, path = stored["bytes"], stored["path"]
-        if self.smallest_side is None or (content is None and not os.path.isfile(path)):  # a URL, a file in an archive
+        # datasets decodes what is read in full, and what only it can open: a URL, a file in an archive.
+        if self.smallest_side is None or (content is None and not os.path.isfile(path)):
             return datasets.Image().decode_example(stored)
-        with Image.open(path if content is None else io.BytesIO(content)) as picture:
-            picture.draft(None, (self.smallest_side, self.smallest_side))  # no other format heeds it
-            picture.load()
-            return ImageOps.exif_transpose(picture)
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
+            image.draft(None, (self.smallest_side, self.smallest_side))  # formats other than JPEG ignore it
+            image.load()
+            return ImageOps.exif_transpose(image)

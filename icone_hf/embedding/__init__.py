@@ -1,4 +1,4 @@
-"""Turn data into vectors.
+"""Embeddings of images and captions.
 
 `encode_groups` embeds a split in memory; `encode` embeds any number of images and captions into Parquet shards and
 goes on after an interruption. Both share the work over all processes. Digests say what an embedding depends on.

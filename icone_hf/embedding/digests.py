@@ -1,6 +1,8 @@
-"""SHA-256 digests of all that an embedding depends on: towers, heads, processor, pictures, captions.
+"""SHA-256 digests of all that an embedding depends on.
 
-By them a feature cache and a folder of shards know whether what they hold is still what would be computed.
+That is: towers, projections, processor and images; captions have `Captions.digest`. A feature cache and a folder of
+shards compare digests to know whether what they hold is still what would be computed. What earlier runs stored is found
+by name ("vision head") and kept if the value is the same, so neither names nor values may change.
 """
 
 import hashlib
@@ -9,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
@@ -17,10 +18,14 @@ from datasets import Dataset
 
 from ..modeling.lora import merged_state_dict
 from ..modeling.modeling_icone import IConEModel
+from ..modeling.processing_icone import IConEProcessor
 
 
 def digest_towers(model: IConEModel) -> dict[str, str]:
-    """Digests of the weights of both towers and of how their outputs are pooled."""
+    """Digest both towers' weights and their pooling.
+
+    Adapters count as merged into the weights.
+    """
     return {
         "vision tower": _digest_weights(
             merged_state_dict(model.vision_model), type(model.vision_model).__name__, model.config.vision_pooling
@@ -32,21 +37,25 @@ def digest_towers(model: IConEModel) -> dict[str, str]:
 
 
 def digest_heads(model: IConEModel) -> dict[str, str]:
-    """Digests of both projections into the common space."""
-    heads = {"vision head": model.visual_projection, "text head": model.text_projection}
-    return {name: _digest_weights(head.state_dict()) for name, head in heads.items()}
+    """Digest both projections into the common space."""
+    projections = {"vision head": model.visual_projection, "text head": model.text_projection}
+    return {name: _digest_weights(projection.state_dict()) for name, projection in projections.items()}
 
 
-def _digest_weights(state_dict: Mapping[str, torch.Tensor], *what: str | None) -> str:
-    digest = hashlib.sha256(" ".join(map(str, what)).encode())
+def _digest_weights(state_dict: Mapping[str, torch.Tensor], *settings: str | None) -> str:
+    digest = hashlib.sha256(" ".join(map(str, settings)).encode())
     for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # As bytes, since NumPy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def digest_processor(processor: Any) -> str:
-    """Of all files that the processor saves, so of every setting of its image processor and its tokenizer."""
+def digest_processor(processor: IConEProcessor) -> str:
+    """Digest all files that the processor saves.
+
+    They hold every setting of its image processor and its tokenizer.
+    """
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
@@ -61,10 +70,13 @@ def digest_processor(processor: Any) -> str:
     return digest.hexdigest()
 
 
-def digest_pictures(pictures: Dataset) -> str:
-    """Embedded pictures by their bytes, files by path, size and time of change."""
+def digest_pictures(groups: Dataset) -> str:
+    """Digest the images of groups.
+
+    Embedded images count by their bytes, files by path, size and time of change.
+    """
     digest = hashlib.sha256()
-    for stored in pictures.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))["image"]:
+    for stored in groups.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))["image"]:
         if stored["bytes"] is not None:
             digest.update(hashlib.sha256(stored["bytes"]).digest())
         else:

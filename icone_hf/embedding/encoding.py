@@ -1,4 +1,4 @@
-"""Runs a model over groups: the towers' pooled outputs batch by batch, and the embeddings to rank."""
+"""Pooled tower outputs and embeddings of groups."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,13 +14,22 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ..data.captions import Captions
-from ..data.images import Pictures
+from ..data.images import Images
 from ..modeling.modeling_icone import IConEModel
+from ..modeling.processing_icone import IConEProcessor
 from ..progress import progress
 
 
 class GroupEmbeddings(NamedTuple):
-    """What [`retrieval_metrics`] takes: `(images, dim)`, `(sentences, dim)`, and the image row of every sentence."""
+    """Hold the embeddings of a split.
+
+    [`retrieval_metrics`] takes its three parts as arguments.
+
+    Args:
+        image_embeds: `(images, dim)`.
+        text_embeds: `(captions, dim)`.
+        text_to_image: `(captions,)`, the image's row of every caption.
+    """
 
     image_embeds: torch.Tensor
     text_embeds: torch.Tensor
@@ -28,13 +37,19 @@ class GroupEmbeddings(NamedTuple):
 
 
 def in_batches(items: Sequence[Any], batch_size: int) -> list[list[Any]]:
-    """`items` in lists of `batch_size`; the last may be shorter."""
+    """Cut `items` into lists of `batch_size`.
+
+    The last may be shorter.
+    """
     return [list(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
 
 
-def ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items, each made in a thread while the one before it is being used."""
-    iterator, end = iter(items), object()
+def in_background(items: Iterable[Any]) -> Iterator[Any]:
+    """Make each item while the one before is used.
+
+    A thread calls `next` for one item in advance. An error of `items` is raised when its turn comes.
+    """
+    iterator, end = iter(items), object()  # `end` is what `next` returns when there is nothing more
     with ThreadPoolExecutor(1) as thread:
         upcoming = thread.submit(next, iterator, end)
         while (item := upcoming.result()) is not end:
@@ -43,130 +58,203 @@ def ahead(items: Iterable[Any]) -> Iterator[Any]:
 
 
 class _PixelValues(torch.utils.data.Dataset):
-    """`pixel_values` `(channels, height, width)` by row; with `notes_errors`, of what cannot be decoded, why."""
+    """Read images by row as `pixel_values` `(channels, height, width)`.
 
-    def __init__(self, groups: Dataset, processor: Any, notes_errors: bool):
-        self.pictures = Pictures(groups, processor.smallest_side)
+    Args:
+        groups: rows with an `image`.
+        processor: of the model.
+        returns_errors: whether an image that can't be decoded gives the reason, a string, instead of an error.
+    """
+
+    def __init__(self, groups: Dataset, processor: IConEProcessor, returns_errors: bool):
+        self.images = Images(groups, processor.smallest_side)
         self.processor = processor
-        self.notes_errors = notes_errors
+        self.returns_errors = returns_errors
 
     def __getitem__(self, row: int) -> torch.Tensor | str:
         try:
-            picture = self.pictures[row]
+            image = self.images[row]
         except ValueError as error:
-            if self.notes_errors:
+            if self.returns_errors:
                 return str(error)
             raise
-        return self.processor(images=[picture], return_tensors="pt")["pixel_values"][0]
+        return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
 
 
 def _stack(items: list[torch.Tensor | str]) -> tuple[torch.Tensor, list[str | None]]:
-    """The pictures that there are, and of every item the error or None."""
-    pictures = [item for item in items if not isinstance(item, str)]
-    # The memory format that convolutional towers want; here, so that a worker or thread lays the pixels out.
-    stacked = torch.stack(pictures).contiguous(memory_format=torch.channels_last) if pictures else torch.empty(0)
+    """Collate a batch of images and errors.
+
+    Args:
+        items: of [`_PixelValues`]: an image's pixels, or why there are none.
+
+    Returns:
+        The pixels of the other images, `(decoded, channels, height, width)`, empty where there is none; and for every
+        item the error, or `None` for an image that was decoded.
+    """
+    decoded = [item for item in items if not isinstance(item, str)]
+    # Convolutional towers want channels last. Laid out here, in a worker or thread, the pixels cost the tower no time.
+    stacked = torch.stack(decoded).contiguous(memory_format=torch.channels_last) if decoded else torch.empty(0)
     return stacked, [item if isinstance(item, str) else None for item in items]
 
 
 @torch.no_grad()
 def pool_images(
     model: IConEModel,
-    processor: Any,
+    processor: IConEProcessor,
     groups: Dataset,
     batches: Sequence[list[int]],
     num_workers: int = 0,
     unreadable: dict[int, str] | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The vision tower's pooled outputs `(batch, width)` of the pictures at these rows, batch by batch.
+    """Run the vision tower over images, batch by batch.
 
-    Pictures are decoded while the tower runs: by a thread, or by `num_workers` processes. What cannot be decoded raises
-    a ValueError; with `unreadable`, it is left out of its batch instead, and put there as `{row: why}`.
+    Images are decoded while the tower runs.
+
+    Args:
+        model: on the device it should run on.
+        processor: of the model.
+        groups: rows with an `image`.
+        batches: the rows of each batch.
+        num_workers: processes that decode images. At 0 a thread does it.
+        unreadable: filled with the images that can't be decoded, as `{row: why}`; they are left out of their batches.
+
+    Yields:
+        The pooled outputs of a batch, `(batch, width)`.
+
+    Raises:
+        ValueError: if an image can't be decoded and `unreadable` is `None`.
     """
-    dataset = _PixelValues(groups, processor, notes_errors=unreadable is not None)
+    dataset = _PixelValues(groups, processor, returns_errors=unreadable is not None)
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=_stack)
+    # Either way the next batch is decoded while the tower runs over this one: worker processes read in advance by
+    # themselves; without any, the loader reads only when asked, so a thread asks early.
+    decoded: Iterable[Any] = loader if num_workers else in_background(loader)
     with eval_mode(model):
-        decoded = zip(batches, loader if num_workers else ahead(loader), strict=True)
-        for rows, (pixel_values, errors) in _progress(decoded, sum(map(len, batches)), "pictures"):
+        rows_and_pixels = zip(batches, decoded, strict=True)
+        for rows, (pixel_values, errors) in _progress(rows_and_pixels, sum(map(len, batches)), "images"):
             if unreadable is not None:
                 unreadable |= {row: error for row, error in zip(rows, errors, strict=True) if error}
             if len(pixel_values):
                 yield model.pool_image(model.run_vision_tower(pixel_values.to(model.device, model.dtype)))
-            else:
+            else:  # no image of the batch could be decoded
                 yield torch.empty(0, model.visual_projection.in_features, device=model.device, dtype=model.dtype)
 
 
 @torch.no_grad()
-def pool_texts(model: IConEModel, processor: Any, batches: Sequence[Sequence[str]]) -> Iterator[torch.Tensor]:
-    """The text tower's pooled outputs `(batch, width)`, batch by batch, tokenised by a thread while the tower runs."""
-    tokenised = ahead(processor(text=list(batch), return_tensors="pt") for batch in batches)
+def pool_texts(
+    model: IConEModel, processor: IConEProcessor, batches: Sequence[Sequence[str]]
+) -> Iterator[torch.Tensor]:
+    """Run the text tower over captions, batch by batch.
+
+    A thread tokenises the next batch while the tower runs over this one.
+
+    Args:
+        model: on the device it should run on.
+        processor: of the model.
+        batches: the captions of each batch.
+
+    Yields:
+        The pooled outputs of a batch, `(batch, width)`.
+    """
+    tokenised = in_background(processor(text=list(batch), return_tensors="pt") for batch in batches)
     with eval_mode(model):
-        for _, inputs in _progress(zip(batches, tokenised, strict=True), sum(map(len, batches)), "sentences"):
+        for _, inputs in _progress(zip(batches, tokenised, strict=True), sum(map(len, batches)), "captions"):
             inputs = inputs.to(model.device)
             yield model.pool_text(model.text_model(**inputs, return_dict=True), inputs.get("attention_mask"))
 
 
-def by_length(processor: Any, captions: Sequence[str]) -> np.ndarray:
-    """The order in which sentences of about as many tokens follow each other, so that batches hold little padding."""
+def by_length(processor: IConEProcessor, captions: Sequence[str]) -> np.ndarray:
+    """Order captions by their number of tokens.
+
+    Batches cut from this order hold little padding.
+
+    Returns:
+        `(captions,)` positions in `captions`.
+    """
     lengths: list[int] = []
-    for part in in_batches(captions, 1000):  # the tokenizer's own records of a million sentences are large
+    for part in in_batches(captions, 1000):  # the tokenizer's own records of a million captions are large
         lengths += map(len, processor.tokenizer(part, truncation=True)["input_ids"])
     return np.argsort(lengths, kind="stable")
 
 
 def embed_pooled(pooled: torch.Tensor, projection: torch.nn.Linear) -> torch.Tensor:
-    """Pooled outputs `(rows, width)` as embeddings `(rows, projection_dim)`: L2-normalised in float32, on the CPU."""
+    """Project pooled outputs into the common space.
+
+    Args:
+        pooled: `(rows, width)`.
+        projection: of the same tower.
+
+    Returns:
+        Embeddings `(rows, projection_dim)`, L2-normalised in float32, on the CPU.
+    """
     return F.normalize(projection(pooled).float(), dim=-1).cpu()
 
 
 @torch.no_grad()
 def encode_groups(
-    model: IConEModel, processor: Any, groups: Dataset, batch_size: int = 64, num_workers: int = 0
+    model: IConEModel, processor: IConEProcessor, groups: Dataset, batch_size: int = 64, num_workers: int = 0
 ) -> GroupEmbeddings:
-    """Embeds all pictures and sentences of a split, L2-normalised, in float32 on the CPU.
+    """Embed all images and captions of a split.
 
-    Under several processes each embeds its share, and every process returns the whole.
+    The embeddings are L2-normalised, in float32 on the CPU. Under several processes each embeds its share, and every
+    process returns the whole.
 
     Args:
         model: on the device it should run on.
-        processor: an [`IConEProcessor`].
-        groups: a split in the groups' contract.
-        batch_size: pictures, or sentences, a forward pass.
-        num_workers: processes that decode pictures ahead.
+        processor: of the model.
+        groups: rows with `image` and `captions`.
+        batch_size: images, or captions, in a forward pass.
+        num_workers: processes that decode images in advance.
 
     Raises:
-        ValueError: if a picture cannot be decoded.
+        ValueError: if an image can't be decoded.
     """
     captions = Captions.read(groups)
 
-    def images(rows: np.ndarray) -> Iterator[torch.Tensor]:
+    def embed_images(rows: np.ndarray) -> Iterator[torch.Tensor]:
         for pooled in pool_images(model, processor, groups, in_batches(rows.tolist(), batch_size), num_workers):
             yield embed_pooled(pooled, model.visual_projection)
 
-    def texts(rows: np.ndarray) -> Iterator[torch.Tensor]:
+    def embed_captions(rows: np.ndarray) -> Iterator[torch.Tensor]:
         for pooled in pool_texts(model, processor, in_batches([captions.flat[row] for row in rows], batch_size)):
             yield embed_pooled(pooled, model.text_projection)
 
     return GroupEmbeddings(
-        _over_processes(np.arange(len(groups)), images),
-        _over_processes(by_length(processor, captions.flat), texts),
+        _over_processes(np.arange(len(groups)), embed_images),
+        _over_processes(by_length(processor, captions.flat), embed_captions),
         captions.text_to_image,
     )
 
 
 def group_means(embeds: GroupEmbeddings) -> torch.Tensor:
-    """`(groups, dim)`: the unit vector half-way between a group's image and the mean of its sentences."""
+    """Average each group's image and its captions.
+
+    Returns:
+        `(groups, dim)`: the unit vector half-way between a group's image and the mean of its captions.
+    """
     images, texts, text_to_image = embeds
+    # Images are unit vectors already; the captions' mean becomes one, so that both count alike.
     sums = torch.zeros_like(images).index_add_(0, text_to_image, texts)
     return F.normalize(images + F.normalize(sums, dim=-1), dim=-1)
 
 
 def _over_processes(rows: np.ndarray, embed: Callable[[np.ndarray], Iterator[torch.Tensor]]) -> torch.Tensor:
-    """Embeds `rows`, each process every n-th of them; returns the embeddings by row number."""
+    """Share the rows over all processes, and embed them.
+
+    Args:
+        rows: all row numbers, in the order in which they are embedded.
+        embed: yields the embeddings of given rows, batch by batch.
+
+    Returns:
+        The embeddings by row number, in every process.
+    """
+    # Each process takes every n-th row, so that all have short captions and long ones.
     state = PartialState()
-    mine = rows[state.process_index :: state.num_processes]
-    parts = [(mine, torch.cat(list(embed(mine))))] if len(mine) else []
+    share = rows[state.process_index :: state.num_processes]
+    parts = [(share, torch.cat(list(embed(share))))] if len(share) else []
     if state.num_processes > 1:
         parts = gather_object(parts)
+    # Put the embeddings back into the order of the data.
     embeds = torch.empty(len(rows), parts[0][1].shape[1])
     for indices, part in parts:
         embeds[torch.from_numpy(indices)] = part
@@ -175,7 +263,10 @@ def _over_processes(rows: np.ndarray, embed: Callable[[np.ndarray], Iterator[tor
 
 @contextlib.contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode for a block, then back to the mode that the model was in."""
+    """Set eval mode for a block.
+
+    Afterwards the model is back in the mode that it was in.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -185,6 +276,7 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _progress(batches: Iterable[tuple[Sequence[Any], Any]], total: int, what: str) -> Iterator[tuple[Any, Any]]:
+    """Show how many of the batches' items are done."""
     with progress(f"Encoding {what}", total, is_shown=PartialState().is_main_process) as advance:
         for items, inputs in batches:
             yield items, inputs

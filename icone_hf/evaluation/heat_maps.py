@@ -31,7 +31,7 @@ from datasets import Dataset
 from PIL import Image
 from torch.nn import functional as F
 
-from ..data.images import Pictures
+from ..data.images import Images
 from ..embedding.encoding import eval_mode
 from ..modeling.modeling_icone import IConEModel
 from ..progress import progress
@@ -124,7 +124,7 @@ def pointing_game(
             f"The pointing game needs objects with boxes, and these groups have {', '.join(scenes.column_names)}: take "
             "scenes of draw_scenes or load_groups('openmoji-scenes', ...)."
         )
-    named, pictures = scenes.select_columns(["captions", "objects"]), Pictures(scenes)
+    named, pictures = scenes.select_columns(["captions", "objects"]), Images(scenes)
     views: dict[tuple[int, int], View] = {}
     hits, chances, centres = [], [], []
     with progress(f"Pointing game, {method}", len(scenes)) as advance:

@@ -78,7 +78,8 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             # It hands out whole batches from mapped memory: worker processes would only copy them, and heads alone
             # need no chunks.
             return GroupDataLoader(self.pairs, batch_sampler=sampler, collate_fn=_as_it_is, pin_memory=pin_memory)
-        collator, num_workers = PairCollator(self.processing_class), self.args.dataloader_num_workers
+        collator = PairCollator(cast(IConEProcessor, self.processing_class))
+        num_workers = self.args.dataloader_num_workers
         chunk_size = args.per_device_chunk_size
         if chunk_size is not None and chunk_size < self.args.per_device_train_batch_size:
             chunks = PairChunks(self.pairs, collator, chunk_size, num_workers, pin_memory)

@@ -64,7 +64,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
 
 def test_batches_are_mixed_well():
-    """Two groups that meet in one batch should not meet in all: the dealing must not tie groups together."""
+    """Two groups that meet in one batch should not meet in all: the distribution must not tie groups together."""
     meetings = collections.Counter()
     for batch in GroupBatchSampler([5] * 400, 32).global_batches():
         rows = sorted(pair.row for pair in batch)
@@ -76,7 +76,7 @@ def test_batches_are_mixed_well():
 
 @given(counts_of_groups, st.integers(4, 20), st.integers(1, 4), st.booleans(), st.integers(0, 1000))
 @settings(max_examples=100, deadline=None)
-def test_hands_of_a_group_stay_together(counts, batch_size, pairs_per_group, neighbours, seed):
+def test_portions_of_a_group_stay_together(counts, batch_size, pairs_per_group, neighbours, seed):
     vectors = torch.randn(len(counts), 4, generator=torch.Generator().manual_seed(seed))
     class_vectors = (lambda: vectors) if neighbours else None
     sampler = GroupBatchSampler(
@@ -90,8 +90,8 @@ def test_hands_of_a_group_stay_together(counts, batch_size, pairs_per_group, nei
         assert 0 < len(batch) <= batch_size
         of_group = collections.Counter(pair.row for pair in batch)
         for row, together in of_group.items():
-            hands = -(-counts[row] // pairs_per_group)
-            assert counts[row] // hands <= together <= -(-counts[row] // hands)
+            portions = -(-counts[row] // pairs_per_group)
+            assert counts[row] // portions <= together <= -(-counts[row] // portions)
 
 
 def test_neighbours_share_batches():
@@ -122,18 +122,18 @@ def test_batches_that_ranks_cannot_share_are_refused(batch_size, num_ranks):
 
 
 @pytest.mark.parametrize("pairs_per_group", [0, 9])
-def test_hands_that_fit_no_batch_are_refused(pairs_per_group):
+def test_portions_that_fit_no_batch_are_refused(pairs_per_group):
     with pytest.raises(ValueError, match=f"pairs_per_group={pairs_per_group}"):
         GroupBatchSampler([5, 5], 8, pairs_per_group=pairs_per_group)
 
 
 @pytest.mark.parametrize("counts", [[], [2, 0]])
-def test_groups_without_sentences_are_refused(counts):
-    with pytest.raises(ValueError, match="each needs a sentence"):
+def test_groups_without_captions_are_refused(counts):
+    with pytest.raises(ValueError, match="each needs a caption"):
         GroupBatchSampler(counts, 4)
 
 
-def test_collated_batches_hold_the_right_pictures_and_sentences(processor):
+def test_collated_batches_hold_the_right_images_and_captions(processor):
     groups = make_groups(6, captions=[1, 2, 3, 4, 5, 2])
     dataset = PairDataset(groups)
     assert len(dataset) == 17

@@ -1,4 +1,4 @@
-"""Layouts in which Flickr30k and COCO stand on the Hub, rebuilt small, and our own."""
+"""Test the layouts of Flickr30k and COCO on the Hub, rebuilt small, and the one that save_groups writes."""
 
 import datasets
 import pytest
@@ -11,9 +11,9 @@ from icone_hf.cli import main
 from icone_hf.data.group_files import save_groups
 from icone_hf.data.groups import MissingSplitError
 
-PICTURES = make_groups(6)["image"][:]
+IMAGES = make_groups(6)["image"][:]
 STRING, STRINGS = Value("string"), List(Value("string"))
-WORDS = [[f"sentence {k} of picture {row}" for k in range(2)] for row in range(6)]
+CAPTIONS = [[f"caption {k} of image {row}" for k in range(2)] for row in range(6)]
 SPLIT_OF = ["train", "val", "test", "train", "test", "restval"]
 
 
@@ -26,8 +26,8 @@ def write(folder, split, columns, features):
 def flickr_with_a_split_column(folder):
     """nlphuji/flickr30k: all rows in the split test, their own in a column."""
     columns = {
-        "image": PICTURES,
-        "caption": WORDS,
+        "image": IMAGES,
+        "caption": CAPTIONS,
         "sentids": [["0", "1"]] * 6,
         "split": SPLIT_OF,
         "img_id": [str(100 + row) for row in range(6)],
@@ -37,15 +37,15 @@ def flickr_with_a_split_column(folder):
     write(folder, "test", columns, {"image": Image(), "caption": STRINGS, "sentids": STRINGS, **strings})
 
 
-def coco_by_sentence(folder):
-    """HuggingFaceM4/COCO: a row for each sentence, which is a dict; restval is a value of the split column."""
+def coco_by_sentence_dicts(folder):
+    """HuggingFaceM4/COCO: a row for each caption, which is a dict; restval is a value of the split column."""
     rows = [(row, k) for row in range(6) for k in range(2)]
     columns = {
-        "image": [PICTURES[row] for row, _ in rows],
+        "image": [IMAGES[row] for row, _ in rows],
         "imgid": [row for row, _ in rows],
         "cocoid": [100 + row for row, _ in rows],
         "split": [SPLIT_OF[row] for row, _ in rows],
-        "sentences": [{"raw": WORDS[row][k], "tokens": ["a"], "sentid": k} for row, k in rows],
+        "sentences": [{"raw": CAPTIONS[row][k], "tokens": ["a"], "sentid": k} for row, k in rows],
     }
     sentence = {"raw": STRING, "tokens": STRINGS, "sentid": Value("int32")}
     numbers = {"imgid": Value("int32"), "cocoid": Value("int32")}
@@ -54,14 +54,14 @@ def coco_by_sentence(folder):
 
 
 def coco_by_caption(folder):
-    """jxie/coco_captions: a row for each caption, real splits, embedded pictures without a path."""
+    """jxie/coco_captions: a row for each caption, real splits, embedded images without a path."""
     for split, own in (("train", (0, 3, 5)), ("validation", (1,)), ("test", (2, 4))):
         rows = [(row, k) for row in own for k in range(2)]
         columns = {
-            "image": [PICTURES[row] for row, _ in rows],
+            "image": [IMAGES[row] for row, _ in rows],
             "filename": [f"{row}.jpg" for row, _ in rows],
             "cocoid": [100 + row for row, _ in rows],
-            "caption": [WORDS[row][k] for row, k in rows],
+            "caption": [CAPTIONS[row][k] for row, k in rows],
         }
         features = {"image": Image(), "filename": STRING, "cocoid": Value("int64"), "caption": STRING}
         write(folder, split, columns, features)
@@ -71,15 +71,15 @@ def alt_text(folder):
     """AnyModal/flickr30k: real splits, and a split column that says the same."""
     for split, own in (("train", (0, 3, 5)), ("validation", (1,)), ("test", (2, 4))):
         columns = {
-            "image": [PICTURES[row] for row in own],
-            "alt_text": [WORDS[row] for row in own],
+            "image": [IMAGES[row] for row in own],
+            "alt_text": [CAPTIONS[row] for row in own],
             "split": [SPLIT_OF[row] for row in own],
             "img_id": [str(100 + row) for row in own],
         }
         write(folder, split, columns, {"image": Image(), "alt_text": STRINGS, "split": STRING, "img_id": STRING})
 
 
-LAYOUTS = [flickr_with_a_split_column, coco_by_sentence, coco_by_caption, alt_text]
+LAYOUTS = [flickr_with_a_split_column, coco_by_sentence_dicts, coco_by_caption, alt_text]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,47 +87,47 @@ def test_layouts_on_the_hub_are_groups(layout, tmp_path):
     layout(tmp_path)
     for split, rows in (("train", (0, 3, 5)), ("validation", (1,)), ("test", (2, 4))):
         groups = load_groups(tmp_path, split)
-        assert groups["captions"][:] == [WORDS[row] for row in rows]
+        assert groups["captions"][:] == [CAPTIONS[row] for row in rows]
         assert groups["image_id"][:] == [str(100 + row) for row in rows]
-        assert [image.tobytes() for image in groups["image"]] == [PICTURES[row].tobytes() for row in rows]
+        assert [image.tobytes() for image in groups["image"]] == [IMAGES[row].tobytes() for row in rows]
         assert "split" not in groups.column_names
 
 
 def test_a_split_that_no_row_is_of_is_missing(tmp_path):
-    columns = {"image": PICTURES, "caption": WORDS, "split": ["train"] * 6}
+    columns = {"image": IMAGES, "caption": CAPTIONS, "split": ["train"] * 6}
     write(tmp_path, "test", columns, {"image": Image(), "caption": STRINGS, "split": STRING})
     with pytest.raises(MissingSplitError, match=r"no test split .* there is: train"):
         load_groups(tmp_path, "test")
 
 
 def test_a_column_split_of_other_words_is_just_a_column(tmp_path):
-    columns = {"image": PICTURES, "caption": WORDS, "split": list("abcabc")}
+    columns = {"image": IMAGES, "caption": CAPTIONS, "split": list("abcabc")}
     write(tmp_path, "train", columns, {"image": Image(), "caption": STRINGS, "split": STRING})
     assert len(load_groups(tmp_path, "train")) == 6
 
 
-def test_groups_are_written_with_their_pictures_and_read_again(tmp_path, capsys):
+def test_groups_are_written_with_their_images_and_read_again(tmp_path, capsys):
     """From a folder of files: nothing of it is needed afterwards."""
     source = tmp_path / "source"
     for split, own in (("train", range(4)), ("test", range(4, 6))):
         (source / split).mkdir(parents=True)
         lines = ["file_name,caption"]
         for row in own:
-            PICTURES[row].save(source / split / f"{row}.png")
-            lines += [f"{row}.png,{sentence}" for sentence in WORDS[row]]
+            IMAGES[row].save(source / split / f"{row}.png")
+            lines += [f"{row}.png,{caption}" for caption in CAPTIONS[row]]
         (source / split / "metadata.csv").write_text("\n".join(lines) + "\n")
     assert main(["data", str(source), str(tmp_path / "out")]) == 0
     assert "4 train, 2 test groups" in capsys.readouterr().out
     expected = {split: load_groups(source, split) for split in ("train", "test")}
     captions = {split: groups["captions"][:] for split, groups in expected.items()}
-    pictures = {split: [image.tobytes() for image in groups["image"]] for split, groups in expected.items()}
+    images = {split: [image.tobytes() for image in groups["image"]] for split, groups in expected.items()}
     for file in source.rglob("*"):
         if file.is_file():
             file.unlink()
     for split in ("train", "test"):
         groups = load_groups(tmp_path / "out", split)
         assert groups["captions"][:] == captions[split]
-        assert [image.tobytes() for image in groups["image"]] == pictures[split]
+        assert [image.tobytes() for image in groups["image"]] == images[split]
     card = DatasetCard.load(tmp_path / "out" / "README.md")
     assert [entry["split"] for entry in card.data.configs[0]["data_files"]] == ["train", "test"]
     assert "| train | 4 |" in card.text

@@ -11,19 +11,19 @@ from icone_hf import load_groups
 from icone_hf.data.groups import MissingSplitError, check_disjoint
 
 
-def save_picture(path, index):
+def save_image(path, index):
     path.parent.mkdir(parents=True, exist_ok=True)
     names = list(COLORS)
     draw(names[index % 6], names[(index + 1 + index // 6) % 6]).save(path)
 
 
 def write_flickr(folder, num=6):
-    """dataset_flickr30k.json as Karpathy wrote it: five sentences, one folder, imgid."""
+    """dataset_flickr30k.json as Karpathy wrote it: five captions, one folder, imgid."""
     splits = ["train"] * (num - 2) + ["val", "test"]
     images = []
     for i, split in enumerate(splits):
         name = f"{1000 + i}.jpg"
-        save_picture(folder / "images" / name, i)
+        save_image(folder / "images" / name, i)
         sentences = [{"raw": f"Sentence {i} {j}.", "tokens": [], "imgid": i, "sentid": 5 * i + j} for j in range(5)]
         images.append({"filename": name, "imgid": i, "sentids": [], "sentences": sentences, "split": split})
     path = folder / "dataset_flickr30k.json"
@@ -32,7 +32,7 @@ def write_flickr(folder, num=6):
 
 
 def write_coco(folder):
-    """dataset_coco.json: two folders, restval, cocoid, six sentences for one picture, one file name in both folders."""
+    """dataset_coco.json: two folders, restval, cocoid, six captions for one image, one file name in both folders."""
     records = [
         ("train2014", "a.jpg", "train", 5),
         ("val2014", "b.jpg", "restval", 6),
@@ -42,7 +42,7 @@ def write_coco(folder):
     ]
     images = []
     for i, (filepath, filename, split, count) in enumerate(records):
-        save_picture(folder / filepath / filename, i)
+        save_image(folder / filepath / filename, i)
         sentences = [{"raw": f"Sentence {i} {j}."} for j in range(count)]
         images.append(
             {
@@ -61,7 +61,7 @@ def write_coco(folder):
 
 def write_folder(folder, split, rows, columns=("file_name", "caption")):
     for index, name in enumerate(dict.fromkeys(name for name, _ in rows)):
-        save_picture(folder / split / name, index)
+        save_image(folder / split / name, index)
     with open(folder / split / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
 
@@ -82,12 +82,12 @@ def test_coco_restval_is_training_data_and_names_may_repeat_in_two_folders(tmp_p
     train = load_groups(write_coco(tmp_path), "train", image_root=tmp_path)
     assert train["image_id"][:] == ["900", "901", "902"]
     assert [len(captions) for captions in train["captions"]] == [5, 6, 5]
-    paths = [picture["path"] for picture in train.cast_column("image", datasets.Image(decode=False))["image"]]
+    paths = [image["path"] for image in train.cast_column("image", datasets.Image(decode=False))["image"]]
     assert paths[0].endswith("train2014/a.jpg")
     assert paths[2].endswith("val2014/a.jpg")
 
 
-def test_records_of_one_picture_are_one_group(tmp_path):
+def test_records_of_one_image_are_one_group(tmp_path):
     path = write_flickr(tmp_path)
     content = json.loads(path.read_text())
     content["images"].append({**content["images"][0], "sentences": [{"raw": "Another one."}]})
@@ -97,20 +97,20 @@ def test_records_of_one_picture_are_one_group(tmp_path):
     assert train[0]["captions"][-1] == "Another one."
 
 
-def test_a_picture_in_two_splits_is_refused(tmp_path):
+def test_an_image_in_two_splits_is_refused(tmp_path):
     path = write_flickr(tmp_path)
     content = json.loads(path.read_text())
     content["images"].append({**content["images"][0], "split": "test"})
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"1 pictures stand in two splits: 1000\.jpg"):
+    with pytest.raises(ValueError, match=r"1 images stand in two splits: 1000\.jpg"):
         load_groups(path, "train", image_root=tmp_path / "images")
 
 
-def test_missing_pictures_are_listed_and_counted(tmp_path):
+def test_missing_images_are_listed_and_counted(tmp_path):
     path = write_flickr(tmp_path, num=12)
     for i in range(7):
         (tmp_path / "images" / f"{1000 + i}.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"7 of 10 pictures .*1000\.jpg, .*1004\.jpg, \.\.\.$"):
+    with pytest.raises(FileNotFoundError, match=r"7 of 10 images .*1000\.jpg, .*1004\.jpg, \.\.\.$"):
         load_groups(path, "train", image_root=tmp_path / "images")
 
 
@@ -142,7 +142,7 @@ def test_a_json_needs_its_image_root(tmp_path):
         load_groups("nowhere.json", "train", image_root=tmp_path)
 
 
-def test_image_folder_with_several_lines_a_picture(tmp_path):
+def test_image_folder_with_several_lines_an_image(tmp_path):
     rows = [("a.png", "first of a"), ("b.png", "first of b"), ("a.png", "second of a")]
     write_folder(tmp_path, "train", rows)
     write_folder(tmp_path, "validation", [("c.png", "of c")])
@@ -155,7 +155,7 @@ def test_image_folder_with_several_lines_a_picture(tmp_path):
 
 
 def test_image_folder_with_jsonl_lists(tmp_path):
-    save_picture(tmp_path / "train" / "a.png", 0)
+    save_image(tmp_path / "train" / "a.png", 0)
     (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "sentences": ["one", "two"]}))
     assert load_groups(tmp_path, "train")["captions"][:] == [["one", "two"]]
 
@@ -200,7 +200,7 @@ def test_a_table_of_paths_and_captions(ending, tmp_path):
     table = pd.DataFrame(rows, columns=["path", "caption", "split"])
     for folder in (tmp_path, tmp_path / "elsewhere"):
         for index, name in enumerate(("a.png", "b.png")):
-            save_picture(folder / name, index)
+            save_image(folder / name, index)
     file = tmp_path / f"captions.{ending}"
     {
         "csv": lambda: table.to_csv(file, index=False),
@@ -217,7 +217,7 @@ def test_a_table_of_paths_and_captions(ending, tmp_path):
     with pytest.raises(MissingSplitError, match="no test split"):
         load_groups(file, "test")
     (tmp_path / "a.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"2 of 2 pictures of .* are missing"):
+    with pytest.raises(FileNotFoundError, match=r"2 of 2 images of .* are missing"):
         load_groups(file, "train")
 
 
@@ -229,7 +229,7 @@ def test_a_table_that_is_not_there_or_lacks_a_column_is_named(tmp_path):
         load_groups(tmp_path / "odd.csv", "train")
 
 
-def test_embedded_pictures_without_ids_are_not_taken_for_those_of_another_split(tmp_path):
+def test_embedded_images_without_ids_are_not_taken_for_those_of_another_split(tmp_path):
     anonymous = make_groups(4).remove_columns("image_id")
     anonymous.to_parquet(tmp_path / "train-00000.parquet")
     anonymous.to_parquet(tmp_path / "validation-00000.parquet")
@@ -265,13 +265,13 @@ def test_a_source_without_captions_is_refused(tmp_path):
         load_groups(tmp_path, "train")
 
 
-def test_pictures_that_are_gone_are_refused(tmp_path):
-    save_picture(tmp_path / "a.png", 0)
+def test_images_that_are_gone_are_refused(tmp_path):
+    save_image(tmp_path / "a.png", 0)
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     table = Dataset.from_dict({"image": [str(tmp_path / "a.png"), None], "caption": ["a", "b"]}, features=features)
     table.save_to_disk(tmp_path / "saved")
     (tmp_path / "saved2").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"1 of 2 pictures .* row 1"):
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 images .* row 1"):
         load_groups(tmp_path / "saved", "train")
 
 

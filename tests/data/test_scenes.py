@@ -57,24 +57,24 @@ def test_boxes_hold_the_objects():
 
 
 @pytest.mark.parametrize("index", range(20))
-def test_sentences_are_true_of_the_scene(index):
+def test_captions_are_true_of_the_scene(index):
     scene = compose_scene(3, "train", index)
     first, second = scene.objects[:2]
-    sentences = describe_scene(scene)
+    captions = describe_scene(scene)
     forward, inverse = relation(first, second)
     dx, dy = (second.centre[axis] - first.centre[axis] for axis in (0, 1))
     assert (forward in ("to the left of", "to the right of")) == (abs(dx) >= abs(dy))
     assert {forward, inverse} in ({"to the left of", "to the right of"}, {"above", "below"})
     if forward == "to the left of":
         assert first.left + first.side / 2 < second.left + second.side / 2
-    assert f"{first.object.name} {forward}" in sentences[0]
-    assert f"{second.object.name} {inverse}" in sentences[1]
-    assert sentences[2].endswith(f"{scene.ground} background")
+    assert f"{first.object.name} {forward}" in captions[0]
+    assert f"{second.object.name} {inverse}" in captions[1]
+    assert captions[2].endswith(f"{scene.ground} background")
     for placed in scene.objects:
-        assert f"{placed.size} {placed.object.name}" in sentences[3]
+        assert f"{placed.size} {placed.object.name}" in captions[3]
         assert SIZES[placed.size][0] <= placed.side <= SIZES[placed.size][1]
-        assert placed.object.name in sentences[2]
-        assert placed.object.alias in sentences[4]
+        assert placed.object.name in captions[2]
+        assert placed.object.alias in captions[4]
 
 
 def test_objects_do_not_overlap():

@@ -5,17 +5,17 @@ import pytest
 import torch
 from tiny import make_groups
 
-from icone_hf.embedding.encoding import ahead, by_length, encode_groups, in_batches, pool_images
+from icone_hf.embedding.encoding import by_length, encode_groups, in_background, in_batches, pool_images
 
 
 @pytest.fixture
-def groups_with_a_broken_picture(tmp_path):
+def groups_with_a_broken_image(tmp_path):
     groups = make_groups(5)
     paths = []
     for row in range(5):
         paths.append(str(tmp_path / f"{row}.png"))
         groups[row]["image"].save(paths[-1])
-    (tmp_path / "3.png").write_bytes(b"no picture")
+    (tmp_path / "3.png").write_bytes(b"no image")
     return groups.remove_columns("image").add_column("image", paths).cast_column("image", datasets.Image())
 
 
@@ -27,7 +27,7 @@ def test_items_are_made_while_the_one_before_is_used():
             made.append((number, threading.current_thread()))
             yield number
 
-    for number in ahead(make()):
+    for number in in_background(make()):
         wanted.append(number)
     assert wanted == [0, 1, 2, 3]
     assert all(thread is not threading.main_thread() for _, thread in made)
@@ -39,23 +39,23 @@ def test_items_are_made_while_the_one_before_is_used():
         second.set()
         yield 1
 
-    items = ahead(signalling())
+    items = in_background(signalling())
     next(items)
     assert second.wait(10)  # the second is being made, though nobody asked for it yet
 
 
-def test_what_goes_wrong_ahead_is_raised_in_its_turn():
+def test_what_goes_wrong_in_the_background_is_raised_in_its_turn():
     def make():
         yield 1
         raise ValueError("the second")
 
-    items = ahead(make())
+    items = in_background(make())
     assert next(items) == 1
     with pytest.raises(ValueError, match="the second"):
         next(items)
 
 
-def test_sentences_of_as_many_tokens_follow_each_other(processor):
+def test_captions_of_as_many_tokens_follow_each_other(processor):
     captions = ["a square on the ground", "incomprehensibilities", "a red", "blue ground under a red square of a"] * 3
     order = by_length(processor, captions)
     assert sorted(order) == list(range(12))
@@ -66,10 +66,10 @@ def test_sentences_of_as_many_tokens_follow_each_other(processor):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_pictures_are_left_out_or_raised(make_model, processor, groups_with_a_broken_picture, num_workers):
-    model, groups = make_model(), groups_with_a_broken_picture
+def test_unreadable_images_are_left_out_or_raised(make_model, processor, groups_with_a_broken_image, num_workers):
+    model, groups = make_model(), groups_with_a_broken_image
     batches = [[4, 3], [3], [0, 1, 2]]
-    with pytest.raises(ValueError, match=r"The picture of row 3 \(.*3.png\) cannot be decoded"):
+    with pytest.raises(ValueError, match=r"The image of row 3 \(.*3.png\) cannot be decoded"):
         list(pool_images(model, processor, groups, batches, num_workers))
     unreadable = {}
     pooled = list(pool_images(model, processor, groups, batches, num_workers, unreadable))

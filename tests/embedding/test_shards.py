@@ -22,12 +22,12 @@ def groups():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of pictures without captions, in two depths, and files that are none."""
+    """Make a folder of images without captions, in two depths, and of a file that is none."""
     for row, group in enumerate(make_groups(5)):
         path = tmp_path / "album" / ("deep" if row % 2 else "") / f"{row}.{'PNG' if row else 'jpeg'}"
         path.parent.mkdir(parents=True, exist_ok=True)
         group["image"].save(path, format="png")
-    (tmp_path / "album" / "notes.txt").write_text("no picture")
+    (tmp_path / "album" / "notes.txt").write_text("no image")
     return tmp_path / "album"
 
 
@@ -40,30 +40,30 @@ def test_shards_hold_what_encode_groups_returns(make_model, processor, groups, t
     model = make_model()
     assert encode(model, processor, groups, tmp_path, shard_size=4, batch_size=3) == {}
     images, texts, text_to_image = encode_groups(model, processor, groups)
-    pictures, sentences = read(tmp_path, "pictures"), read(tmp_path, "sentences")
+    image_rows, caption_rows = read(tmp_path, "pictures"), read(tmp_path, "sentences")
     assert [path.name for path in sorted((tmp_path / "pictures").iterdir())] == ["00000.parquet", "00001.parquet"]
-    assert len(list((tmp_path / "sentences").iterdir())) == 5  # 18 sentences
-    np.testing.assert_allclose(pictures["embedding"][:], images, atol=1e-5)
-    np.testing.assert_allclose(sentences["embedding"][:], texts, atol=1e-5)
-    assert pictures.features["embedding"] == datasets.List(datasets.Value("float32"), length=16)
-    assert list(pictures["image_id"]) == groups["image_id"][:]
-    assert sentences["row"][:].tolist() == text_to_image.tolist()
-    assert sentences["caption"][:].tolist() == [number for count in COUNTS for number in range(count)]
-    assert list(sentences["text"]) == [caption for captions in groups["captions"] for caption in captions]
+    assert len(list((tmp_path / "sentences").iterdir())) == 5  # 18 captions
+    np.testing.assert_allclose(image_rows["embedding"][:], images, atol=1e-5)
+    np.testing.assert_allclose(caption_rows["embedding"][:], texts, atol=1e-5)
+    assert image_rows.features["embedding"] == datasets.List(datasets.Value("float32"), length=16)
+    assert list(image_rows["image_id"]) == groups["image_id"][:]
+    assert caption_rows["row"][:].tolist() == text_to_image.tolist()
+    assert caption_rows["caption"][:].tolist() == [number for count in COUNTS for number in range(count)]
+    assert list(caption_rows["text"]) == [caption for captions in groups["captions"] for caption in captions]
 
 
-def test_a_folder_of_pictures_needs_no_captions(make_model, processor, folder, tmp_path):
-    model, pictures = make_model(), load_pictures(folder)
-    assert pictures["image_id"][:] == ["0.jpeg", "2.PNG", "4.PNG", "deep/1.PNG", "deep/3.PNG"]
-    encode(model, processor, pictures, tmp_path / "out", dtype="float16")
+def test_a_folder_of_images_needs_no_captions(make_model, processor, folder, tmp_path):
+    model, images = make_model(), load_pictures(folder)
+    assert images["image_id"][:] == ["0.jpeg", "2.PNG", "4.PNG", "deep/1.PNG", "deep/3.PNG"]
+    encode(model, processor, images, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out" / "sentences").exists()
     found = read(tmp_path / "out", "pictures")
-    assert list(found["image_id"]) == pictures["image_id"][:]
+    assert list(found["image_id"]) == images["image_id"][:]
     assert found.features["embedding"] == datasets.List(datasets.Value("float16"), length=16)
     with torch.no_grad():
-        inputs = processor(images=pictures["image"][:], return_tensors="pt")
+        inputs = processor(images=images["image"][:], return_tensors="pt")
         np.testing.assert_allclose(found["embedding"][:], model(**inputs).image_embeds, atol=1e-3)
-    for missing, message in ((folder / "nowhere", "is no folder"), (tmp_path / "out", "holds no picture file")):
+    for missing, message in ((folder / "nowhere", "is no folder"), (tmp_path / "out", "holds no image file")):
         with pytest.raises(FileNotFoundError, match=message):
             load_pictures(missing)
 
@@ -126,16 +126,16 @@ def test_shards_of_something_else_are_refused(make_model, processor, groups, tmp
             encode(make_model(), processor, groups, tmp_path, **wrong)
 
 
-def test_unreadable_pictures_are_named_and_the_others_stay(make_model, processor, folder, tmp_path, caplog):
+def test_unreadable_images_are_named_and_the_others_stay(make_model, processor, folder, tmp_path, caplog):
     python_logging.getLogger("transformers").propagate = True
     model = make_model()
     whole = (folder / "deep" / "1.PNG").read_bytes()
-    (folder / "deep" / "1.PNG").write_bytes(b"no picture")
+    (folder / "deep" / "1.PNG").write_bytes(b"no image")
     for _ in range(2):  # the second call finds all shards there, and says it again
         caplog.clear()
         unreadable = encode(model, processor, load_pictures(folder), tmp_path / "out", shard_size=2)
         assert list(unreadable) == [3]
-        assert f"The picture of row 3 ({folder}/deep/1.PNG) cannot be decoded" in caplog.text
+        assert f"The image of row 3 ({folder}/deep/1.PNG) cannot be decoded" in caplog.text
         assert f"delete {tmp_path}/out/pictures/00001.parquet and encode again" in caplog.text
     assert read(tmp_path / "out", "pictures")["row"][:].tolist() == [0, 1, 2, 4]
 
@@ -150,7 +150,7 @@ def test_unreadable_pictures_are_named_and_the_others_stay(make_model, processor
 
 
 def encode_as_a_rank(rank, num_ranks, port, towers, folder):
-    """One of several processes, of which the first is killed in its second shard."""
+    """Run one of several processes, of which the first is killed in its second shard."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     assert PartialState(cpu=True).num_processes == num_ranks
