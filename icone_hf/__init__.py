@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from . import moved
-from .lazy import hand_on
+from .lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .training.stages import PAPER_STAGES, RECOMMENDED_CONFIG, RECOMMENDED_STAGES, Stage
     from .training.trainer import IConETrainer
 
-_public, __dir__, __all__ = hand_on(
+_public, __dir__, __all__ = lazy_names(
     __name__,
     {
         "data": ("GroupBatchSampler", "PairCollator", "PairDataset", "draw_scenes", "load_groups", "load_pictures"),

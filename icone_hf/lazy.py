@@ -1,11 +1,11 @@
-"""Names that a package hands on from its modules, imported on first use."""
+"""Public names of a package that are imported from its modules on first use."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
-def hand_on(
+def lazy_names(
     package: str, names: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Make a package's `__getattr__`, `__dir__` and `__all__` (PEP 562).

@@ -30,7 +30,7 @@ MODULES = {
 
 
 class _Moved(ModuleType):
-    """Stand at a module's old place and hand on what is asked of it."""
+    """Stand at a module's old place and pass on what is asked of it."""
 
     def __getattr__(self, name: str) -> Any:
         # Whoever looks through all modules (inspect, unittest) asks for names like these.

@@ -1,4 +1,4 @@
-"""Arguments of the scripts as dataclasses, from a YAML file and the command line."""
+"""The commands' arguments: dataclasses, and a parser for YAML files and the command line."""
 
 import argparse
 import difflib
@@ -32,7 +32,7 @@ TRUTH_VALUES = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}  # w
 
 @dataclass
 class ModelArguments:
-    """The towers and the common space; see [`IConEConfig`]."""
+    """Describe the towers and the common space; see [`IConEConfig`]."""
 
     _argument_group_name = "model"
 
@@ -87,7 +87,7 @@ class ModelArguments:
     )
     text_pooling: str | None = field(
         default=None,
-        metadata={"help": "Global sentence feature, likewise. Default: by the tower's 1_Pooling file or its type."},
+        metadata={"help": "Global caption feature, likewise. Default: by the tower's 1_Pooling file or its type."},
     )
     lora_rank: int = field(
         default=0,
@@ -96,7 +96,7 @@ class ModelArguments:
 
     jpeg_draft: bool = field(
         default=False,
-        metadata={"help": "Read large JPEG pictures at a part of their size: much faster, slightly other pixels."},
+        metadata={"help": "Read large JPEG images at a part of their size: much faster, slightly other pixels."},
     )
 
     def __post_init__(self) -> None:
@@ -120,17 +120,17 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """A source of groups; see [`load_groups`]."""
+    """Describe a source of groups; see [`load_groups`]."""
 
     _argument_group_name = "data"
 
     source: str | None = field(
         default=None, metadata={"help": "Karpathy JSON, Hub id, folder, CSV file, openmoji-scenes."}
     )
-    image_root: str | None = field(default=None, metadata={"help": "Folder of a file's pictures."})
-    image_column: str | None = field(default=None, metadata={"help": "Column with the pictures, or their paths."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of a file's images."})
+    image_column: str | None = field(default=None, metadata={"help": "Column with the images, or their paths."})
     caption_column: str | None = field(default=None, metadata={"help": "Column with a caption or a list of captions."})
-    id_column: str | None = field(default=None, metadata={"help": "Column that names a picture."})
+    id_column: str | None = field(default=None, metadata={"help": "Column that names an image."})
     image_size: int | None = field(default=None, metadata={"help": "Side of OpenMoji scenes in pixels."})
     num_train_groups: int | None = field(default=None, metadata={"help": "OpenMoji scenes for training."})
     num_validation_groups: int | None = field(default=None, metadata={"help": "OpenMoji scenes for validation."})
@@ -138,7 +138,7 @@ class DataArguments:
     scenes_seed: int = field(default=0, metadata={"help": "Seed of OpenMoji scenes."})
 
     def load_arguments(self, split: str) -> dict[str, Any]:
-        """The keywords of [`load_groups`] for one split."""
+        """Return the keywords of [`load_groups`] for one split."""
         keywords = asdict(self)
         num_groups = {name: keywords.pop(f"num_{name}_groups") for name in SPLITS}
         seed = keywords.pop("scenes_seed")
@@ -147,7 +147,7 @@ class DataArguments:
 
 @dataclass
 class RecipeArguments:
-    """The stages to run; see [`Stage`]."""
+    """Name the stages to run; see [`Stage`]."""
 
     _argument_group_name = "recipe"
 
@@ -221,19 +221,21 @@ def parse_arguments(
     positionals: Mapping[str, dict[str, Any]] | None = None,
     description: str | None = None,
 ) -> tuple[Any, ...]:
-    """Reads `POSITIONAL... [FILE.yaml] [--argument value ...]`; arguments win over the file, it over the defaults.
+    """Read `POSITIONAL... [FILE.yaml] [--argument value ...]`.
+
+    Arguments win over the file, and the file wins over the defaults.
 
     Args:
         dataclass_types: one instance of each is returned, in this order.
         argv: default: the command line.
         prog: the command's name in messages. Default: the script's.
-        positionals: names of positional arguments and argparse's keywords for each. One that is a field of a dataclass
-            is found there, the others in a namespace that is returned last.
+        positionals: names of positional arguments and argparse's keywords for each. If a dataclass has a field of that
+            name, the field holds it; the others are in a namespace that is returned last.
         description: of the command, for `--help`.
 
     Raises:
-        SystemExit: with a message, as argparse does, for a file that is missing or no mapping, an unknown key (the
-            nearest known one is named) and everything that the dataclasses refuse.
+        SystemExit: with a message, as argparse does, for a file that is missing or no mapping, for an unknown key (the
+            message names the nearest known one) and for everything that the dataclasses refuse.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     positionals = positionals or {}
@@ -241,11 +243,13 @@ def parse_arguments(
     parser = HfArgumentParser(
         cast(Any, dataclass_types), prog=prog, usage=usage, description=description, formatter_class=HelpFormatter
     )
+    # Show an argument that is positional here once, as such.
     for action in actions_of(parser):
         if action.dest in positionals:
             action.help = argparse.SUPPRESS
     for name, keywords in positionals.items():
         parser.add_argument(name, **keywords)
+    # A YAML file's values become the defaults.
     files = [argument for argument in argv[: len(positionals) + 1] if argument.endswith((".yaml", ".yml"))]
     if files:
         argv.remove(files[0])
@@ -261,9 +265,10 @@ def parse_arguments(
                 nearest = difflib.get_close_matches(str(name), actions, n=1)
                 parser.error(f"{path}: {name} is no argument." + (f" Did you mean {nearest[0]}?" if nearest else ""))
             actions[name].required = False
-            # argparse converts a default that is a string as it would convert an argument.
+            # argparse converts a default that is a string like an argument.
             values[name] = json.dumps(value) if isinstance(value, list | dict) else value
         parser.set_defaults(**values)
+    # Refuse what is unknown before anything is converted.
     argv = _with_flags_set(parser, argv)
     _, unknown = parser.parse_known_args(argv)
     for name in unknown:
@@ -277,7 +282,10 @@ def parse_arguments(
 
 
 def _with_flags_set(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
-    """`--json` means `--json true` whatever comes after it; HfArgumentParser would take a positional for its value."""
+    """Read `--json` as `--json true`, whatever comes after it.
+
+    HfArgumentParser would take a positional argument for the flag's value.
+    """
     flags = [action for action in actions_of(parser) if action.type is string_to_bool]
     options = {option for action in flags for option in action.option_strings}
     result: list[str] = []

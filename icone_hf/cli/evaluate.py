@@ -1,4 +1,4 @@
-"""`icone evaluate`: retrieval metrics of a checkpoint, and a picture of what it retrieves."""
+"""`icone evaluate`: retrieval metrics of a checkpoint, and an image of what it retrieves."""
 
 import sys
 from collections.abc import Sequence

@@ -4,9 +4,9 @@
 training, groups become batches of pairs in which no group stands twice (`GroupBatchSampler`, `PairCollator`).
 """
 
-from ..lazy import hand_on
+from ..lazy import lazy_names
 
-__getattr__, __dir__, __all__ = hand_on(
+__getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "batching": ("GroupBatchSampler", "PairCollator", "PairDataset"),

@@ -4,9 +4,9 @@
 goes on after an interruption. Both share the work over all processes. Digests say what an embedding depends on.
 """
 
-from ..lazy import hand_on
+from ..lazy import lazy_names
 
-__getattr__, __dir__, __all__ = hand_on(
+__getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "encoding": ("GroupEmbeddings", "encode_groups", "group_means"),

@@ -4,9 +4,9 @@ Ranks and metrics of retrieval, heat maps of the image regions that answer to wo
 MTEB. `figures` needs matplotlib and `mteb_encoder` needs mteb: import these two by their own names.
 """
 
-from ..lazy import hand_on
+from ..lazy import lazy_names
 
-__getattr__, __dir__, __all__ = hand_on(
+__getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "heat_maps": ("heat_map", "heat_maps", "pointing_game"),

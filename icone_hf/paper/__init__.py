@@ -5,9 +5,9 @@ need, `runs` trains and tests each once, `report` writes the page with both resu
 that need no model hub are written here too. `runs` and `figures` need matplotlib: import them by their own names.
 """
 
-from ..lazy import hand_on
+from ..lazy import lazy_names
 
-__getattr__, __dir__, __all__ = hand_on(
+__getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "experiments": ("Plan", "Run", "make_plan"),

@@ -4,9 +4,9 @@ The model card made from a run's folder, uploads to the Hub, a description of an
 `onnx_export` needs onnxruntime: import it by its own name.
 """
 
-from ..lazy import hand_on
+from ..lazy import lazy_names
 
-__getattr__, __dir__, __all__ = hand_on(
+__getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "checkpoint_info": ("describe",),

@@ -5,9 +5,9 @@ from a cache; one with trained towers can compute large batches in chunks. A run
 there after an interruption, on as many processes or others.
 """
 
-from ..lazy import hand_on
+from ..lazy import lazy_names
 
-__getattr__, __dir__, __all__ = hand_on(
+__getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "arguments": ("IConETrainingArguments",),

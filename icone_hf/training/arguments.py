@@ -1,4 +1,4 @@
-"""Arguments of a run: transformers' own with this project's defaults, and a few more."""
+"""Arguments of a run: transformers' own with our defaults, and a few more."""
 
 from dataclasses import dataclass, field
 
@@ -34,23 +34,27 @@ DECISIVE_ARGUMENTS = (
 
 @dataclass
 class IConETrainingArguments(TrainingArguments):
-    """transformers' arguments with this project's defaults. A stage sets `learning_rate` and `num_train_epochs` itself.
+    """Hold transformers' training arguments with our defaults.
 
-    The batch that InfoNCE takes its negatives from is `global_batch_size` or, without it, `per_device_train_batch_size`
-    times the number of processes (the paper: 128); gradient accumulation adds no negatives. A batch that does not fit
-    into memory is computed in chunks of `per_device_chunk_size` pairs, with the same loss and gradients. The optimizer
-    is Adam (AdamW without weight decay), the schedule a cosine after a warm-up of 5% of the steps. The epoch with the
-    best validation Rsum is kept. `use_cpu` is set where there is nothing else.
+    - A stage sets `learning_rate` and `num_train_epochs` itself.
+    - InfoNCE takes its negatives from a batch of `global_batch_size` pairs or, without it, of
+      `per_device_train_batch_size` times the number of processes (the paper: 128). Gradient accumulation adds no
+      negatives.
+    - A batch that does not fit into memory is computed in chunks of `per_device_chunk_size` pairs, with the same loss
+      and gradients.
+    - The optimizer is Adam (AdamW without weight decay), the schedule a cosine after a warm-up of 5% of the steps. The
+      epoch with the best validation Rsum is kept.
+    - `use_cpu` is set where there is no accelerator.
 
     Raises:
-        ValueError: for a `global_batch_size` or `per_device_chunk_size` that cannot be, or beside
-            `gradient_accumulation_steps`, or for chunks under FSDP or DeepSpeed.
+        ValueError: for a `global_batch_size` or `per_device_chunk_size` that is out of range, or that is given beside
+            `gradient_accumulation_steps`; for chunks under FSDP or DeepSpeed.
     """
 
     _argument_group_name = "run (transformers' TrainingArguments and, at their end, ours)"
 
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Image/sentence pairs a process and step."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures, or sentences, encoded at a time."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Image/caption pairs a process and step."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images, or captions, encoded at a time."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The same schedule in every stage."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of a stage's steps."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
@@ -86,15 +90,17 @@ class IConETrainingArguments(TrainingArguments):
         },
     )
     pairs_per_group: int = field(
-        default=1, metadata={"help": "Sentences of a group in a batch; above 1 with several_positives."}
+        default=1, metadata={"help": "Captions of a group in a batch; above 1 with several_positives."}
     )
     neighbour_run: int = field(
         default=0,
-        metadata={"help": "Make batches of runs of this many groups whose class vectors are near. 0: at random."},
+        metadata={"help": "Make batches of runs of this many groups with near class vectors. 0: at random."},
     )
     class_vectors: str = field(
         default="random",
-        metadata={"help": "What they start from: random, or group_means of the embeddings when they are first used."},
+        metadata={
+            "help": "How class vectors start: random, or group_means of the embeddings when they are first used."
+        },
     )
     feature_cache_dir: str | None = field(
         default=None,
@@ -103,13 +109,14 @@ class IConETrainingArguments(TrainingArguments):
         },
     )
     feature_cache_dtype: str = field(
-        default="float32", metadata={"help": "What they are kept as: float32, or bfloat16 in half the space."}
+        default="float32", metadata={"help": "Type of the cached outputs: float32, or bfloat16 in half the space."}
     )
 
     def __post_init__(self) -> None:
-        # Processes that torchrun starts on CPUs find each other only if they are told that these are CPUs.
+        # torchrun's processes on CPUs find each other only if they are told that these are CPUs.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        # Check what describes a batch.
         for name in ("global_batch_size", "per_device_chunk_size"):
             value = getattr(self, name)
             if value is None:
@@ -142,7 +149,10 @@ class IConETrainingArguments(TrainingArguments):
 
     @property
     def sharding_engine(self) -> str | None:
-        """`FSDP` or `DeepSpeed`, if an argument or the launcher asks for it: parameters spread over the processes."""
+        """Return `FSDP` or `DeepSpeed` if an argument or the launcher asks for one.
+
+        Both spread parameters over the processes.
+        """
         for engine in ("FSDP", "DeepSpeed"):
             if getattr(self, engine.lower()) or parse_flag_from_env(f"ACCELERATE_USE_{engine.upper()}"):
                 return engine

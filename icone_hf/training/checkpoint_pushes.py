@@ -1,4 +1,4 @@
-"""Uploads a run's checkpoints while it goes on, as transformers' Trainer does by its `hub_strategy`."""
+"""Uploads of a run's checkpoints while it goes on, by transformers' `hub_strategy`."""
 
 import os
 import shutil
@@ -20,12 +20,12 @@ logger = logging.get_logger(__name__)
 
 
 class CheckpointPushes(TrainerCallback):
-    """At every save, uploads the model as it is then, with its processor, card, metrics and recipe.
+    """Upload model, processor, card, metrics and recipe at every save.
 
-    The upload runs beside the training; a save that finds one under way is left out or, with `hub_always_push`, waits
+    The upload runs beside the training. A save that finds one under way is skipped or, with `hub_always_push`, waits
     for it. A failed upload is logged and does not end the training. With the strategy `checkpoint` the repository also
-    holds the run's `stages/` as they are on disk, with `all_checkpoints` every one that there ever was: who downloads
-    it into an `output_dir` can go on with the run there (`resume_from_checkpoint="auto"`).
+    holds the run's `stages/` as they are on disk, with `all_checkpoints` every checkpoint that was ever saved: whoever
+    downloads it into an `output_dir` can go on with the run there (`resume_from_checkpoint="auto"`).
 
     Args:
         folder: of the run.
@@ -45,6 +45,7 @@ class CheckpointPushes(TrainerCallback):
         if self._upload is not None and not self._upload.done() and not args.hub_always_push:
             return
         self.wait()
+        # Put together what is uploaded, in a folder of its own: training changes the run's.
         staging = self.folder / UPLOAD_FOLDER
         shutil.rmtree(staging, ignore_errors=True)
         self.save_model(staging)
@@ -68,7 +69,7 @@ class CheckpointPushes(TrainerCallback):
         )
 
     def wait(self) -> None:
-        """Returns when no upload is under way; says so if the last one has failed."""
+        """Wait for the upload under way, and log its failure."""
         if self._upload is None:
             return
         if error := self._upload.exception():
@@ -78,7 +79,8 @@ class CheckpointPushes(TrainerCallback):
 
 
 def _link(source: str, target: str) -> None:
+    """Link a file, or copy it on a file system without links."""
     try:
         os.link(source, target)
-    except OSError:  # a file system without links
+    except OSError:
         shutil.copy2(source, target)

@@ -1,8 +1,8 @@
-"""Frozen towers run once: their pooled outputs, memory-mapped from disk.
+"""Frozen towers' pooled outputs, computed once and memory-mapped from disk.
 
-A folder holds `image.npy` `(groups, width)`, `text.npy` `(sentences, width)`, `image.done` and `text.done`, a byte for
-each row that is 1 once the row is there, and `key.json`, digests of all that the outputs depend on. Every process fills
-batches of its own; after an interruption any number of processes goes on with the rows that are missing.
+A folder holds `image.npy` `(groups, width)`, `text.npy` `(captions, width)`, `image.done` and `text.done`, one byte a
+row, 1 once the row is written, and `key.json`, digests of all that the outputs depend on. Every process fills its own
+batches; after an interruption any number of processes goes on with the rows that are missing.
 """
 
 import json
@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from ..data.captions import Captions
 from ..embedding.digests import digest_pictures, digest_processor, digest_towers
 from ..embedding.encoding import by_length, in_batches, pool_images, pool_texts
 from ..modeling.modeling_icone import IConEModel
+from ..modeling.processing_icone import IConEProcessor
 from .run_folder import write_json
 
 logger = logging.get_logger(__name__)
@@ -32,20 +32,20 @@ STORED_DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bflo
 
 
 class FeatureCache(torch.utils.data.Dataset):
-    """The pooled tower outputs of a split; a data set of [`Pair`]s for a stage with frozen encoders.
+    """Serve pooled tower outputs of a split as batches of pairs.
 
-    Rows are read where they lie: of a cache larger than the memory no more is held than the rows asked for, and what
-    the system keeps of the file for the next reader, and gives up when memory is short.
+    It is the data set of a stage with frozen towers. Rows are read from the mapped file when they are asked for, so a
+    cache may be larger than the memory.
 
     Args:
         folder: of this split's cache, filled.
-        captions_per_group: number of sentences of each group, by row.
-        dtype: of the features that are handed out, whatever they are stored as: the model's.
+        captions_per_group: number of captions of each group, by row.
+        dtype: of the features that are served, the model's, whatever they are stored as.
 
     Attributes:
         image: memory-mapped `(groups, width)`, the input of `visual_projection`: float32, or bfloat16's bits as uint16.
-        text: memory-mapped `(sentences, width)`, the input of `text_projection`, likewise.
-        text_to_image: `(sentences,)`, the group of every sentence.
+        text: memory-mapped `(captions, width)`, the input of `text_projection`, likewise.
+        text_to_image: `(captions,)`, the group of every caption.
     """
 
     def __init__(self, folder: Path, captions_per_group: list[int], dtype: torch.dtype = torch.float32):
@@ -61,7 +61,7 @@ class FeatureCache(torch.utils.data.Dataset):
         return len(self.text)
 
     def __getitems__(self, pairs: list[Pair]) -> dict[str, torch.Tensor]:
-        """A whole batch at once (torch's protocol for batched fetching): the model's inputs for these pairs."""
+        """Return the model's inputs for a batch of pairs (torch's protocol for batched fetching)."""
         rows = np.array([pair.row for pair in pairs])
         texts = self._first_text[rows] + [pair.caption for pair in pairs]
         return {
@@ -75,26 +75,26 @@ class FeatureCache(torch.utils.data.Dataset):
         cls,
         folder: str | os.PathLike,
         model: IConEModel,
-        processor: Any,
+        processor: IConEProcessor,
         groups: Dataset,
         batch_size: int = 64,
         num_workers: int = 0,
         dtype: str = "float32",
     ) -> "FeatureCache":
-        """Opens the cache in `folder`, computing first what is not there yet.
+        """Open the cache in `folder`, computing missing rows first.
 
         A cache made with other tower weights, another processor, other data or as another type is thrown away, and the
-        log says which of them changed. Under several processes each computes its share, and all wait for the last.
+        log says which of them changed. Each of several processes computes its share, and all wait for the last.
 
         Args:
             folder: of this split's cache, which all processes see.
             model, processor, groups: what to encode, and with what.
-            batch_size: pictures, or sentences, a forward pass.
-            num_workers: processes that decode pictures ahead, for each process.
+            batch_size: images, or captions, a forward pass.
+            num_workers: processes that decode images ahead, for each process.
             dtype: what features are stored as: `"float32"`, or `"bfloat16"`, which takes half the disk.
 
         Raises:
-            ValueError: if a picture cannot be decoded (what was computed before it is kept), or `dtype` is neither.
+            ValueError: if an image can't be decoded (what was computed before it is kept), or `dtype` is neither.
         """
         if dtype not in STORED_DTYPES:
             raise ValueError(f"dtype={dtype!r} must be one of {', '.join(STORED_DTYPES)}.")
@@ -102,8 +102,9 @@ class FeatureCache(torch.utils.data.Dataset):
         captions = Captions.read(groups)
         images, texts = (_Rows(folder, name, dtype) for name in ("image", "text"))
         state = PartialState()
+        # One process removes another key's cache and makes empty arrays.
         if state.is_main_process:
-            _make_room(folder, {**cache_key(model, processor, groups), "dtype": dtype}, (images, texts))
+            _remove_other_key(folder, {**cache_key(model, processor, groups), "dtype": dtype}, (images, texts))
             images.create(len(groups), model.visual_projection.in_features)
             texts.create(len(captions), model.text_projection.in_features)
         state.wait_for_everyone()
@@ -112,23 +113,25 @@ class FeatureCache(torch.utils.data.Dataset):
         for what, missing in (("image", no_image), ("text", no_text)):
             if 0 < missing.sum() < len(missing):
                 logger.info(f"The feature cache in {folder} goes on: {missing.sum()} rows of {what} features missing.")
+        # Every process runs the towers on its share of the missing rows; captions of one length go together.
         if no_image.any():
             batches = _share(np.flatnonzero(no_image), batch_size)
             images.fill(batches, pool_images(model, processor, groups, batches, num_workers))
         if no_text.any():
             order = by_length(processor, captions.flat)
             batches = _share(order[no_text[order]], batch_size)
-            sentences = [[captions.flat[row] for row in batch] for batch in batches]
-            texts.fill(batches, pool_texts(model, processor, sentences))
+            texts.fill(
+                batches, pool_texts(model, processor, [[captions.flat[row] for row in batch] for batch in batches])
+            )
         state.wait_for_everyone()
         return cls(folder, captions.counts, model.dtype)
 
 
 class _Rows:
-    """One array on disk, and which of its rows are there. Several processes write to it, never the same row.
+    """Write one array to disk, row by row, and mark which rows are written.
 
-    Files are written to, not mapped: two computers that share a folder would overwrite each other's rows within a
-    mapped page.
+    Several processes write to it, never the same row. Files are written to, not mapped: two computers that share a
+    folder would overwrite each other's rows within a mapped page.
     """
 
     def __init__(self, folder: Path, name: str, dtype: str):
@@ -136,11 +139,13 @@ class _Rows:
         self.dtype, self.stored_dtype = STORED_DTYPES[dtype]
 
     def remove(self) -> None:
+        """Remove the array and its marks."""
         for path in (self.done, self.array):  # in this order: without marks a killed run leaves nothing that counts
             path.unlink(missing_ok=True)
 
     def create(self, count: int, width: int) -> None:
-        if self.done.is_file():  # the last one that is made
+        """Make an array of `count` empty rows, unless it exists."""
+        if self.done.is_file():  # made last, so the array exists too
             return
         np.lib.format.open_memmap(self.array, mode="w+", dtype=self.stored_dtype, shape=(count, width))
         unfinished = self.done.with_suffix(".tmp")
@@ -148,11 +153,11 @@ class _Rows:
         unfinished.replace(self.done)
 
     def missing(self) -> np.ndarray:
-        """`(rows,)` bool."""
+        """Return which rows are missing: `(rows,)` bool."""
         return np.fromfile(self.done, dtype=np.uint8) == 0
 
     def fill(self, batches: list[list[int]], outputs: Iterator[torch.Tensor]) -> None:
-        """Writes the towers' outputs of these rows, each batch while the next one is computed."""
+        """Write the towers' outputs of these rows, each batch while the next is computed."""
         offset = np.load(self.array, mmap_mode="r").offset
         with ThreadPoolExecutor(1) as thread:
             writing: Future | None = None
@@ -165,6 +170,7 @@ class _Rows:
                 writing.result()
 
     def _write(self, rows: list[int], content: np.ndarray, offset: int) -> None:
+        """Write a batch of rows, then their marks."""
         with open(self.array, "r+b") as array, open(self.done, "r+b") as done:
             for row, feature in zip(rows, content, strict=True):
                 array.seek(offset + row * feature.nbytes)
@@ -177,13 +183,13 @@ class _Rows:
 
 
 def as_features(stored: np.ndarray) -> torch.Tensor:
-    """Rows of `image` or `text`, copied from the map already, as a tensor of the type that they are stored as."""
+    """Turn rows copied from the map into a tensor of the stored type."""
     tensor = torch.from_numpy(stored)
     return tensor.view(torch.bfloat16) if stored.dtype == np.uint16 else tensor
 
 
-def _make_room(folder: Path, key: dict[str, str], arrays: Iterable[_Rows]) -> None:
-    """Leaves in `folder` a cache of this key, in whole or in part, or none."""
+def _remove_other_key(folder: Path, key: dict[str, str], arrays: Iterable[_Rows]) -> None:
+    """Remove the folder's cache if it was made under another key, and write this key."""
     saved = json.loads((folder / "key.json").read_text()) if (folder / "key.json").is_file() else {}
     if saved == key:
         return
@@ -196,13 +202,16 @@ def _make_room(folder: Path, key: dict[str, str], arrays: Iterable[_Rows]) -> No
 
 
 def _share(rows: np.ndarray, batch_size: int) -> list[list[int]]:
-    """This process's batches of `rows`: every n-th, so that all have short sentences and long ones."""
+    """Return this process's batches of `rows`: every n-th, so that all get short and long captions."""
     state = PartialState()
     return in_batches(rows.tolist(), batch_size)[state.process_index :: state.num_processes]
 
 
-def cache_key(model: IConEModel, processor: Any, groups: Dataset) -> dict[str, str]:
-    """Digests of all that a pooled feature depends on: both towers, the processor, pictures and captions."""
+def cache_key(model: IConEModel, processor: IConEProcessor, groups: Dataset) -> dict[str, str]:
+    """Digest all that a pooled output depends on.
+
+    These are both towers, the processor, the images and the captions.
+    """
     return {
         **digest_towers(model),
         "processor": digest_processor(processor),

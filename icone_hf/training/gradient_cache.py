@@ -1,4 +1,4 @@
-"""Batches far beyond memory: loss and gradients of a whole batch, from forward passes of a chunk each.
+"""Loss and gradients of a batch beyond memory, computed chunk by chunk.
 
 GradCache (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3): a
 contrastive loss needs every embedding of the batch, but none of the activations behind them.
@@ -28,7 +28,7 @@ Chunk = Mapping[str, torch.Tensor]
 
 
 class RandomState:
-    """Where the random number generators of the CPU and of a tensor's device stand, to draw the same numbers again."""
+    """Remember the random state of the CPU and of a tensor's device."""
 
     def __init__(self, tensor: torch.Tensor):
         self._device_type = tensor.device.type
@@ -37,7 +37,7 @@ class RandomState:
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
-        """A block that draws from this state on; after it the generators stand where they stood before."""
+        """Draw from this state in a block, then restore the state before it."""
         with torch.random.fork_rng(self._devices, device_type=self._device_type):
             torch.set_rng_state(self._cpu_state)
             set_device_states(self._devices, self._device_states, device_type=self._device_type)
@@ -54,10 +54,10 @@ def backward_in_chunks(
     loss_scale: float = 1.0,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> IConEOutput:
-    """Adds the gradient of equation (9) on a whole batch to `model`'s parameters; memory is that of a chunk.
+    """Add the gradients of equation (9) on a whole batch.
 
-    With several processes, each holds a share of the batch in as many chunks, and the gradients are their mean over all
-    of them, as DDP leaves it.
+    Memory is that of one chunk. Each of several processes holds a share of the batch in as many chunks, and the
+    gradients become the mean over all processes, as under DDP.
 
     Args:
         model: in training mode, and not wrapped by DDP. Mixed precision may have wrapped its forward.
@@ -73,24 +73,27 @@ def backward_in_chunks(
     Returns:
         `loss`, `instance_loss` and `contrastive_loss`, detached; the rest is `None`.
     """
-    # The model is called without its DDP wrapper, for three reasons: the learned temperature and bias get their
-    # gradient in step 2, outside any forward; DDP reduces only parameters that its last forward has used, so these
-    # would stay different on every rank; and a chunk's gradients need not travel. One reduction at the end is exact.
+    # We call the model without its DDP wrapper, for two reasons. The learned temperature and bias get their gradient in
+    # step 2, outside any forward, and DDP reduces only parameters that its last forward used: these would differ
+    # between ranks. And a chunk's gradients need not travel: one reduction at the end is exact.
     num_ranks = count_ranks()
     num_pairs = count_pairs(group_ids, num_ranks)
     contrastive = None
     cached: Iterable[tuple[RandomState | None, tuple[torch.Tensor, ...]]] = itertools.repeat((None, ()))
     if contrastive_weight:
+        # Step 1: all embeddings, without a graph.
         states, embeds, sizes = _embed(model, read_chunks())
+        # Step 2: the loss of all embeddings, and its gradient with respect to each.
         with autocast():
             contrastive = contrastive_objective(
                 model.config, model.temperature, model.logit_bias, *embeds, group_ids, num_ranks
             )
         backward(contrastive_weight * contrastive)
-        # Step 3 runs `backward` on these gradients, which would scale them once more.
+        # Undo float16's scaling: step 3 runs `backward` on these gradients, which scales once more.
         gradients = [torch.split(cast(torch.Tensor, embed.grad) / loss_scale, sizes) for embed in embeds]
         del embeds
         cached = zip(states, zip(*gradients, strict=True), strict=True)
+    # Step 3: each chunk again, with a graph.
     instance = torch.zeros((), device=group_ids.device)
     for chunk, (state, gradient) in zip(read_chunks(), cached, strict=False):
         with contextlib.nullcontext() if state is None else state.replayed():
@@ -108,16 +111,21 @@ def backward_in_chunks(
 def _embed(
     model: IConEModel, chunks: Iterable[Chunk]
 ) -> tuple[list[RandomState], tuple[torch.Tensor, torch.Tensor], list[int]]:
-    """Step 1: the random state before each chunk, `(image_embeds, text_embeds)` of all as leaves, the chunks' sizes."""
+    """Embed all chunks without a graph (step 1).
 
-    def embed(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:  # the towers' token-level outputs are freed here
+    Returns:
+        The random state before each chunk, `(image_embeds, text_embeds)` of all chunks as leaves, the chunks' sizes.
+    """
+
+    def embed(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        # A function of its own, so that the towers' token-level outputs are freed when it returns.
         output = model(**chunk, return_loss=False)
         return output.image_embeds, output.text_embeds
 
     states, parts = [], []
     for chunk in chunks:
         states.append(RandomState(chunk["group_ids"]))
-        # Not inside one autocast with step 3: it would hand that step this one's casts of the weights, without a graph.
+        # One autocast around steps 1 and 3 would give step 3 the weights' casts of step 1, which have no graph.
         parts.append(embed(chunk))
     images, texts = (torch.cat(part).requires_grad_() for part in zip(*parts, strict=True))
     return states, (images, texts), [len(image) for image, _ in parts]
@@ -131,7 +139,14 @@ def _backward_chunk(
     num_pairs: torch.Tensor,
     backward: Callable[[torch.Tensor], Any],
 ) -> torch.Tensor | float:
-    """Step 3 for one chunk; returns its part of the batch's instance loss. `gradients`: of image and text, or none."""
+    """Embed a chunk with a graph and go back through it (step 3).
+
+    Args:
+        gradients: of the contrastive loss with respect to image and text embeddings, or none.
+
+    Returns:
+        The chunk's part of the batch's instance loss.
+    """
     output = model(
         **chunk,
         instance_weight=instance_weight,
@@ -148,7 +163,8 @@ def _backward_chunk(
 
 
 def _average_gradients(model: IConEModel, num_ranks: int) -> None:
-    own = model.left_out_of_ddp()  # a share of the class vectors is each rank's own
+    """Take the mean of all gradients over the ranks, as DDP does."""
+    own = model.left_out_of_ddp()  # a shard of class vectors is each rank's own
     gradients = [p.grad for name, p in model.named_parameters() if p.grad is not None and name not in own]
     running = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
     for work in running:

@@ -1,4 +1,4 @@
-"""The progress of a stage's training, in the place of transformers' bar."""
+"""The progress of a stage, in place of transformers' own bar."""
 
 import time
 from typing import Any
@@ -12,11 +12,13 @@ LOSSES = {"instance_loss": "instance", "contrastive_loss": "contrastive"}
 
 
 class TrainingProgress(TrainerCallback):
-    """A bar of updates on a terminal, a line every `logging_steps` in a log, and on both a line for each validation.
+    """Show updates as a bar on a terminal and as lines in a log.
+
+    A log gets a line every `logging_steps`. Both get a line for each validation.
 
     Args:
         name: of the stage.
-        as_lines: no bar, wherever it runs (`disable_tqdm`).
+        as_lines: no bar, on a terminal either (`disable_tqdm`).
     """
 
     def __init__(self, name: str, as_lines: bool = False):
@@ -73,7 +75,7 @@ class TrainingProgress(TrainerCallback):
         say(f"{self.name}: {state.global_step - self._first} updates in {duration(time.monotonic() - self._began)}")
 
     def close(self) -> None:
-        """Takes the bar down, if there is one: also where a stage ends by an exception."""
+        """Remove the bar, if there is one; a stage that fails calls it too."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None

@@ -1,11 +1,11 @@
-"""What a run leaves on disk, and where an interrupted one goes on.
+"""The folder of a run: what it holds, and where an interrupted run goes on.
 
 OUTPUT_DIR/
   config.json, model.safetensors, ...    the trained model and its processor
   metrics.json                           retrieval metrics: validation, stages, test
   recipe.json                            all that decides the numbers
   feature_cache/                         frozen towers' outputs
-  stages/0-NAME/checkpoint-*/            transformers' checkpoints; of heads alone where the towers are frozen
+  stages/0-NAME/checkpoint-*/            transformers' checkpoints; without the towers where these are frozen
   stages/0-NAME/stage.json               there once the stage is done: its best epoch, metrics and logs
   upload/                                what is on its way to the Hub (see checkpoint_pushes.py)
 """
@@ -23,7 +23,7 @@ STAGE_FILE = "stage.json"
 
 
 class RunFolder:
-    """The folder of one run.
+    """Read and write the folder of one run.
 
     Args:
         path: `OUTPUT_DIR`; made when something is written.
@@ -35,27 +35,27 @@ class RunFolder:
         self.stage_names = tuple(stage_names)
 
     def stage(self, index: int) -> Path:
-        """The folder of a stage."""
+        """Return the folder of a stage."""
         return self.path / "stages" / f"{index}-{self.stage_names[index]}"
 
     def is_done(self, index: int) -> bool:
-        """Whether a stage has run to its end."""
+        """Say whether a stage has run to its end."""
         return (self.stage(index) / STAGE_FILE).is_file()
 
     def read_stage(self, index: int) -> dict[str, Any]:
-        """What [`write_stage`] wrote."""
+        """Read what [`write_stage`] wrote."""
         return json.loads((self.stage(index) / STAGE_FILE).read_text())
 
     def write_stage(self, index: int, result: Mapping[str, Any]) -> None:
-        """Marks a stage as done."""
+        """Write a stage's result, which marks it as done."""
         write_json(self.stage(index) / STAGE_FILE, result)
 
     def write_recipe(self, recipe: Mapping[str, Any]) -> None:
-        """Keeps the recipe, which a later run in this folder must share."""
+        """Write the recipe, which a later run in this folder must share."""
         write_json(self.path / RECIPE_FILE, recipe)
 
     def last_checkpoint(self, index: int) -> Path | None:
-        """The last checkpoint of a stage that was written to its end: the trainer's state is written last."""
+        """Return a stage's last complete checkpoint: the trainer's state is written last."""
         complete = self.stage(index).glob("checkpoint-*/trainer_state.json")
         steps = {int(path.parent.name.rsplit("-", 1)[1]): path.parent for path in complete}
         return steps[max(steps)] if steps else None
@@ -63,16 +63,17 @@ class RunFolder:
     def resume_point(
         self, resume_from_checkpoint: str | bool | None, recipe: Mapping[str, Any]
     ) -> tuple[int, Path | None]:
-        """The first stage to run, and the checkpoint that it goes on from.
+        """Find the first stage to run and the checkpoint to start from.
 
         Args:
             resume_from_checkpoint: see [`IConETrainer.train`].
             recipe: of the run that wants to go on; its `"decisive"` part must be that of the run in this folder.
 
         Raises:
-            ValueError: if the folder holds another run, or the checkpoint is none of this one's.
+            ValueError: if the folder holds another run, or the checkpoint is not one of this run's.
         """
         recipe_file = self.path / RECIPE_FILE
+        # A new run needs a folder without another one.
         if resume_from_checkpoint in (None, False):
             if recipe_file.is_file():
                 raise ValueError(
@@ -80,6 +81,7 @@ class RunFolder:
                     "output_dir."
                 )
             return 0, None
+        # A resumed run needs the recipe of the run that it goes on with.
         if recipe_file.is_file():
             saved, wanted = json.loads(recipe_file.read_text())["decisive"], recipe["decisive"]
             differing = [f"{k} was {saved.get(k)}, is {wanted[k]}" for k in wanted if saved.get(k) != wanted[k]]
@@ -88,9 +90,11 @@ class RunFolder:
                     f"{self.path} holds a run of another recipe ({'; '.join(differing)}): resume it as it was, or "
                     "start anew in another output_dir."
                 )
+        # "auto" takes the last checkpoint of the first stage that is not done.
         if resume_from_checkpoint in ("auto", True):
             first = next((i for i in range(len(self.stage_names)) if not self.is_done(i)), len(self.stage_names))
             return first, self.last_checkpoint(first) if first < len(self.stage_names) else None
+        # A path must be a checkpoint of this run, and all stages before it done.
         checkpoint = Path(str(resume_from_checkpoint))
         folders = [self.stage(index).resolve() for index in range(len(self.stage_names))]
         if checkpoint.resolve().parent not in folders or not (checkpoint / "trainer_state.json").is_file():
@@ -105,7 +109,7 @@ class RunFolder:
         return first, checkpoint
 
     def forget_after(self, first: int, checkpoint: Path | None) -> None:
-        """Removes what came after the point that a run goes on from, so that nothing stale is taken for its result."""
+        """Remove all that was made after the point that a run goes on from."""
         for index in range(first, len(self.stage_names)):
             (self.stage(index) / STAGE_FILE).unlink(missing_ok=True)
             kept = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None and index == first else -1
@@ -114,17 +118,17 @@ class RunFolder:
                     shutil.rmtree(later)
 
     def read_metrics(self) -> dict[str, Any] | None:
-        """What `metrics.json` holds, if it is there."""
+        """Read `metrics.json`; `None` if there is none."""
         path = self.path / METRICS_FILE
         return json.loads(path.read_text()) if path.is_file() else None
 
     def replace_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Writes metrics of a newly trained model; a test of an older one goes, since it says nothing of this one."""
+        """Write a new model's metrics; an older model's test goes."""
         write_json(self.path / METRICS_FILE, metrics)
 
 
 def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds metrics to `metrics.json` in a checkpoint folder; what it holds under other keys stays."""
+    """Add metrics to a checkpoint's `metrics.json`; other keys stay."""
     run = RunFolder(folder, ())
     merged = {**(run.read_metrics() or {}), **metrics}
     run.replace_metrics(merged)
@@ -132,7 +136,7 @@ def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> dict
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON in one step: whoever is killed here leaves the old file or the new one."""
+    """Write JSON in one step: a killed process leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")

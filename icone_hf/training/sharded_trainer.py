@@ -1,4 +1,4 @@
-"""A stage whose class vectors lie in shards on the ranks: what a Trainer takes to be the same on all of them."""
+"""A stage whose class vectors are sharded over the ranks: clipping and checkpoints."""
 
 import os
 from pathlib import Path
@@ -17,10 +17,11 @@ MOMENTS_FILE = "class_moments.safetensors"  # in a checkpoint, beside optimizer.
 
 
 class ShardedStageTrainer(StageTrainer):
-    """[`StageTrainer`] for a model with a [`ShardedClassifier`].
+    """Train one stage of a model with a [`ShardedClassifier`].
 
-    Its checkpoints hold the class vectors and their moments whole, each in one safetensors file to which every rank
-    writes its rows, so that any number of ranks goes on from them.
+    A Trainer takes all parameters to be the same on every rank; the class vectors are not. Checkpoints hold the class
+    vectors and their moments whole, each in one safetensors file to which every rank writes its rows, so that any
+    number of ranks goes on from them.
     """
 
     @property
@@ -76,7 +77,11 @@ class ShardedStageTrainer(StageTrainer):
 
 
 def load_weights(model: IConEModel | IConEHeads, checkpoint: str | os.PathLike) -> None:
-    """The weights of a stage's checkpoint, saved from such a model on any number of ranks, into `model`."""
+    """Load the weights of a stage's checkpoint, saved by any number of ranks.
+
+    Raises:
+        ValueError: if the checkpoint is of another model.
+    """
     classifier, folder = model.classifier, Path(checkpoint)
     if not isinstance(classifier, ShardedClassifier):
         load_model(model, folder / SAFE_WEIGHTS_NAME)

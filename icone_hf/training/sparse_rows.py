@@ -1,6 +1,7 @@
-"""Steps a parameter of which each batch touches a few rows, beside all others, at a cost of those rows alone.
+"""An optimizer step that costs only the rows that a batch touches.
 
-Such a parameter has sparse gradients, which AdamW and the clipping of norms refuse.
+The class vectors have sparse gradients where a step scores a sample of them. AdamW and the clipping of norms refuse
+these.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,14 +12,15 @@ from torch.optim import Optimizer, SparseAdam
 
 
 class AdamWithSparseRows(Optimizer):
-    """Two optimizers that look like one: one list of groups for schedules, one state for checkpoints.
+    """Step dense and sparse parameters as one optimizer.
 
-    `SparseAdam` moves the rows that have a gradient, and their moments, as Adam does; the moments of other rows do not
-    decay meanwhile. Its corrections of the moments' start count the steps of the whole parameter, not a row's own.
+    Schedules see one list of parameter groups, checkpoints one state. `SparseAdam` moves the rows that have a gradient,
+    and their moments, as Adam does; the moments of other rows do not decay meanwhile. Its bias correction counts the
+    steps of the whole parameter, not a row's own.
 
     Args:
-        dense: of the other parameters, without a step taken.
-        sparse: of those with sparse gradients, likewise.
+        dense: the optimizer of all other parameters; it has taken no step.
+        sparse: the optimizer of those with sparse gradients, likewise.
     """
 
     def __init__(self, dense: Optimizer, sparse: SparseAdam):
@@ -31,7 +33,7 @@ class AdamWithSparseRows(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Loading a checkpoint puts other lists and dicts in the place of these.
+        # Share groups and state with both parts anew: loading a checkpoint replaces these lists and dicts.
         self._dense.param_groups = self.param_groups[: self._num_dense]
         self._sparse.param_groups = self.param_groups[self._num_dense :]
         for part in (self._dense, self._sparse):
@@ -41,10 +43,10 @@ class AdamWithSparseRows(Optimizer):
 
 
 def with_dense_gradients(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The parameters, in the place of each with a sparse gradient a stand-in with its values as gradient.
+    """Replace parameters with sparse gradients by dense stand-ins.
 
-    They share memory: what is done to a stand-in's gradient in place is done to the parameter's. Rows that stand in a
-    gradient more than once (several backward passes) are added up first.
+    A stand-in's gradient shares memory with the sparse gradient's values: what is done to the one in place is done to
+    the other. Rows that occur in a gradient more than once (several backward passes) are added up first.
     """
     result = []
     for parameter in parameters:

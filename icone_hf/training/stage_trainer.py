@@ -1,4 +1,4 @@
-"""transformers' Trainer for one stage."""
+"""transformers' Trainer for one stage: batches of groups, loss weights, validation by retrieval."""
 
 from typing import Any, cast
 
@@ -25,7 +25,17 @@ from .stages import Stage
 
 
 class StageTrainer(TrainerStepsMixin, Trainer):
-    """transformers' Trainer for one stage: batches of groups, the stage's loss weights, validation by retrieval."""
+    """Train one stage on pairs of groups, validated by retrieval.
+
+    Args:
+        model: the model or, where towers are frozen, its heads.
+        args: of the stage: its folder, rate and epochs are set.
+        stage: gives the losses their weights.
+        train_dataset: pairs, or the cached outputs of frozen towers.
+        eval_dataset: groups, or their cached outputs.
+        processor: saved with each checkpoint; makes the model's inputs.
+        callbacks: transformers' own.
+    """
 
     def __init__(
         self,
@@ -54,7 +64,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             self.add_callback(self._progress)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' Trainer."""
+        """Train, and remove the progress bar whatever happens."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -73,17 +83,17 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             class_vectors=(lambda: classifier.weight) if args.neighbour_run and classifier is not None else None,
             neighbour_run=args.neighbour_run,
         )
+        # Cached outputs come as whole batches from mapped memory: worker processes would only copy them, and the heads
+        # need no chunks.
         pin_memory = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
         if isinstance(self.pairs, FeatureCache):
-            # It hands out whole batches from mapped memory: worker processes would only copy them, and heads alone
-            # need no chunks.
-            return GroupDataLoader(self.pairs, batch_sampler=sampler, collate_fn=_as_it_is, pin_memory=pin_memory)
+            return GroupDataLoader(self.pairs, batch_sampler=sampler, collate_fn=_unchanged, pin_memory=pin_memory)
         collator = PairCollator(cast(IConEProcessor, self.processing_class))
         num_workers = self.args.dataloader_num_workers
         chunk_size = args.per_device_chunk_size
         if chunk_size is not None and chunk_size < self.args.per_device_train_batch_size:
             chunks = PairChunks(self.pairs, collator, chunk_size, num_workers, pin_memory)
-            return GroupDataLoader(chunks, batch_sampler=sampler, collate_fn=_as_it_is)
+            return GroupDataLoader(chunks, batch_sampler=sampler, collate_fn=_unchanged)
         return GroupDataLoader(
             self.pairs,
             batch_sampler=sampler,
@@ -139,6 +149,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
     ) -> torch.Tensor:
         if "read_chunks" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
+        # A batch in chunks: forward and backward are done here, for all of them.
         model.train()
         optimizer, scaler = cast(Any, self.optimizer), self.accelerator.scaler
         if callable(getattr(optimizer, "train", None)):  # a schedule-free optimizer has modes too
@@ -173,6 +184,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
         return (output.loss, output) if return_outputs else output.loss
 
     def _count_losses(self, output: IConEOutput) -> None:
+        """Add a step's two losses to the sums that the next log entry divides."""
         for name in ("instance_loss", "contrastive_loss"):
             if (loss := getattr(output, name)) is not None:
                 self._loss_sums[name] = self._loss_sums.get(name, 0) + loss.detach()
@@ -191,7 +203,10 @@ class StageTrainer(TrainerStepsMixin, Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Retrieval metrics of groups, or of their cached features: keys `{metric_key_prefix}_rsum` and so on."""
+        """Measure retrieval on groups, or on their cached outputs.
+
+        Keys are `{metric_key_prefix}_rsum` and so on.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, FeatureCache):
             embeds = embed_cached(self.trained_part, dataset)
@@ -210,19 +225,24 @@ class StageTrainer(TrainerStepsMixin, Trainer):
 
 
 def validation_metrics(log_entry: dict[str, Any]) -> dict[str, float]:
-    """The retrieval metrics in an entry of the log that [`StageTrainer.evaluate`] has written, by their own names."""
+    """Read the retrieval metrics in a log entry of [`StageTrainer.evaluate`]."""
     return {name.removeprefix("eval_"): value for name, value in log_entry.items() if name.startswith("eval_")}
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
+    """Return a batch that needs no collating."""
     return batch
 
 
 @torch.no_grad()
 def embed_cached(model: IConEModel | IConEHeads, cache: FeatureCache, chunk_size: int = 4096) -> GroupEmbeddings:
-    """Embeds a split from its cached features, L2-normalised, in float32 on the CPU; `chunk_size` rows at a time."""
+    """Embed a split from its cached outputs, `chunk_size` rows at a time.
 
-    def project(features: Any, projection: torch.nn.Linear) -> torch.Tensor:
+    Returns:
+        L2-normalised embeddings in float32 on the CPU.
+    """
+
+    def project(features: np.ndarray, projection: torch.nn.Linear) -> torch.Tensor:
         weight = projection.weight
         starts = range(0, len(features), chunk_size)
         chunks = (as_features(np.array(features[i : i + chunk_size])) for i in starts)

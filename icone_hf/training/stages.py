@@ -1,4 +1,4 @@
-"""Training stages as data: the paper's two, and any other list."""
+"""Stages as data: the paper's two, the recommended two, and any other list."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,15 +8,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the optimizer over the training groups, with a fresh optimizer and learning-rate schedule.
+    """Describe one run of the optimizer over the training groups.
+
+    Each stage has a fresh optimizer and learning-rate schedule.
 
     Args:
         name: of the stage's folder and of its logs.
-        num_train_epochs: may be a fraction; one epoch visits every image/sentence pair once.
+        num_train_epochs: may be a fraction; one epoch visits every image/caption pair once.
         learning_rate: the schedule's peak.
         instance_weight: lambda_1 of equation (9).
         contrastive_weight: lambda_2 of equation (9).
-        train_encoders: `False` freezes both towers, whose outputs are then computed once and read from a cache.
+        train_encoders: `False` freezes both towers. Their outputs are then computed once and read from a cache.
 
     Raises:
         ValueError: if a value is out of range; the message names the stage and the field.
@@ -66,7 +68,9 @@ RECOMMENDED_CONFIG: Mapping[str, Any] = {
 
 
 def parse_stages(stages: Sequence[dict[str, Any]]) -> tuple[Stage, ...]:
-    """Stages from a list of dicts, as a YAML or JSON file gives them. Numbers may be strings (YAML reads 1e-4 as one).
+    """Make stages from dicts, as YAML or JSON gives them.
+
+    Numbers may be strings: YAML reads 1e-4 as one.
 
     Raises:
         ValueError: if a dict lacks a field of [`Stage`], has another one, or a value is out of range.
