@@ -68,7 +68,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _is_command_line() -> bool:
-    """Say whether this import starts `icone` or `python -m icone_hf`."""
+    """Say whether this import starts the command line.
+
+    That is `icone` or `python -m icone_hf`.
+    """
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
     return program == "-m" or os.path.splitext(os.path.basename(program))[0] == "icone"
 

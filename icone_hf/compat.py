@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 class TrainerStepsMixin:
-    """Give steps of transformers' Trainer, which stands behind it, public names.
+    """Give steps of transformers' Trainer public names.
 
-    transformers has no public hook for any of them; by default each does what transformers does.
+    The Trainer stands behind this class in the order of classes. transformers has no public hook for any of them; by
+    default each does what transformers does.
     """
 
     args: Any
@@ -29,7 +30,7 @@ class TrainerStepsMixin:
         super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
 
     def load_best_weights(self) -> None:
-        """Load the weights of the best checkpoint at the end."""
+        """Load the best checkpoint's weights at the end."""
         super()._load_best_model()  # type: ignore[misc]
 
     def save_optimizer(self, folder: str) -> None:
@@ -41,7 +42,10 @@ class TrainerStepsMixin:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
     def clip_gradients(self, model: "torch.nn.Module", max_norm: float) -> "torch.Tensor | float":
-        """Clip the gradients to a norm, infinity clips none, and return the norm that they had."""
+        """Clip the gradients and return their norm.
+
+        A `max_norm` of infinity clips none. The norm is that before clipping.
+        """
         return super()._get_grad_norm(model) if math.isinf(max_norm) else super()._clip_grad_norm(model)  # type: ignore[misc]
 
     def prepare_inputs(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -74,9 +78,10 @@ def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 class ShortHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show each argument once, with the kind of its value, and no default that says nothing.
+    """Show each argument once and in short.
 
-    argparse documents the names of its formatters alone, none of their methods.
+    The kind of its value is shown, and no default that says nothing. argparse documents the names of its formatters
+    alone, none of their methods.
     """
 
     kinds: Mapping[Any, str] = {int: "N", float: "X"}
@@ -96,7 +101,7 @@ class ShortHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def embed_images(groups: "Dataset", batch_size: int, description: str) -> "Dataset":
-    """Copy the images of `groups` that are files into the data set."""
+    """Copy images that are files into the data set."""
     # `push_to_hub` of datasets does it by this function; no public one does it for a local file.
     from datasets.table import embed_table_storage
 
@@ -104,7 +109,7 @@ def embed_images(groups: "Dataset", batch_size: int, description: str) -> "Datas
 
 
 def mteb_model_meta(facts: Mapping[str, Any]) -> "ModelMeta":
-    """Describe a model to MTEB by the facts that we know."""
+    """Describe a model to MTEB by known facts."""
     # ModelMeta itself has twenty required fields; MTEB fills the others in here.
     from mteb.models.model_meta import ModelMeta  # an extra
 

@@ -30,7 +30,10 @@ MODULES = {
 
 
 class _Moved(ModuleType):
-    """Stand at a module's old place and pass on what is asked of it."""
+    """Stand at a module's old place.
+
+    What is asked of it is passed on to the new one.
+    """
 
     def __getattr__(self, name: str) -> Any:
         # Whoever looks through all modules (inspect, unittest) asks for names like these.
@@ -42,6 +45,9 @@ class _Moved(ModuleType):
 
 
 def leave_addresses() -> None:
-    """Put a stand-in at the old place of every module; it imports nothing until it is asked."""
+    """Put a stand-in at every module's old place.
+
+    It imports nothing until it is asked.
+    """
     for old in MODULES:
         sys.modules.setdefault(f"icone_hf.{old}", _Moved(f"icone_hf.{old}"))

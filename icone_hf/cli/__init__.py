@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave_processes() -> None:
-    """End the group of processes that torchrun has started, if there is one.
+    """End torchrun's group of processes, if there is one.
 
     On CPUs the group's threads otherwise abort the end of Python in one of ten runs ("terminate called").
     """

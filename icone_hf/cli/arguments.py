@@ -173,7 +173,7 @@ class RecipeArguments:
         return parse_stages(stages)
 
     def config(self) -> Mapping[str, Any]:
-        """Return the config's fields that go with a named recipe."""
+        """Return the config that goes with a named recipe."""
         return RECIPES[self.stages][1] if self.stages in RECIPES else {}
 
 
@@ -204,12 +204,15 @@ class OutputArguments:
     json: bool = field(default=False, metadata={"help": "Print the result as JSON, for a program to read."})
 
     def print(self, facts: Mapping[str, Any], text: str) -> None:
-        """Print the facts as JSON, or the text that says the same to people."""
+        """Print the facts as JSON, or as text."""
         print(json.dumps(facts, indent=2) if self.json else text)
 
 
 class HelpFormatter(ShortHelpFormatter):
-    """Show arguments of HfArgumentParser, whose flags convert by a function of its own."""
+    """Show HfArgumentParser's arguments.
+
+    Its flags convert by a function of their own.
+    """
 
     flag_types = (bool, string_to_bool)
 

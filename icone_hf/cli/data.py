@@ -29,6 +29,7 @@ def data(argv: Sequence[str]) -> None:
         positionals={"source": SOURCE, "out": {"help": "A folder that holds no data yet."}},
         description=COMMANDS["data"],
     )
+    # Read every split that there is.
     splits = {}
     for split in SPLITS:
         try:
@@ -37,6 +38,7 @@ def data(argv: Sequence[str]) -> None:
             print(f"No {split} split: {error}", file=sys.stderr)
     if not splits:
         raise ValueError(f"{data_args.source} has none of the splits {', '.join(SPLITS)}.")
+    # Write them, and upload them if asked to.
     check_disjoint(splits)
     save_groups(splits, positional.out)
     counts = {split: len(groups) for split, groups in splits.items()}

@@ -43,6 +43,7 @@ def encode(argv: Sequence[str]) -> None:
         description=COMMANDS["encode"],
     )
     state = join_processes()
+    # OUT's name says whether it is a file or a folder.
     out = Path(positional.out)
     if out.suffix != ".safetensors":
         if out.suffix and not (out.is_dir() or positional.out.endswith("/")):
@@ -51,6 +52,7 @@ def encode(argv: Sequence[str]) -> None:
         return
     if shard_args != ShardArguments():
         raise ValueError(f"pictures_only, shard_size and embedding_dtype are for shards: make OUT={out} a folder.")
+    # One file, with what made it in its metadata.
     _, embeds = embed_split(positional.checkpoint, data_args, encode_args)
     if state.is_main_process:
         out.parent.mkdir(parents=True, exist_ok=True)

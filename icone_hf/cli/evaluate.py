@@ -25,10 +25,12 @@ class EvaluateArguments:
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Run `icone evaluate CHECKPOINT SOURCE [--split test] [--folds 5] [--grid FILE.png] [--json]`.
+    """Run `icone evaluate`.
 
-    Prints the metrics and, for a local checkpoint, adds them to its metrics.json; with --folds the folds' mean beside
-    the whole split's, from the same pass over the data (COCO's 1k and 5k).
+        icone evaluate CHECKPOINT SOURCE [--split test] [--folds 5] [--grid FILE.png] [--json]
+
+    It prints the metrics and, for a local checkpoint, adds them to its metrics.json. With --folds the folds' mean stands
+    beside the whole split's, from the same pass over the data (COCO's 1k and 5k).
     """
     data_args, encode_args, args, output, positional = parse_arguments(
         (DataArguments, EncodeArguments, EvaluateArguments, OutputArguments),
@@ -41,6 +43,7 @@ def evaluate(argv: Sequence[str]) -> None:
     groups, embeds = embed_split(positional.checkpoint, data_args, encode_args)
     split = encode_args.split
     whole, of_folds = measure_embeddings(embeds, args.folds, args.chunk_size)
+    # One pass over the data gives both protocols.
     metrics = {split: whole}
     if of_folds:
         metrics[f"{split}_mean_of_{args.folds}_folds"] = of_folds

@@ -12,18 +12,27 @@ from .arguments import DataArguments, EncodeArguments
 
 
 def join_processes() -> PartialState:
-    """Make one group of the processes that torchrun has started; on CPUs accelerate does so only when told."""
+    """Make one group of torchrun's processes.
+
+    On CPUs accelerate does so only when told.
+    """
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def load_split(data_args: DataArguments, split: str) -> Dataset:
-    """Load one split; the other processes wait for what the first has downloaded or drawn."""
+    """Load one split, one process first.
+
+    The others wait for what it downloads or draws.
+    """
     with PartialState().main_process_first():
         return load_groups(**data_args.load_arguments(split))
 
 
 def load_checkpoint(checkpoint: str, encode_args: EncodeArguments) -> tuple[IConEModel, IConEProcessor]:
-    """Load a model, onto this process's device, and its processor."""
+    """Load a model and its processor.
+
+    The model goes onto this process's device.
+    """
     model = IConEModel.from_pretrained(checkpoint).to(PartialState().device)
     processor = IConEProcessor.from_pretrained(checkpoint)
     processor.jpeg_draft |= encode_args.jpeg_draft

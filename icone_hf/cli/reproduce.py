@@ -54,6 +54,7 @@ def reproduce(argv: Sequence[str]) -> None:
     )
     if (args.miniature or args.smoke) and (args.flickr30k or args.coco):
         raise ValueError("--miniature and --smoke draw their own data: leave --flickr30k and --coco out.")
+    # Everything is planned before anything is run.
     join_processes()
     plan = make_plan(positional.name, args.scale, args.seeds)
     folder = Path(args.output_dir or "outputs/reproduction" + ("" if args.scale == "paper" else f"-{args.scale}"))

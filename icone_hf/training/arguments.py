@@ -144,14 +144,14 @@ class IConETrainingArguments(TrainingArguments):
 
     @property
     def pushes_checkpoints(self) -> bool:
-        """Say whether checkpoints are uploaded while the run goes on."""
+        """Say whether checkpoints are uploaded during the run."""
         return self.push_to_hub and self.hub_strategy != HubStrategy.END
 
     @property
     def sharding_engine(self) -> str | None:
-        """Return `FSDP` or `DeepSpeed` if an argument or the launcher asks for one.
+        """Return the engine that spreads parameters over processes.
 
-        Both spread parameters over the processes.
+        It is `FSDP` or `DeepSpeed`, if an argument or the launcher asks for one, otherwise `None`.
         """
         for engine in ("FSDP", "DeepSpeed"):
             if getattr(self, engine.lower()) or parse_flag_from_env(f"ACCELERATE_USE_{engine.upper()}"):

@@ -20,12 +20,13 @@ logger = logging.get_logger(__name__)
 
 
 class CheckpointPushes(TrainerCallback):
-    """Upload model, processor, card, metrics and recipe at every save.
+    """Upload the run's model and card at every save.
 
-    The upload runs beside the training. A save that finds one under way is skipped or, with `hub_always_push`, waits
-    for it. A failed upload is logged and does not end the training. With the strategy `checkpoint` the repository also
-    holds the run's `stages/` as they are on disk, with `all_checkpoints` every checkpoint that was ever saved: whoever
-    downloads it into an `output_dir` can go on with the run there (`resume_from_checkpoint="auto"`).
+    Processor, metrics and recipe go with them. The upload runs beside the training. A save that finds one under way is
+    skipped or, with `hub_always_push`, waits for it. A failed upload is logged and does not end the training. With the
+    strategy `checkpoint` the repository also holds the run's `stages/` as they are on disk, with `all_checkpoints`
+    every checkpoint that was ever saved: whoever downloads it into an `output_dir` can go on with the run there
+    (`resume_from_checkpoint="auto"`).
 
     Args:
         folder: of the run.
@@ -52,6 +53,7 @@ class CheckpointPushes(TrainerCallback):
         shutil.copy(self.folder / RECIPE_FILE, staging)
         if measured := next((entry for entry in reversed(state.log_history) if "eval_rsum" in entry), None):
             write_metrics(staging, {"validation": validation_metrics(measured)})
+        # Of the checkpoints on disk the strategy may ask for the last or for all.
         deleted = None
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             # Links, for the trainer may remove a checkpoint before it has been uploaded; not of logs that still grow.
@@ -59,6 +61,7 @@ class CheckpointPushes(TrainerCallback):
             shutil.copytree(self.folder / "stages", staging / "stages", ignore=growing, copy_function=_link)
             deleted = "stages/**" if args.hub_strategy == HubStrategy.CHECKPOINT else None
         write_card(staging, self.repo_id)
+        # Upload in a thread of huggingface_hub's, so that training goes on.
         self._upload = HfApi(token=args.hub_token).upload_folder(
             repo_id=self.repo_id,
             folder_path=staging,
@@ -69,7 +72,10 @@ class CheckpointPushes(TrainerCallback):
         )
 
     def wait(self) -> None:
-        """Wait for the upload under way, and log its failure."""
+        """Wait for the upload under way.
+
+        A failed one is logged.
+        """
         if self._upload is None:
             return
         if error := self._upload.exception():
@@ -79,7 +85,7 @@ class CheckpointPushes(TrainerCallback):
 
 
 def _link(source: str, target: str) -> None:
-    """Link a file, or copy it on a file system without links."""
+    """Link a file, or copy it without links."""
     try:
         os.link(source, target)
     except OSError:

@@ -20,7 +20,9 @@ def check_run(
     eval_dataset: Dataset | None,
     stages: Sequence[Stage],
 ) -> None:
-    """Refuse a run that can't be done as asked; change nothing.
+    """Refuse a run that can't be done as asked.
+
+    It changes nothing.
 
     Raises:
         ValueError: naming the field or the data at fault, and the way out.
@@ -41,7 +43,7 @@ def check_run(
 
 
 def check_data(splits: Mapping[str, Dataset]) -> None:
-    """Refuse splits that are no groups, lack captions or share images.
+    """Refuse splits without captions or with shared images.
 
     Args:
         splits: `train_dataset` and `eval_dataset`.
@@ -55,7 +57,7 @@ def check_data(splits: Mapping[str, Dataset]) -> None:
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
-    """Refuse an empty list of stages, and names that stand in it twice."""
+    """Refuse an empty list of stages and double names."""
     if not stages:
         raise ValueError("There are no stages to run.")
     names = [stage.name for stage in stages]
@@ -71,6 +73,7 @@ def check_classifier(model: IConEModel, args: IConETrainingArguments, num_groups
         args: of the run.
         num_groups: of the training split.
     """
+    # The trainer itself makes a sharded classifier that the model lacks.
     is_made_later = args.shard_classifier and model.classifier is None
     if not is_made_later and model.config.num_groups != num_groups:
         raise ValueError(
@@ -127,9 +130,10 @@ def check_batches(model: IConEModel, args: IConETrainingArguments) -> None:
 
 
 def check_storage(args: IConETrainingArguments) -> None:
-    """Refuse a cache of an unknown type, and checkpoints that are not measured."""
+    """Refuse unknown cache types and unmeasured checkpoints."""
     if args.feature_cache_dtype not in STORED_DTYPES:
         raise ValueError(f"feature_cache_dtype={args.feature_cache_dtype!r} must be one of {', '.join(STORED_DTYPES)}.")
+    # Every checkpoint needs its validation Rsum, or none could be the best.
     strategies = args.to_dict()
     if strategies["save_strategy"] == "no" or strategies["save_strategy"] != strategies["eval_strategy"]:
         raise ValueError(

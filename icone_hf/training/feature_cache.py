@@ -32,7 +32,7 @@ STORED_DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bflo
 
 
 class FeatureCache(torch.utils.data.Dataset):
-    """Serve pooled tower outputs of a split as batches of pairs.
+    """Serve a split's pooled tower outputs as batches.
 
     It is the data set of a stage with frozen towers. Rows are read from the mapped file when they are asked for, so a
     cache may be larger than the memory.
@@ -61,7 +61,10 @@ class FeatureCache(torch.utils.data.Dataset):
         return len(self.text)
 
     def __getitems__(self, pairs: list[Pair]) -> dict[str, torch.Tensor]:
-        """Return the model's inputs for a batch of pairs (torch's protocol for batched fetching)."""
+        """Return the model's inputs for a batch of pairs.
+
+        This is torch's protocol for batched fetching.
+        """
         rows = np.array([pair.row for pair in pairs])
         texts = self._first_text[rows] + [pair.caption for pair in pairs]
         return {
@@ -128,10 +131,10 @@ class FeatureCache(torch.utils.data.Dataset):
 
 
 class _Rows:
-    """Write one array to disk, row by row, and mark which rows are written.
+    """Write one array to disk, row by row.
 
-    Several processes write to it, never the same row. Files are written to, not mapped: two computers that share a
-    folder would overwrite each other's rows within a mapped page.
+    It marks which rows are written. Several processes write to it, never the same row. Files are written to, not
+    mapped: two computers that share a folder would overwrite each other's rows within a mapped page.
     """
 
     def __init__(self, folder: Path, name: str, dtype: str):
@@ -144,7 +147,7 @@ class _Rows:
             path.unlink(missing_ok=True)
 
     def create(self, count: int, width: int) -> None:
-        """Make an array of `count` empty rows, unless it exists."""
+        """Make an array of empty rows, unless it exists."""
         if self.done.is_file():  # made last, so the array exists too
             return
         np.lib.format.open_memmap(self.array, mode="w+", dtype=self.stored_dtype, shape=(count, width))
@@ -157,7 +160,10 @@ class _Rows:
         return np.fromfile(self.done, dtype=np.uint8) == 0
 
     def fill(self, batches: list[list[int]], outputs: Iterator[torch.Tensor]) -> None:
-        """Write the towers' outputs of these rows, each batch while the next is computed."""
+        """Write the towers' outputs of these rows.
+
+        Each batch is written while the next is computed.
+        """
         offset = np.load(self.array, mmap_mode="r").offset
         with ThreadPoolExecutor(1) as thread:
             writing: Future | None = None
@@ -183,13 +189,19 @@ class _Rows:
 
 
 def as_features(stored: np.ndarray) -> torch.Tensor:
-    """Turn rows copied from the map into a tensor of the stored type."""
+    """Turn stored rows into a tensor of their type.
+
+    The rows have been copied from the map.
+    """
     tensor = torch.from_numpy(stored)
     return tensor.view(torch.bfloat16) if stored.dtype == np.uint16 else tensor
 
 
 def _remove_other_key(folder: Path, key: dict[str, str], arrays: Iterable[_Rows]) -> None:
-    """Remove the folder's cache if it was made under another key, and write this key."""
+    """Remove a cache that another key has made.
+
+    This key is written in its place.
+    """
     saved = json.loads((folder / "key.json").read_text()) if (folder / "key.json").is_file() else {}
     if saved == key:
         return

@@ -28,7 +28,7 @@ Chunk = Mapping[str, torch.Tensor]
 
 
 class RandomState:
-    """Remember the random state of the CPU and of a tensor's device."""
+    """Remember the random state of CPU and device."""
 
     def __init__(self, tensor: torch.Tensor):
         self._device_type = tensor.device.type
@@ -37,7 +37,10 @@ class RandomState:
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
-        """Draw from this state in a block, then restore the state before it."""
+        """Draw from this state in a block.
+
+        The state before the block is restored after it.
+        """
         with torch.random.fork_rng(self._devices, device_type=self._device_type):
             torch.set_rng_state(self._cpu_state)
             set_device_states(self._devices, self._device_states, device_type=self._device_type)
@@ -54,7 +57,7 @@ def backward_in_chunks(
     loss_scale: float = 1.0,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> IConEOutput:
-    """Add the gradients of equation (9) on a whole batch.
+    """Add a whole batch's gradients of equation (9).
 
     Memory is that of one chunk. Each of several processes holds a share of the batch in as many chunks, and the
     gradients become the mean over all processes, as under DDP.
@@ -139,7 +142,9 @@ def _backward_chunk(
     num_pairs: torch.Tensor,
     backward: Callable[[torch.Tensor], Any],
 ) -> torch.Tensor | float:
-    """Embed a chunk with a graph and go back through it (step 3).
+    """Embed a chunk with a graph, then go back.
+
+    This is step 3 for one chunk.
 
     Args:
         gradients: of the contrastive loss with respect to image and text embeddings, or none.
@@ -163,7 +168,7 @@ def _backward_chunk(
 
 
 def _average_gradients(model: IConEModel, num_ranks: int) -> None:
-    """Take the mean of all gradients over the ranks, as DDP does."""
+    """Average all gradients over the ranks, as DDP does."""
     own = model.left_out_of_ddp()  # a shard of class vectors is each rank's own
     gradients = [p.grad for name, p in model.named_parameters() if p.grad is not None and name not in own]
     running = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]

@@ -12,9 +12,9 @@ LOSSES = {"instance_loss": "instance", "contrastive_loss": "contrastive"}
 
 
 class TrainingProgress(TrainerCallback):
-    """Show updates as a bar on a terminal and as lines in a log.
+    """Show updates as a bar, or as lines.
 
-    A log gets a line every `logging_steps`. Both get a line for each validation.
+    A terminal gets a bar, a log gets a line every `logging_steps`. Both get a line for each validation.
 
     Args:
         name: of the stage.
@@ -52,6 +52,7 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
+        # A log entry is a validation or a step's losses.
         where = f"{self.name}, update {state.global_step} of {state.max_steps}, epoch {state.epoch or 0:.4g}"
         if "eval_rsum" in logs:
             recalls = f"R@1 {logs['eval_t2i_r1']:.1f} text to image, {logs['eval_i2t_r1']:.1f} image to text"
@@ -75,7 +76,10 @@ class TrainingProgress(TrainerCallback):
         say(f"{self.name}: {state.global_step - self._first} updates in {duration(time.monotonic() - self._began)}")
 
     def close(self) -> None:
-        """Remove the bar, if there is one; a stage that fails calls it too."""
+        """Remove the bar, if there is one.
+
+        A stage that fails calls it too.
+        """
         if self._bars is not None:
             self._bars.stop()
             self._bars = None

@@ -51,11 +51,15 @@ class RunFolder:
         write_json(self.stage(index) / STAGE_FILE, result)
 
     def write_recipe(self, recipe: Mapping[str, Any]) -> None:
-        """Write the recipe, which a later run in this folder must share."""
+        """Write the recipe.
+
+        A later run in this folder must share it.
+        """
         write_json(self.path / RECIPE_FILE, recipe)
 
     def last_checkpoint(self, index: int) -> Path | None:
         """Return a stage's last complete checkpoint: the trainer's state is written last."""
+        # A checkpoint that was cut in writing has no trainer_state.json.
         complete = self.stage(index).glob("checkpoint-*/trainer_state.json")
         steps = {int(path.parent.name.rsplit("-", 1)[1]): path.parent for path in complete}
         return steps[max(steps)] if steps else None
@@ -63,7 +67,7 @@ class RunFolder:
     def resume_point(
         self, resume_from_checkpoint: str | bool | None, recipe: Mapping[str, Any]
     ) -> tuple[int, Path | None]:
-        """Find the first stage to run and the checkpoint to start from.
+        """Find the stage and checkpoint to start from.
 
         Args:
             resume_from_checkpoint: see [`IConETrainer.train`].
@@ -102,6 +106,7 @@ class RunFolder:
                 f"resume_from_checkpoint={str(checkpoint)!r} is no checkpoint of this run: give a folder "
                 f"{self.path}/stages/*/checkpoint-*, or auto."
             )
+        # Whatever the earlier stages have learned is loaded from their own best checkpoints.
         first = folders.index(checkpoint.resolve().parent)
         for earlier in range(first):
             if not self.is_done(earlier):
@@ -109,8 +114,12 @@ class RunFolder:
         return first, checkpoint
 
     def forget_after(self, first: int, checkpoint: Path | None) -> None:
-        """Remove all that was made after the point that a run goes on from."""
+        """Remove what was made after a resume point.
+
+        So nothing stale is taken for the run's result.
+        """
         for index in range(first, len(self.stage_names)):
+            # The mark that the stage is done, then every checkpoint after the one to start from.
             (self.stage(index) / STAGE_FILE).unlink(missing_ok=True)
             kept = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None and index == first else -1
             for later in self.stage(index).glob("checkpoint-*"):
@@ -123,7 +132,10 @@ class RunFolder:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def replace_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Write a new model's metrics; an older model's test goes."""
+        """Write a new model's metrics.
+
+        A test of an older model goes: it says nothing of this one.
+        """
         write_json(self.path / METRICS_FILE, metrics)
 
 

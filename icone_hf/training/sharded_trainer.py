@@ -31,12 +31,13 @@ class ShardedStageTrainer(StageTrainer):
         return classifier
 
     def clip_gradients(self, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
-        """Clip by a norm over the rows of all ranks."""
+        """Clip by a norm over all ranks' rows."""
         return clip_sharded_norm(model.parameters(), self._shards, max_norm)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a checkpoint by all ranks: each writes its own rows."""
         folder = output_dir or str(self.args.output_dir)
+        # The model's weights by all ranks, the rest by the first.
         self.trained_part.save_pretrained(folder)
         if self.args.should_save:
             if self.processing_class is not None:
@@ -51,7 +52,10 @@ class ShardedStageTrainer(StageTrainer):
         load_weights(self.trained_part, self.state.best_model_checkpoint)
 
     def save_optimizer(self, folder: str) -> None:
-        """Save the moments of all ranks' rows in one file, and everything else as transformers does."""
+        """Save all ranks' moments in one file.
+
+        Everything else is saved as transformers does it.
+        """
         # Of the rows' state the moments alone differ between ranks: the count of steps stays in optimizer.pt.
         weight, state = self._shards.weight, self._optimizer_state()
         own = state.get(weight, {})
@@ -66,6 +70,7 @@ class ShardedStageTrainer(StageTrainer):
     def load_optimizer(self, checkpoint: str | None) -> None:
         """Load this rank's moments beside what transformers loads."""
         super().load_optimizer(checkpoint)
+        # Any number of ranks may have saved the moments: each reads its own rows.
         if checkpoint is not None and (Path(checkpoint) / MOMENTS_FILE).is_file():
             weight = self._shards.weight
             for name, rows in load_rows(Path(checkpoint) / MOMENTS_FILE).items():
@@ -77,7 +82,9 @@ class ShardedStageTrainer(StageTrainer):
 
 
 def load_weights(model: IConEModel | IConEHeads, checkpoint: str | os.PathLike) -> None:
-    """Load the weights of a stage's checkpoint, saved by any number of ranks.
+    """Load the weights of a stage's checkpoint.
+
+    Any number of ranks may have saved it.
 
     Raises:
         ValueError: if the checkpoint is of another model.
@@ -86,6 +93,7 @@ def load_weights(model: IConEModel | IConEHeads, checkpoint: str | os.PathLike) 
     if not isinstance(classifier, ShardedClassifier):
         load_model(model, folder / SAFE_WEIGHTS_NAME)
         return
+    # The class vectors lie in a file of their own.
     missing, unexpected = load_model(model, folder / REST_FILE, strict=False)
     if unexpected or set(missing) != {"classifier.weight"}:
         raise ValueError(f"{folder} is not of this model: {sorted({*missing, *unexpected} - {'classifier.weight'})}.")

@@ -29,6 +29,7 @@ class AdamWithSparseRows(Optimizer):
         self._dense, self._sparse = dense, sparse
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        # torch's protocol: a closure computes the loss anew.
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -51,6 +52,7 @@ def with_dense_gradients(parameters: Iterable[torch.Tensor]) -> list[torch.Tenso
     result = []
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
+            # Add up the rows that occur more than once, so that each counts once in the norm.
             parameter.grad = parameter.grad.coalesce()
             values = parameter.grad.values()
             stand_in = values.detach()

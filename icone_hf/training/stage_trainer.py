@@ -25,7 +25,7 @@ from .stages import Stage
 
 
 class StageTrainer(TrainerStepsMixin, Trainer):
-    """Train one stage on pairs of groups, validated by retrieval.
+    """Train one stage, validated by retrieval.
 
     Args:
         model: the model or, where towers are frozen, its heads.
@@ -105,20 +105,29 @@ class StageTrainer(TrainerStepsMixin, Trainer):
 
     @property
     def trained_part(self) -> IConEModel | IConEHeads:
-        """Return what this stage trains, without the wrappers of mixed precision and DDP."""
+        """Return what this stage trains, unwrapped.
+
+        Mixed precision and DDP wrap it.
+        """
         part = self.accelerator.unwrap_model(self.model)
         assert isinstance(part, IConEModel | IConEHeads)
         return part
 
     def _sampled_rows(self) -> torch.Tensor | None:
-        """Return the class vectors if this stage trains samples of them."""
+        """Return class vectors that are trained in samples.
+
+        `None` if this stage trains none so.
+        """
         part = self.trained_part
         if not part.config.instance_samples or part.classifier is None or not part.classifier.weight.requires_grad:
             return None
         return part.classifier.weight
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer; where classes are sampled, the class vectors have one of their own in it."""
+        """Build the stage's optimizer.
+
+        Where classes are sampled, it holds another one for the class vectors.
+        """
         rows = self._sampled_rows()
         if self.optimizer is not None or rows is None:
             return super().create_optimizer(model)
@@ -136,7 +145,10 @@ class StageTrainer(TrainerStepsMixin, Trainer):
         return self.optimizer
 
     def clip_gradients(self, model: torch.nn.Module, max_norm: float) -> torch.Tensor | float:
-        """Clip gradients, sparse ones too, which torch's own function refuses."""
+        """Clip gradients, sparse ones too.
+
+        Torch's own function refuses sparse gradients.
+        """
         if self._sampled_rows() is None:
             return super().clip_gradients(model, max_norm)
         return self.accelerator.clip_grad_norm_(with_dense_gradients(model.parameters()), max_norm)
@@ -184,7 +196,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
         return (output.loss, output) if return_outputs else output.loss
 
     def _count_losses(self, output: IConEOutput) -> None:
-        """Add a step's two losses to the sums that the next log entry divides."""
+        """Add a step's losses to the log's sums."""
         for name in ("instance_loss", "contrastive_loss"):
             if (loss := getattr(output, name)) is not None:
                 self._loss_sums[name] = self._loss_sums.get(name, 0) + loss.detach()
@@ -225,7 +237,10 @@ class StageTrainer(TrainerStepsMixin, Trainer):
 
 
 def validation_metrics(log_entry: dict[str, Any]) -> dict[str, float]:
-    """Read the retrieval metrics in a log entry of [`StageTrainer.evaluate`]."""
+    """Read the retrieval metrics in a log entry.
+
+    [`StageTrainer.evaluate`] has written it.
+    """
     return {name.removeprefix("eval_"): value for name, value in log_entry.items() if name.startswith("eval_")}
 
 
@@ -236,7 +251,7 @@ def _unchanged(batch: Any) -> Any:
 
 @torch.no_grad()
 def embed_cached(model: IConEModel | IConEHeads, cache: FeatureCache, chunk_size: int = 4096) -> GroupEmbeddings:
-    """Embed a split from its cached outputs, `chunk_size` rows at a time.
+    """Embed a split from its cached outputs.
 
     Returns:
         L2-normalised embeddings in float32 on the CPU.

@@ -8,9 +8,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stage:
-    """Describe one run of the optimizer over the training groups.
+    """Describe one run of the optimizer.
 
-    Each stage has a fresh optimizer and learning-rate schedule.
+    A stage trains on all training groups, with a fresh optimizer and learning-rate schedule.
 
     Args:
         name: of the stage's folder and of its logs.
@@ -68,7 +68,7 @@ RECOMMENDED_CONFIG: Mapping[str, Any] = {
 
 
 def parse_stages(stages: Sequence[dict[str, Any]]) -> tuple[Stage, ...]:
-    """Make stages from dicts, as YAML or JSON gives them.
+    """Make stages from the dicts of YAML or JSON.
 
     Numbers may be strings: YAML reads 1e-4 as one.
 

@@ -40,11 +40,11 @@ logger = logging.get_logger(__name__)
 
 
 class IConETrainer:
-    """Train a model through all stages and keep each stage's best epoch.
+    """Train a model through all stages.
 
-    `args.output_dir` receives the model and the processor, `metrics.json`, `recipe.json` (all that decides the
-    numbers), and `stages/0-NAME/` and so on with each stage's checkpoints and logs (`tensorboard --logdir
-    OUTPUT_DIR/stages`).
+    Each stage's best epoch is kept. `args.output_dir` receives the model and the processor, `metrics.json`,
+    `recipe.json` (all that decides the numbers), and `stages/0-NAME/` and so on with each stage's checkpoints and logs
+    (`tensorboard --logdir OUTPUT_DIR/stages`).
 
     Args:
         model: trained in place.
@@ -105,6 +105,7 @@ class IConETrainer:
             ValueError: if the folder holds another run, or the checkpoint is not one of this recipe's.
         """
         self._prepare()
+        # Find where to start, before anything is written.
         recipe = self.recipe()
         first, checkpoint = self.folder.resume_point(resume_from_checkpoint, recipe)
         PartialState().wait_for_everyone()  # all have looked at the folder before one writes to it
@@ -113,17 +114,22 @@ class IConETrainer:
             self.folder.write_recipe(recipe)
             self.folder.forget_after(first, checkpoint)
         PartialState().wait_for_everyone()
+        # Run the stages, from the first that is not done.
         self._load_finished_stages(first)
         for index in range(first, len(self.stages)):
             self._run_stage(index, checkpoint if index == first else None)
-        self.model.eval()  # as from_pretrained leaves it
+        # Save the result; the model is left in eval mode, as from_pretrained leaves it.
+        self.model.eval()
         metrics = self._finish(anew=first < len(self.stages))
         if self._pushes is not None:
             self._pushes.wait()
         return metrics
 
     def _prepare(self) -> None:
-        """Fit the processor to the text tower, and shard the classifier if asked for."""
+        """Fit processor and classifier to the run.
+
+        Captions are cut at the text tower's positions. The classifier is sharded if asked for.
+        """
         self.processor.limit_text_length(self.model.config.text_config)
         if self.args.shard_classifier and not isinstance(self.model.classifier, ShardedClassifier):
             fresh = None
@@ -133,7 +139,10 @@ class IConETrainer:
             self.model.shard_classifier(fresh)
 
     def _open_repository(self) -> None:
-        """Make the repository on the Hub, so that the Hub's refusal shows now and not after the run."""
+        """Make the repository on the Hub.
+
+        So the Hub's refusal shows now and not after the run.
+        """
         if not self.args.push_to_hub:
             return
         private, revision, token = self.args.hub_private_repo, self.args.hub_revision, self.args.hub_token
@@ -149,7 +158,10 @@ class IConETrainer:
             load_weights(self._trained_part(stage), best)
 
     def _finish(self, anew: bool) -> dict[str, Any]:
-        """Save model and metrics, unless an earlier call has, and return the metrics."""
+        """Save model and metrics; return the metrics.
+
+        What an earlier call has saved is kept.
+        """
         results = [self.folder.read_stage(index) for index in range(len(self.stages))]
         anew = anew or self.folder.read_metrics() is None
         PartialState().wait_for_everyone()  # all have looked
@@ -164,7 +176,10 @@ class IConETrainer:
     # --- one stage ---
 
     def _run_stage(self, index: int, checkpoint: Path | None) -> None:
-        """Train one stage, from a checkpoint or from its start, and record its best epoch."""
+        """Train one stage and record its best epoch.
+
+        It starts from a checkpoint, if one is given.
+        """
         stage = self.stages[index]
         self._announce(index)
         args = self._stage_arguments(index)
@@ -203,7 +218,10 @@ class IConETrainer:
         return args
 
     def _freeze(self, stage: Stage) -> None:
-        """Require gradients of what the stage trains, and of nothing else: DDP waits for each."""
+        """Require gradients of what the stage trains alone.
+
+        DDP waits for every gradient that is required.
+        """
         self.model.set_encoders_trainable(stage.train_encoders)
         for parameters, weight in (
             (self.model.classifier, stage.instance_weight),
@@ -233,13 +251,13 @@ class IConETrainer:
         )
 
     def _is_first_with_classes(self, index: int) -> bool:
-        """Say whether this stage is the first to use the instance loss."""
+        """Say whether class vectors are first used here."""
         weights = [stage.instance_weight for stage in self.stages[: index + 1]]
         return weights[-1] > 0 and not any(weights[:-1])
 
     @torch.no_grad()
     def _start_class_vectors(self, pairs: PairDataset | FeatureCache) -> None:
-        """Set each class vector to the mean of its group's embeddings."""
+        """Set class vectors to their groups' mean embeddings."""
         embeds = embed_cached(self.model, pairs) if isinstance(pairs, FeatureCache) else self.encode(self.train_dataset)
         classifier, means = self.model.classifier, group_means(embeds)
         assert classifier is not None  # check_run has looked
@@ -265,7 +283,10 @@ class IConETrainer:
         return kind(self._trained_part(stage), args, stage, train_data, eval_data, self.processor, callbacks)
 
     def _record(self, index: int, trainer: StageTrainer) -> None:
-        """Write the stage's best checkpoint, its validation metrics and the log, which marks the stage as done."""
+        """Write the stage's best checkpoint, metrics and log.
+
+        That marks the stage as done.
+        """
         best = trainer.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         kept = Path(best) if best else self.folder.last_checkpoint(index)
         # The metrics are logged at the step that names the checkpoint; transformers measures the last step in any case.
@@ -282,18 +303,25 @@ class IConETrainer:
     # --- the result ---
 
     def encode(self, groups: Dataset) -> GroupEmbeddings:
-        """Embed all images and captions of `groups` by the model as it is now; see [`encode_groups`]."""
+        """Embed all images and captions of `groups`.
+
+        The model embeds in its present state; see [`encode_groups`].
+        """
         self._prepare()
         self.model.to(self.args.device)  # type: ignore[arg-type]
         batch_size, num_workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         return encode_groups(self.model, self.processor, groups, batch_size, num_workers)
 
     def evaluate(self, groups: Dataset | None = None) -> dict[str, float]:
-        """Measure the model as it is now on `groups`, or on the validation groups."""
+        """Measure the model in its present state.
+
+        Args:
+            groups: default: the validation groups.
+        """
         return measure_embeddings(self.encode(self.eval_dataset if groups is None else groups))[0]
 
     def test(self, groups: Dataset) -> dict[str, float]:
-        """Measure the trained model on `groups`, and keep the result in the run's folder.
+        """Test the trained model and keep the result.
 
         `metrics.json` receives the metrics as `test`. Where matplotlib is installed, `retrieval.png` shows what is
         retrieved for some captions and images. All processes call it.
@@ -309,9 +337,10 @@ class IConETrainer:
         return metrics
 
     def save_model(self, output_dir: str | os.PathLike, with_classifier: bool = True) -> None:
-        """Save model and processor as one checkpoint folder, LoRA adapters merged into the towers' weights.
+        """Save model and processor as one checkpoint.
 
-        All processes call it: the first saves, and the others their shares of a sharded classifier.
+        LoRA adapters are merged into the towers' weights. All processes call it: the first saves, and the others their
+        shares of a sharded classifier.
         """
         is_main = PartialState().is_main_process
         if is_main or isinstance(self.model.classifier, ShardedClassifier):
@@ -320,12 +349,18 @@ class IConETrainer:
             self.processor.save_pretrained(output_dir)
 
     def write_card(self) -> None:
-        """Write the model card of the run's folder, from all that it holds; see [`write_card`]."""
+        """Write the model card of the run's folder.
+
+        It is made from all that the folder holds; see [`write_card`].
+        """
         if PartialState().is_main_process:
             write_card(self.folder.path, self.args.hub_model_id)
 
     def push_to_hub(self) -> str:
-        """Upload the run's result with its card to `args.hub_model_id`, by default the folder's name; see [`push`]."""
+        """Upload the run's result with its card.
+
+        It goes to `args.hub_model_id`, by default the folder's name; see [`push`].
+        """
         args = self.args
         return push(self.folder.path, self._repo_id, args.hub_private_repo, None, args.hub_revision, args.hub_token)
 
@@ -334,7 +369,10 @@ class IConETrainer:
         return self.args.hub_model_id or self.folder.path.resolve().name
 
     def recipe(self) -> dict[str, Any]:
-        """Return all that decides the numbers of this run (`decisive`), every argument, and the versions it runs on."""
+        """Return all that decides the run's numbers.
+
+        They stand under `decisive`. Beside them stand every argument and the versions that it runs on.
+        """
         arguments = self.args.to_dict()
         named_otherwise = ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype")
         recipe = {

@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from tiny import STAGES, StopAt, losses, make_groups
 
@@ -17,6 +18,7 @@ from icone_hf import (
     encode_groups,
     retrieval_metrics,
 )
+from icone_hf.modeling import ShardedClassifier
 from icone_hf.training.run_folder import write_metrics
 from icone_hf.training.stage_trainer import StageTrainer
 
@@ -364,7 +366,51 @@ def test_an_unlimited_tokenizer_is_limited_to_the_text_tower(make_trainer, proce
     python_logging.getLogger("transformers").propagate = True
     processor.tokenizer.model_max_length = 10**30
     trainer = make_trainer()
-    assert trainer.processor.tokenizer.model_max_length == 24
+    assert processor.tokenizer.model_max_length == 10**30  # not before the run begins
+    trainer.evaluate()
+    assert processor.tokenizer.model_max_length == 24
+
+
+def test_nothing_is_changed_before_everything_is_checked(make_trainer, make_model, processor, tmp_path):
+    model = make_model(num_groups=16, text_pooling="mean")
+    classifier, processor.tokenizer.model_max_length = model.classifier, 10**30
+    with pytest.raises(ValueError, match="neighbour_run=4"):
+        make_trainer(model=model, shard_classifier=True, neighbour_run=4)
+    trainer = make_trainer(model=model, shard_classifier=True)
+    assert model.classifier is classifier
+    assert processor.tokenizer.model_max_length == 10**30
+    assert not (tmp_path / "run").exists()
+    trainer.train()
+    assert isinstance(model.classifier, ShardedClassifier)
+
+
+def test_a_run_is_tested_and_described_from_python_as_by_the_command(make_trainer, tmp_path):
+    trainer = make_trainer(stages=STAGES[:1])
+    metrics = trainer.train()
+    test = trainer.test(make_groups(9, start=20))
+    assert test == trainer.evaluate(make_groups(9, start=20))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == {**metrics, "test": test}
+    assert (tmp_path / "run" / "retrieval.png").stat().st_size > 10_000
+    trainer.write_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"{test['rsum']:.1f}" in card
+    assert "retrieval.png" in card
+
+
+def test_the_captions_of_a_run_are_read_once(make_trainer, monkeypatch):
+    """Six places need them: checks, recipe, log, cache, batches and validation."""
+    train, validation = make_groups(16), make_groups(10, start=16)
+    read = []
+    whole_column = Dataset.__getitem__
+
+    def counting(self, key):
+        if key == "captions":
+            read.append(self)
+        return whole_column(self, key)
+
+    monkeypatch.setattr(Dataset, "__getitem__", counting)
+    make_trainer(train=train, validation=validation).train()
+    assert sorted(map(len, read)) == [10, 16]
 
 
 def test_write_metrics_keeps_other_splits(tmp_path):
@@ -384,8 +430,8 @@ def test_class_vectors_start_from_the_groups_means(make_trainer, make_model):
     trainer.train()
     images, texts, text_to_image = encode_groups(trainer.model, trainer.processor, train)
     for row in range(16):
-        sentences = texts[text_to_image == row].mean(0)
-        expected = images[row] + sentences / sentences.norm()
+        captions = texts[text_to_image == row].mean(0)
+        expected = images[row] + captions / captions.norm()
         assert torch.allclose(trainer.model.classifier.weight[row], expected / expected.norm(), atol=1e-5)
 
 
@@ -395,7 +441,7 @@ def test_several_positives_and_neighbours_train(make_trainer, make_model, neighb
     trainer = make_trainer(model=model, pairs_per_group=2, neighbour_run=neighbour_run)
     trainer.train()
     assert all(value > 0 for value in losses(trainer).values())
-    assert len(losses(trainer)) == 2 * 2 * 8  # 16 groups of 3 sentences: hands of 2 and 1, four groups a batch
+    assert len(losses(trainer)) == 2 * 2 * 8  # 16 groups of 3 captions: portions of 2 and 1, four groups a batch
 
 
 @pytest.mark.parametrize(
