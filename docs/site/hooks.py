@@ -1,7 +1,7 @@
-"""What mkdocs needs to know of this project: pages that lie outside docs/, files that pages link to, tables of options.
+"""Hooks of mkdocs: pages that lie outside docs/, files that pages link to, and tables of options.
 
-README.md and its like link to files as one reads them in the repository. Here every link finds the page's or the file's
-place on the site; a file that is no page is copied there.
+README.md and the other pages link to files as one reads them in the repository. Here every link is pointed to the
+page's or the file's place on the site. A file that is no page is copied there.
 """
 
 import dataclasses
@@ -15,17 +15,19 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# Pages outside docs/, and their places on the site.
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "MODEL_CARD.md": "model_card.md",
 }
+# The path of a link [text](path#anchor) to a file of the repository, without its anchor.
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(?=[)#])")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages outside docs/, and all files that any page links to."""
+    """Add the pages outside docs/, and all files that any page links to."""
     for name, uri in PAGES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         if text.startswith("---\n"):  # a model card's metadata
@@ -39,7 +41,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
-    """Points links to the places on the site, and fills in tables of options."""
+    """Point links to places on the site, and fill in tables of options."""
     here, where = _source(page.file), os.path.dirname(page.file.src_uri)
 
     def on_the_site(link: re.Match) -> str:
@@ -50,12 +52,12 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
 
 
 def _source(file: File) -> str:
-    """A page's path in the repository."""
+    """Return a page's path in the repository."""
     return next((name for name, uri in PAGES.items() if uri == file.src_uri), f"docs/{file.src_uri}")
 
 
 def _linked(file: File) -> set[str]:
-    """Paths in the repository that a page links to.
+    """List the repository's files that a page links to.
 
     Raises:
         FileNotFoundError: if one is not there.
@@ -71,14 +73,20 @@ def _resolve(page: str, link: str) -> str:
 
 
 def _uri(path: str) -> str:
-    """Where a path of the repository is on the site, before mkdocs makes HTML of it."""
+    """Return the place on the site of a path of the repository.
+
+    It is the place before mkdocs makes HTML of it.
+    """
     if path in PAGES:
         return PAGES[path]
     return path.removeprefix("docs/") if path.startswith("docs/") else f"files/{path}"
 
 
 def _options(path: str) -> str:
-    """A table of a dataclass's arguments, as its `--help` shows them; of inherited ones only those it changes."""
+    """Write the table of a dataclass's arguments.
+
+    Their texts are those of `--help`. Of inherited fields it shows only those that the class changes.
+    """
     module, _, name = path.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
     rows = ["| argument | default | what |", "|---|---|---|"]

@@ -1,4 +1,4 @@
-"""Reads a checkpoint by sentence-transformers: CHECKPOINT PICTURES OUT.npz."""
+"""Read a checkpoint by sentence-transformers: CHECKPOINT IMAGES OUT.npz."""
 
 import sys
 from pathlib import Path
@@ -15,10 +15,10 @@ except ImportError:
     remote = True
 
 checkpoint, folder, out = sys.argv[1:]
-pictures = [Image.open(path) for path in sorted(Path(folder).glob("*.png"))]
-sentences = Path(folder, "sentences.txt").read_text().splitlines()
+images = [Image.open(path) for path in sorted(Path(folder).glob("*.png"))]
+captions = Path(folder, "sentences.txt").read_text().splitlines()
 
 model = SentenceTransformer(checkpoint, trust_remote_code=remote)
-image_embeds, text_embeds = model.encode(pictures), model.encode(sentences)  # one call each: not mixed
+image_embeds, text_embeds = model.encode(images), model.encode(captions)  # one call each: not mixed
 print(model.similarity(text_embeds, image_embeds))
 np.savez(out, image_embeds=image_embeds, text_embeds=text_embeds)

@@ -1,4 +1,7 @@
-"""Reads a checkpoint by transformers alone: CHECKPOINT PICTURES OUT.npz. Without icone_hf, it brings its code along."""
+"""Read a checkpoint by transformers alone: CHECKPOINT IMAGES OUT.npz.
+
+Where icone_hf is not installed, the checkpoint's own code runs.
+"""
 
 import sys
 from pathlib import Path
@@ -16,11 +19,11 @@ except ImportError:
     remote = True
 
 checkpoint, folder, out = sys.argv[1:]
-pictures = [Image.open(path) for path in sorted(Path(folder).glob("*.png"))]
-sentences = Path(folder, "sentences.txt").read_text().splitlines()
+images = [Image.open(path) for path in sorted(Path(folder).glob("*.png"))]
+captions = Path(folder, "sentences.txt").read_text().splitlines()
 
 model = AutoModel.from_pretrained(checkpoint, trust_remote_code=remote).eval()
 processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=remote)
 with torch.no_grad():
-    output = model(**processor(images=pictures, text=sentences, return_tensors="pt"))
+    output = model(**processor(images=images, text=captions, return_tensors="pt"))
 np.savez(out, image_embeds=output.image_embeds, text_embeds=output.text_embeds)

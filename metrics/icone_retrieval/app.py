@@ -1,4 +1,4 @@
-"""The page of the metric's Space."""
+"""Show the metric's page in its Space."""
 
 import evaluate
 from evaluate.utils import launch_gradio_widget

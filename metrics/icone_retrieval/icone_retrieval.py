@@ -1,4 +1,4 @@
-"""Image-text retrieval as a metric of the `evaluate` library: R@K, MedR and MnR in both directions, and Rsum."""
+"""Image-text retrieval as a metric of the `evaluate` library: R@K, MedR and MnR in both directions, Rsum."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ import torch
 from icone_hf import retrieval_metrics
 
 _DESCRIPTION = """
-Ranks every picture for each sentence and every sentence for each picture by the dot product of their embeddings (the
-cosine, where these are normalised), and reports R@1, R@5, R@10, the median and the mean rank in both directions, and
-Rsum, the sum of the six recalls. Ranks start at 1, recalls are in percent, and ties count against the model. A picture
-may have several sentences, of which the best ranked one counts.
+Ranks every image for each caption and every caption for each image by the dot product of their embeddings (the cosine,
+where these are normalised). Reports R@1, R@5, R@10, the median and the mean rank in both directions, and Rsum, the sum
+of the six recalls. Ranks start at 1, recalls are in percent, and ties count against the model. An image may have
+several captions, of which the best ranked one counts.
 """
 _INPUTS = """
 Args:
-    text_embeds: list of embeddings, one a sentence.
-    image_embeds: list of embeddings of the picture that each sentence describes; a picture with five sentences is
-        given five times.
-    image_ids: list of integers that name these pictures, so that one picture is ranked once.
+    text_embeds: list of embeddings, one a caption.
+    image_embeds: list of embeddings of the image that each caption describes; an image with five captions is given
+        five times.
+    image_ids: list of integers that name these images, so that one image is ranked once.
 
 Returns:
     A dict of floats: `t2i_r1`, `t2i_r5`, `t2i_r10`, `t2i_medr`, `t2i_mnr`, the same for `i2t`, and `rsum`.
@@ -37,7 +37,7 @@ _CITATION = """
 
 
 class IConERetrieval(evaluate.Metric):
-    """The metric; see its description."""
+    """Compute retrieval metrics from batches of embeddings."""
 
     def _info(self) -> evaluate.MetricInfo:
         vector = datasets.List(datasets.Value("float32"))
@@ -50,6 +50,7 @@ class IConERetrieval(evaluate.Metric):
         )
 
     def _compute(self, text_embeds: Any, image_embeds: Any, image_ids: Any) -> dict[str, float]:
+        # Each image once, by its first row, and the image of every caption as a row of these.
         _, first, text_to_image = np.unique(np.asarray(image_ids), return_index=True, return_inverse=True)
         images, texts = (torch.from_numpy(np.asarray(part, dtype=np.float32)) for part in (image_embeds, text_embeds))
         return retrieval_metrics(images[torch.from_numpy(first)], texts, torch.from_numpy(text_to_image))

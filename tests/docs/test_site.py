@@ -58,10 +58,9 @@ def test_the_first_page_is_the_readme_and_the_reference_has_the_docstrings(site)
     assert "make quickstart" in first
     assert "quickstart.png" in first
     training = (site / "reference" / "training" / "index.html").read_text()
-    assert "Trains a model through all stages" in training
-    assert (
-        "../model/#icone_hf.modeling.processing_icone.IConEProcessor" in training
-    )  # a name in brackets in a docstring
+    assert "Train a model through all stages" in training
+    # A name in brackets in a docstring.
+    assert "../model/#icone_hf.modeling.processing_icone.IConEProcessor" in training
     options = (site / "reference" / "command_line" / "index.html").read_text()
     assert "--instance_temperature" in options
     assert "--global_batch_size" in options

@@ -19,6 +19,7 @@ def run(code, **variables):
 
 def test_recurrent_towers(towers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Local stand-ins for the Hub ids and the GloVe file.
     for name in ("vision", "towers"):
         (tmp_path / name).mkdir()
     Path("glove.6B.300d.txt").write_text("dog 1 2\ncat 3 4\n")

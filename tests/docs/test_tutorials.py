@@ -1,7 +1,7 @@
-"""Every command and every line of Python in docs/tutorials runs, as it is printed.
+"""Every command and every line of Python in docs/tutorials runs exactly as printed.
 
-The hub that they load from and push to is a small one on this machine (hub_server.py), which holds tiny towers under
-the names that the tutorials use.
+The tutorials load from a small hub on this machine and push to it (hub_server.py). It holds tiny towers under the names
+that the tutorials use.
 """
 
 import csv
@@ -34,7 +34,7 @@ from transformers import (
 ROOT = Path(__file__).parents[2]
 TUTORIALS = ROOT / "docs" / "tutorials"
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
-# What a tutorial builds on is made by another one.
+# Tutorials that go on in the folder that another one leaves.
 BUILDS_ON = {"other_towers": "own_pictures", "publishing": "own_pictures", "many_gpus": "own_pictures"}
 
 pytestmark = pytest.mark.docs
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.docs
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A hub that holds the towers of the tutorials, tiny."""
+    """Serve tiny towers under the names of the tutorials."""
     folder = tmp_path_factory.mktemp("towers")
     square, tokens = {"height": 32, "width": 32}, {**TOKENS, "max_position_embeddings": 24}
     clip = CLIPConfig(
@@ -68,6 +68,7 @@ def hub(tmp_path_factory):
             word_tokenizer("<s>", "</s>", bos_token="<s>", eos_token="</s>", pad_token="[PAD]", model_max_length=16),
         ),
     }
+    # Both text towers are the same BERT; MiniLM's has a pooling file too, written below.
     bert = BertModel(tiny_text_config()), BertTokenizer(vocab={word: row for row, word in enumerate(WORDS)})
     towers |= dict.fromkeys(("google-bert/bert-base-uncased", "sentence-transformers/all-MiniLM-L6-v2"), bert)
     with Hub() as hub:
@@ -82,8 +83,11 @@ def hub(tmp_path_factory):
         yield hub
 
 
-def write_pictures(folder):
-    """photos/ with captions.csv and pairs.csv, as well as pictures/SPLIT with a metadata.csv."""
+def write_images(folder):
+    """Write the images and tables that tutorials begin with.
+
+    They are photos/ with captions.csv and pairs.csv, and pictures/SPLIT with a metadata.csv each.
+    """
     rows = []
     for split, start, count in (("train", 0, 12), ("validation", 12, 6), ("test", 18, 6)):
         for row, group in enumerate(make_groups(count, start)):
@@ -105,7 +109,10 @@ def write_pictures(folder):
 
 
 def program_of(tutorial):
-    """All blocks of a tutorial in their order as one Python program, without what is only shown: CSV, sh (GPUs)."""
+    """Join all blocks of a tutorial to one Python program.
+
+    Blocks that are only shown are left out: CSV, and sh, which needs GPUs.
+    """
     parts = ["import subprocess\nfrom pathlib import Path\n"]
     for language, title, text in BLOCK.findall((TUTORIALS / f"{tutorial}.md").read_text()):
         if language == "python":
@@ -121,7 +128,7 @@ def program_of(tutorial):
 
 @pytest.fixture(scope="module")
 def run(hub, tmp_path_factory):
-    """Runs a tutorial in a folder of its own, or in that of the one that it builds on."""
+    """Run a tutorial once, in its own folder or in that of the one that it builds on."""
     folders = {}
 
     def run(tutorial):
@@ -130,7 +137,7 @@ def run(hub, tmp_path_factory):
         before = BUILDS_ON.get(tutorial)
         folder = run(before)[0] if before else tmp_path_factory.mktemp(tutorial)
         if not before:
-            write_pictures(folder)
+            write_images(folder)
         environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
