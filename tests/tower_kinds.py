@@ -1,4 +1,4 @@
-"""Tiny towers of many families, written as checkpoint folders, and their pooled outputs computed by hand."""
+"""Tiny towers of many families, written as checkpoint folders, and their pooled outputs computed step by step."""
 
 import json
 import string
@@ -21,7 +21,7 @@ from icone_hf import (
 )
 
 IDS = {word: i for i, word in enumerate([*WORDS, "<s>", "</s>"])}
-SENTENCES = ["a red square", "a blue square on a red ground", "green", "the white square under the black ground"]
+CAPTIONS = ["a red square", "a blue square on a red ground", "green", "the white square under the black ground"]
 SHAPE = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGE = {"image_size": 32, "patch_size": 8}
 TOKENS = {"vocab_size": len(IDS), "max_position_embeddings": 24}
@@ -30,7 +30,7 @@ CONV = {"hidden_sizes": [8, 8, 16, 24], "depths": [1, 1, 2, 1]}
 
 
 def word_tokenizer(first=None, last=None, **special):
-    """Words, with a token before and one after each sentence."""
+    """Split captions into words, with a token before and one after."""
     backend = Tokenizer(models.WordLevel(IDS, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     around = " ".join(token for token in (first, "$A", last) if token)
@@ -45,7 +45,7 @@ def bert_tokenizer():
 
 
 def attention_pooled(tower, output, pixel_values):
-    """SigLIP's head, written out: a learned query attends to all tokens, then a residual MLP."""
+    """Write SigLIP's head out: a learned query attends to all tokens, then a residual MLP."""
     head, tokens = tower.head, output.last_hidden_state
     width, heads = tokens.shape[-1], head.attention.num_heads
     (q_w, k_w, v_w), (q_b, k_b, v_b) = head.attention.in_proj_weight.chunk(3), head.attention.in_proj_bias.chunk(3)
@@ -77,7 +77,7 @@ def first_end_of_text(tower, output, inputs):
 
 
 def plain_recurrent(tower, output, inputs):
-    """torch's own GRU or LSTM over each sentence alone: the last state of both directions."""
+    """Run torch's own GRU or LSTM over each caption by itself: the last state of both directions."""
     pooled = []
     for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
         states, last = tower.rnn(tower.embeddings.weight[row[mask.bool()]][None])

@@ -29,8 +29,8 @@ def evaluate(argv: Sequence[str]) -> None:
 
         icone evaluate CHECKPOINT SOURCE [--split test] [--folds 5] [--grid FILE.png] [--json]
 
-    It prints the metrics and, for a local checkpoint, adds them to its metrics.json. With --folds the folds' mean stands
-    beside the whole split's, from the same pass over the data (COCO's 1k and 5k).
+    It prints the metrics and, for a local checkpoint, adds them to its metrics.json. With --folds the mean of the folds
+    stands beside the whole split's, from the same pass over the data (COCO's 1k and 5k).
     """
     data_args, encode_args, args, output, positional = parse_arguments(
         (DataArguments, EncodeArguments, EvaluateArguments, OutputArguments),

@@ -1,9 +1,9 @@
-"""The model: what travels with a checkpoint.
+"""The model and everything that travels with a checkpoint.
 
-Config, model, processor and all that they are made of: losses, heads, towers, LoRA, the sharded classifier. These files
-import torch, transformers, huggingface_hub, safetensors and each other by a single dot, nothing else: transformers
-copies them into a checkpoint, and loads them from there where icone_hf is not installed. Importing this folder makes
-the Auto classes know the model.
+Here are config, model and processor, and their parts: losses, projections and classifier, towers, LoRA, the sharded
+classifier. These files import torch, transformers, huggingface_hub, safetensors, the standard library and each other by
+a single dot, nothing else: transformers copies them into a checkpoint, and loads them from there where icone_hf is not
+installed. Importing this folder registers the model with the Auto classes.
 """
 
 from .configuration_icone import IConEConfig

@@ -1,6 +1,7 @@
-"""The instance loss over some of the classes: those of the batch, and a sample that stands for all others.
+"""A sample of the classes for the instance loss.
 
-No step here takes time or memory that grows with the number of classes.
+A batch is scored against its own classes and a few others, which stand for all the rest. No step here takes time or
+memory that grows with the number of classes.
 """
 
 import math
@@ -14,36 +15,46 @@ from .losses import IGNORED_GROUP
 
 
 class ScoredClasses(NamedTuple):
-    """The classes that a batch is held against.
+    """Hold the classes that a batch is scored against.
 
     Args:
         class_ids: `(scored,)`, each class once: those of the batch, then the sampled ones.
-        log_counts: `(scored,)`, float32: log of how many classes each stands for, 0 for those of the batch.
+        log_counts: `(scored,)`, float32, the log of how many classes each one stands for: 0 for those of the batch.
     """
 
     class_ids: torch.Tensor
     log_counts: torch.Tensor
 
     def positions(self, group_ids: torch.Tensor) -> torch.Tensor:
-        """Where each of `group_ids`, `(batch,)`, stands in `class_ids`; fillers stay [`IGNORED_GROUP`]."""
+        """Find each group's position in `class_ids`.
+
+        Fillers keep [`IGNORED_GROUP`].
+
+        Args:
+            group_ids: `(batch,)`, groups that are all among `class_ids`, or [`IGNORED_GROUP`].
+        """
         found = (group_ids[:, None] == self.class_ids).int().argmax(dim=1)
         return found.masked_fill(group_ids == IGNORED_GROUP, IGNORED_GROUP)
 
 
 def sample_integers(population: int, count: int) -> torch.Tensor:
-    """`count` different integers of `0..population-1`, every such set equally likely: `(count,)`, on the CPU.
+    """Draw `count` different integers from `0..population-1`.
 
-    It draws twice as many as it needs, throws doubles away, and picks among the rest. From a population of less than
-    twice `count` it picks directly, which then costs no more. Torch's generator of the CPU decides, whose state the
-    Trainer's checkpoints hold.
+    Every set of them is equally likely. The random numbers come from torch's CPU generator, whose state the Trainer's
+    checkpoints hold.
+
+    Returns:
+        `(count,)`, on the CPU.
 
     Raises:
-        ValueError: if there are not so many.
+        ValueError: if `count` is larger than `population`.
     """
     if count > population:
         raise ValueError(f"{count} different integers cannot be drawn from {population}.")
+    # A small population is shuffled whole, which costs no more than what follows.
     if population < 2 * count:
         return torch.randperm(population)[:count]
+    # Draw more than needed and drop the duplicates, until there are enough. `unique` sorts: pick at random.
     drawn = torch.empty(0, dtype=torch.long)
     while len(drawn) < count:
         drawn = torch.cat((drawn, torch.randint(population, (2 * count,)))).unique()
@@ -51,30 +62,38 @@ def sample_integers(population: int, count: int) -> torch.Tensor:
 
 
 def sample_classes(group_ids: torch.Tensor, num_classes: int, num_samples: int, num_ranks: int = 1) -> ScoredClasses:
-    """The classes of the batch and `num_samples` others, drawn uniformly without replacement; fewer if there are fewer.
+    """Draw the classes that a batch is scored against.
+
+    These are the batch's own classes and `num_samples` others, drawn uniformly without replacement (all others, if
+    there are fewer).
 
     With `b` classes in the batch, each sampled one stands for `(num_classes - b) / num_samples` of the others. Adding
     the log of that to its logit makes the sum over the scored classes an unbiased estimate of the softmax's denominator
     (Bengio & Senecal 2008, "Adaptive importance sampling to accelerate training of a neural probabilistic language
     model"; Jean et al. 2015, "On using very large target vocabulary for neural machine translation", section 3). The
-    loss, its logarithm, is estimated a little too low, the less so the more is sampled; with all others it is exact.
+    loss is the denominator's logarithm, so its estimate is a little too low. More samples bring it closer, and with all
+    others it is exact.
 
     Args:
-        group_ids: `(batch,)`, those of all ranks' rows, or [`IGNORED_GROUP`].
-        num_classes: of the classifier.
-        num_samples: how many others, 1 or more.
-        num_ranks: processes that score the same classes; those that the first of them has drawn count for all.
+        group_ids: `(batch,)`, the groups of all ranks' rows, or [`IGNORED_GROUP`].
+        num_classes: number of classes of the classifier.
+        num_samples: number of other classes to draw, 1 or more.
+        num_ranks: number of processes that score the same classes. All use what the first one draws.
     """
     of_batch = group_ids[group_ids != IGNORED_GROUP].unique()
     num_others = num_classes - len(of_batch)
     num_samples = min(num_samples, num_others)
+
+    # Draw among the other classes, numbered without gaps: 0 is the first class that is not in the batch.
     drawn = sample_integers(num_others, num_samples).to(of_batch.device)
     if num_ranks > 1:
         torch.distributed.broadcast(drawn, src=0)
-    # `drawn` counts the others alone. As many classes of the batch come before the n-th other as, each without the
-    # classes of the batch before it, are n or less.
+
+    # Turn these numbers into class ids: each grows by the number of batch classes that lie before it. Batch class i
+    # lies before the n-th other class if its id, less the i batch classes before it, is n or less.
     without_earlier = of_batch - torch.arange(len(of_batch), device=of_batch.device)
     others = drawn + torch.searchsorted(without_earlier, drawn, right=True)
+
     log_counts = torch.zeros(len(of_batch) + num_samples, device=of_batch.device)
     if num_samples:
         log_counts[len(of_batch) :] = math.log(num_others / num_samples)
@@ -82,17 +101,21 @@ def sample_classes(group_ids: torch.Tensor, num_classes: int, num_samples: int, 
 
 
 def scored_rows(class_vectors: torch.Tensor, class_ids: torch.Tensor, num_ranks: int = 1) -> torch.Tensor:
-    """`class_vectors[class_ids]`, `(scored, dim)`, whose gradient is sparse: that of no other row is touched.
+    """Look up class vectors, with a sparse gradient.
 
-    All ranks score the same rows, so that the mean of their gradients, which DDP would take of the whole classifier, is
-    taken here of these rows alone; DDP must leave the classifier out (`IConEModel` tells it to).
+    The gradient touches the scored rows and no other. All ranks score the same rows, so the mean of the ranks'
+    gradients is taken here, over these rows only. DDP would take it over the whole classifier and must leave it out
+    (`IConEModel` tells it to).
+
+    Returns:
+        `class_vectors[class_ids]`, `(scored, dim)`.
     """
     rows = F.embedding(class_ids, class_vectors, sparse=True)
     return _AverageGradient.apply(rows, num_ranks) if num_ranks > 1 else rows
 
 
 class _AverageGradient(torch.autograd.Function):
-    """The identity; its gradient is the mean over the ranks."""
+    """Pass rows through, and average their gradient over ranks."""
 
     @staticmethod
     def forward(ctx, rows, num_ranks):  # type: ignore[no-untyped-def]

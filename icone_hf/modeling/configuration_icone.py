@@ -1,4 +1,4 @@
-"""Configuration of IConE."""
+"""The configuration of IConE."""
 
 from typing import Any, ClassVar
 
@@ -6,15 +6,17 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .extra_towers import EfficientNetLiteConfig  # noqa: F401  (registers towers that AutoConfig would not know)
+from .extra_towers import EfficientNetLiteConfig  # noqa: F401  (registers towers that AutoConfig doesn't know)
 from .towers import POOLINGS, guess_pooling
 
 INSTANCE_LOGITS = ("dot", "cosine")
 CONTRASTIVE_LOSSES = ("infonce", "sigmoid", "max_hinge", "sum_hinge")
 
 
-def tower_width(config: Any) -> int:
-    """Width of a tower's pooled output: its `hidden_size`, or the last of its `hidden_sizes` (ResNet, ConvNeXt).
+def tower_width(config: PreTrainedConfig) -> int:
+    """Return the width of a tower's pooled output.
+
+    It is the tower's `hidden_size` or, in a ResNet or ConvNeXt, the last of its `hidden_sizes`.
 
     Raises:
         ValueError: if the tower's config has neither.
@@ -32,29 +34,31 @@ def tower_width(config: Any) -> int:
 
 @strict
 class IConEConfig(PreTrainedConfig):
-    """Configuration of [`IConEModel`]: two towers, one common space, one classifier over the image/text groups.
+    """Configure an [`IConEModel`].
+
+    The model has two towers, one common space, and one classifier over the groups.
 
     Args:
         vision_config: config (or dict with a `model_type`) of any image model that `AutoModel` builds.
             Default: CLIP ViT-B/32's vision tower.
         text_config: config (or dict with a `model_type`) of any text model that `AutoModel` builds. Default: BERT-base.
         projection_dim: dimensions of the common space; the paper's class vectors have 2048.
-        num_groups: classes of the shared classifier, one for each image/text group of the training split. 0: no
-            classifier, a model for retrieval alone.
+        num_groups: classes of the shared classifier, one for each group of the training split. 0: no classifier, for a
+            model that only searches.
         temperature: tau of equations (6)-(7), and of the sigmoid loss.
-        learn_temperature: trains the temperature, from `temperature` on, as CLIP does (never below 0.01).
-        contrastive_loss: what holds a batch's images against its sentences, weighted by lambda_2: `"infonce"`, the
-            paper's equations (6)-(8); `"sigmoid"`, SigLIP's, with a bias that is learned; `"max_hinge"` and
-            `"sum_hinge"`, VSE++'s.
-        margin: of the hinges.
+        learn_temperature: trains the temperature, starting at `temperature`, as CLIP does (never below 0.01).
+        contrastive_loss: the loss that compares a batch's images with its captions, weighted by lambda_2: `"infonce"`,
+            the paper's equations (6)-(8); `"sigmoid"`, SigLIP's, with a learned bias; `"max_hinge"` and `"sum_hinge"`,
+            VSE++'s.
+        margin: margin of the hinges.
         several_positives: with `"infonce"` or `"sigmoid"`, other pairs of the same group in a batch are positives too.
             Otherwise no loss sees them. See `pairs_per_group` of [`IConETrainingArguments`].
-        instance_logits: `"dot"`, the paper's equations (1) and (3), or `"cosine"`: features and class vectors
-            normalised.
+        instance_logits: `"dot"`, the paper's equations (1) and (3), or `"cosine"`, which normalises features and class
+            vectors.
         instance_temperature: divides the `"cosine"` logits. `None`: the same as `temperature`.
         instance_samples: in training, the instance loss scores the classes of the batch and this many of the others,
             drawn anew at every step, which stand for all of them. Its cost then does not grow with `num_groups`. The
-            classifier's gradient is sparse: [`IConETrainer`] knows how to step it. 0: every class is scored, as in the
+            classifier's gradient is sparse, which [`IConETrainer`] can handle. 0: every class is scored, as in the
             paper.
         vision_pooling: which output of the vision tower is "the global token". `"pooler"`: its `pooler_output` (CLIP's
             layer-normed class token, a convolutional network's global mean); `"cls"`: the last layer's first token;
@@ -62,12 +66,12 @@ class IConEConfig(PreTrainedConfig):
             replaced by the guess.
         text_pooling: the same for the text tower; padding is left out, on whichever side it is. The paper takes BERT's
             [CLS] token, `"cls"`.
-        vision_lora, text_lora: keywords of peft's `LoraConfig` for a tower that has adapters, `None` for one that has
-            none; see [`IConEModel.add_adapter`].
+        vision_lora, text_lora: keywords of peft's `LoraConfig` for a tower with adapters, `None` for a tower without;
+            see [`IConEModel.add_adapter`].
         initializer_range: standard deviation of the classifier's initial weights.
 
     Raises:
-        ValueError: if a field's value is outside its range or a pooling cannot be guessed; the message names the field.
+        ValueError: if a field's value is out of range or a pooling can't be guessed; the message names the field.
 
     Example:
         >>> config = IConEConfig(text_config={"model_type": "bert", "num_hidden_layers": 6}, num_groups=29783)
@@ -100,14 +104,22 @@ class IConEConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # makes configs of dicts
         for field, tower in (("vision_pooling", self.vision_config), ("text_pooling", self.text_config)):
             if getattr(self, field) is None:
                 setattr(self, field, guess_pooling(tower, field))
-        self.validate_architecture()  # here a plain ValueError; `@strict`, which calls it too, wraps it in its own
+        # `@strict` calls this too, but wraps the ValueError in an error of its own.
+        self.validate_architecture()
 
     def validate_architecture(self) -> None:
-        """Checks what the field types cannot say, on construction and on saving."""
+        """Check what the field types can't say.
+
+        This runs on construction and on saving.
+
+        Raises:
+            ValueError: naming the field and the values that it may have.
+        """
+        # Numbers.
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim={self.projection_dim} must be 1 or more.")
         if self.num_groups < 0:
@@ -120,6 +132,8 @@ class IConEConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value} must be greater than 0: similarities are divided by it.")
         if not self.margin > 0:
             raise ValueError(f"margin={self.margin} must be greater than 0.")
+
+        # Losses.
         for name, choices in (("instance_logits", INSTANCE_LOGITS), ("contrastive_loss", CONTRASTIVE_LOSSES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
@@ -128,6 +142,8 @@ class IConEConfig(PreTrainedConfig):
                 f"contrastive_loss={self.contrastive_loss!r} ranks one positive, without a temperature: set "
                 "several_positives and learn_temperature to False."
             )
+
+        # Towers.
         for name in ("vision_pooling", "text_pooling"):
             if getattr(self, name) not in POOLINGS:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(POOLINGS)}.")
@@ -137,4 +153,4 @@ class IConEConfig(PreTrainedConfig):
 
 
 AutoConfig.register("icone", IConEConfig, exist_ok=True)
-IConEConfig.register_for_auto_class()  # a checkpoint takes this module along: it loads without the package
+IConEConfig.register_for_auto_class()  # copies this module into a checkpoint, which then loads without the package

@@ -1,7 +1,7 @@
-"""Towers that transformers lacks: EfficientNet-Lite, a small convolutional image encoder, and a GRU or LSTM for text.
+"""Towers that transformers lacks: EfficientNet-Lite for images, GRU and LSTM for text.
 
-EfficientNet-Lite's architecture: M. Tan and Q. V. Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural
-Networks" (2019), and the Lite variants of
+EfficientNet-Lite is a small convolutional network. Its architecture is that of M. Tan and Q. V. Le, "EfficientNet:
+Rethinking Model Scaling for Convolutional Neural Networks" (2019), in the Lite variants of
 https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite: no squeeze-and-excitation, ReLU6 in
 place of swish, stem and head of fixed width.
 """
@@ -27,8 +27,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndNoAttention
 
-# (repeats, kernel, stride, expansion, channels out) of the seven stages of EfficientNet-B0, which every Lite variant
-# scales.
+# (repeats, kernel, stride, expansion, channels out) of EfficientNet-B0's seven stages. Every Lite variant scales them.
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -43,7 +42,9 @@ _STEM_CHANNELS = 32
 
 @strict
 class EfficientNetLiteConfig(PreTrainedConfig):
-    """Configuration of [`EfficientNetLiteModel`]; the defaults are EfficientNet-Lite0.
+    """Configure an [`EfficientNetLiteModel`].
+
+    The defaults are EfficientNet-Lite0.
 
     Args:
         width_coefficient: factor on the channels of the blocks (Lite0 to Lite4: 1.0, 1.0, 1.1, 1.2, 1.4).
@@ -64,7 +65,10 @@ class EfficientNetLiteConfig(PreTrainedConfig):
 
 
 class _ConvNorm(nn.Sequential):
-    """Convolution with TensorFlow's "same" padding, batch norm and, except before a skip connection, ReLU6."""
+    """Convolve, normalise and activate.
+
+    The convolution has TensorFlow's "same" padding. Batch norm follows and, except before a skip connection, ReLU6.
+    """
 
     def __init__(
         self,
@@ -76,7 +80,7 @@ class _ConvNorm(nn.Sequential):
         groups: int = 1,
         activation: bool = True,
     ):
-        # TensorFlow puts the odd pixel of the padding right and below, which no symmetric padding argument can say.
+        # TensorFlow puts the odd pixel of padding at the right and the bottom. torch's own padding is symmetric.
         before = (kernel - stride) // 2
         after = kernel - stride - before
         super().__init__()
@@ -87,6 +91,8 @@ class _ConvNorm(nn.Sequential):
 
 
 class _InvertedResidual(GradientCheckpointingLayer):
+    """Expand the channels, convolve each by itself, project back."""
+
     def __init__(
         self,
         config: EfficientNetLiteConfig,
@@ -109,18 +115,23 @@ class _InvertedResidual(GradientCheckpointingLayer):
 
 
 def _scaled_channels(channels: int, width_coefficient: float) -> int:
-    """The scaled width, rounded to a multiple of 8, never down by more than a tenth (the reference's rule)."""
+    """Scale a number of channels, as the reference does.
+
+    The result is rounded to a multiple of 8, and never down by more than a tenth.
+    """
     scaled = channels * width_coefficient
     rounded = max(8, int(scaled + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * scaled else rounded
 
 
 class EfficientNetLiteModel(PreTrainedModel):
-    """EfficientNet-Lite without its classification head; loads through `AutoModel` once `icone_hf` is imported.
+    """Encode images by EfficientNet-Lite, without its classification layer.
+
+    It loads through `AutoModel` once `icone_hf` is imported.
 
     `forward` returns `last_hidden_state` of shape `(batch, hidden_size, height / 32, width / 32)`, `pooler_output` of
     shape `(batch, hidden_size)`, its mean over the positions, and with `output_hidden_states=True` every block's
-    output. Pictures are normalised as `(x - 127) / 128` for `x` in 0..255.
+    output. Images are normalised as `(x - 127) / 128` for `x` in 0..255.
     """
 
     config: EfficientNetLiteConfig
@@ -136,11 +147,12 @@ class EfficientNetLiteModel(PreTrainedModel):
         blocks = []
         channels_in = _STEM_CHANNELS
         for index, (repeats, kernel, stride, expansion, channels) in enumerate(_STAGES):
-            if 0 < index < len(_STAGES) - 1:  # the first and last stage keep their depth in the Lite variants
+            # The first and last stage keep their depth in all Lite variants.
+            if 0 < index < len(_STAGES) - 1:
                 repeats = math.ceil(repeats * config.depth_coefficient)
             channels_out = _scaled_channels(channels, config.width_coefficient)
             for repeat in range(repeats):
-                block_stride = stride if repeat == 0 else 1
+                block_stride = stride if repeat == 0 else 1  # only the first block may shrink the image
                 blocks.append(_InvertedResidual(config, channels_in, channels_out, kernel, block_stride, expansion))
                 channels_in = channels_out
         self.blocks = nn.ModuleList(blocks)
@@ -159,7 +171,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         pixel_values: torch.Tensor,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: object,  # whatever else IConEModel passes to both towers (output_attentions) has no meaning here
+        **kwargs: object,  # what IConEModel passes to both towers and this one ignores, such as output_attentions
     ) -> BaseModelOutputWithPoolingAndNoAttention | tuple[torch.Tensor, ...]:
         hidden_states = self.stem(pixel_values)
         all_hidden_states = [hidden_states]
@@ -176,10 +188,11 @@ class EfficientNetLiteModel(PreTrainedModel):
 
 
 def convert_efficientnet_lite_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames a state dict of the reference PyTorch port to [`EfficientNetLiteModel`]'s names; drops its classifier.
+    """Rename the reference port's weights for [`EfficientNetLiteModel`].
 
-    The port (`efficientnet_lite_pytorch`) names a block's layers `_expand_conv`/`_bn0`, `_depthwise_conv`/`_bn1`,
-    `_project_conv`/`_bn2`, and the network's ends `_conv_stem`/`_bn0` and `_conv_head`/`_bn1`.
+    The PyTorch port (`efficientnet_lite_pytorch`) names a block's layers `_expand_conv`/`_bn0`,
+    `_depthwise_conv`/`_bn1`, `_project_conv`/`_bn2`, and the network's ends `_conv_stem`/`_bn0` and
+    `_conv_head`/`_bn1`. Its classifier is dropped.
     """
     layers = {"_conv_stem": "stem.conv", "_bn0": "stem.norm", "_conv_head": "head.conv", "_bn1": "head.norm"}
     block_layers = {
@@ -192,12 +205,12 @@ def convert_efficientnet_lite_weights(state_dict: dict[str, torch.Tensor]) -> di
     }
     converted = {}
     for key, value in state_dict.items():
-        if key.startswith("_fc."):
+        if key.startswith("_fc."):  # the classifier
             continue
-        if match := re.fullmatch(r"(_blocks\.\d+)\.(\w+)\.(\w+)", key):
+        if match := re.fullmatch(r"(_blocks\.\d+)\.(\w+)\.(\w+)", key):  # _blocks.0._bn1.weight
             block, layer, name = match.groups()
             converted[f"{block[1:]}.{block_layers[layer]}.{name}"] = value
-        else:
+        else:  # _conv_stem.weight
             layer, name = key.split(".")
             converted[f"{layers[layer]}.{name}"] = value
     return converted
@@ -205,7 +218,7 @@ def convert_efficientnet_lite_weights(state_dict: dict[str, torch.Tensor]) -> di
 
 @strict
 class RecurrentTextConfig(PreTrainedConfig):
-    """Configuration of [`RecurrentTextModel`].
+    """Configure a [`RecurrentTextModel`].
 
     Args:
         cell: `"gru"` or `"lstm"`.
@@ -213,7 +226,7 @@ class RecurrentTextConfig(PreTrainedConfig):
         embedding_dim: width of a word vector.
         hidden_size: width of the output, both directions together.
         num_hidden_layers: recurrent layers, one on top of the other.
-        bidirectional: whether half of the output's width reads the sentence from its end.
+        bidirectional: whether half of the output's width reads the caption from its end.
         pad_token_id: token whose vector starts at 0.
         initializer_range: standard deviation of a new embedding table.
 
@@ -234,10 +247,14 @@ class RecurrentTextConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
-        self.validate_architecture()  # here a plain ValueError; `@strict`, which calls it too, wraps it in its own
+        # `@strict` calls this too, but wraps the ValueError in an error of its own.
+        self.validate_architecture()
 
     def validate_architecture(self) -> None:
-        """Checks what the field types cannot say, on construction and on saving."""
+        """Check what the field types can't say.
+
+        This runs on construction and on saving.
+        """
         if self.cell not in ("gru", "lstm"):
             raise ValueError(f"cell={self.cell!r} must be gru or lstm.")
         if self.bidirectional and self.hidden_size % 2:
@@ -245,11 +262,13 @@ class RecurrentTextConfig(PreTrainedConfig):
 
 
 class RecurrentTextModel(PreTrainedModel):
-    """Word vectors and a GRU or LSTM over them; loads through `AutoModel` once `icone_hf` is imported.
+    """Encode captions by a GRU or LSTM.
+
+    It reads word vectors. It loads through `AutoModel` once `icone_hf` is imported.
 
     `forward` returns `last_hidden_state` `(batch, tokens, hidden_size)`, the last layer's state at every token (0 at
-    padding), and `pooler_output` `(batch, hidden_size)`, the last state of each direction: of the forward one after the
-    last word, of the backward one after the first. Padding, on whichever side, is not read.
+    padding), and `pooler_output` `(batch, hidden_size)`, the last state of each direction: the forward one ends at the
+    last word, the backward one at the first. Padding is not read, on whichever side it is.
     """
 
     config: RecurrentTextConfig
@@ -273,7 +292,8 @@ class RecurrentTextModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.RNNBase):
-            for parameter in module.parameters():  # torch's own initialisation, which transformers skips
+            # This is torch's own initialisation, which transformers skips.
+            for parameter in module.parameters():
                 init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
         else:
             super()._init_weights(module)
@@ -286,17 +306,22 @@ class RecurrentTextModel(PreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         return_dict: bool | None = None,
-        **kwargs: object,  # token_type_ids, and what IConEModel passes to both towers, have no meaning here
+        **kwargs: object,  # token_type_ids, and what IConEModel passes to both towers: this one ignores them
     ) -> BaseModelOutputWithPooling | tuple[torch.Tensor, ...]:
+        # Packing wants the words first, so move padding to the right, whichever side it is on.
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.int)
         words_first = mask.argsort(dim=1, descending=True, stable=True)
-        lengths = mask.sum(dim=1).clamp(min=1).cpu()  # an empty sentence is one padding token
+        lengths = mask.sum(dim=1).clamp(min=1).cpu()  # an empty caption is one padding token
+
+        # Run the recurrent layers over the words, without the padding.
         vectors = self.embeddings(input_ids.gather(1, words_first))
         packed = pack_padded_sequence(vectors, lengths, batch_first=True, enforce_sorted=False)
         states, last_states = self.rnn(packed)
         states, _ = pad_packed_sequence(states, batch_first=True, total_length=input_ids.shape[1])
         if self.config.cell == "lstm":
             last_states = last_states[0]  # the hidden state, without the memory cell's
+
+        # Put every state back at its token's place; `last_states` ends with the last layer's directions.
         output = BaseModelOutputWithPooling(
             last_hidden_state=torch.zeros_like(states).scatter(1, words_first[..., None].expand_as(states), states),
             pooler_output=torch.cat(list(last_states[-1 - self.config.bidirectional :]), dim=-1),
@@ -308,6 +333,6 @@ AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig, exist_ok=True)
 AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel, exist_ok=True)
 AutoConfig.register("recurrent_text", RecurrentTextConfig, exist_ok=True)
 AutoModel.register(RecurrentTextConfig, RecurrentTextModel, exist_ok=True)
-# transformers has these, but AutoModel builds only SigLIP's vision tower alone.
+# transformers has these text towers, but its AutoModel builds only SigLIP's vision tower without the other one.
 AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)
 AutoModel.register(Siglip2TextConfig, Siglip2TextModel, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The heads of IConE, all that is no tower: two projections, the shared classifier, the temperature."""
+"""All of IConE but the towers: projections, classifier, temperature, and their losses."""
 
 import os
 from dataclasses import dataclass
@@ -22,14 +22,16 @@ LOWEST_TEMPERATURE = 0.01  # CLIP's bound for a learned temperature
 
 @dataclass
 class IConEOutput(ModelOutput):
-    """Hold what [`IConEModel`] returns. What was not asked for, or cannot be had from the inputs, is `None`.
+    """Hold what [`IConEModel`] returns.
+
+    A field is `None` if it was not asked for or can't be computed from the inputs.
 
     Args:
         loss: scalar, `instance_weight * instance_loss + contrastive_weight * contrastive_loss`, equation (9).
         instance_loss: scalar, equation (5). `None` if its weight is 0.
         contrastive_loss: scalar, equation (8). `None` if its weight is 0.
         logits_per_image: `(images, captions)`, cosine similarities divided by `model.temperature`.
-        logits_per_text: its transpose.
+        logits_per_text: `(captions, images)`, the transpose of `logits_per_image`.
         image_embeds: `(images, projection_dim)`, L2-normalised.
         text_embeds: `(captions, projection_dim)`, L2-normalised.
         vision_model_output: what the vision tower returned, its `pooler_output` replaced by the projected feature.
@@ -51,7 +53,10 @@ class IConEOutput(ModelOutput):
 
 
 class PairLosses(NamedTuple):
-    """Hold equation (9) and its two terms, scalars; `None` is a term whose weight is 0."""
+    """Hold equation (9) and its two terms.
+
+    All are scalars; a term whose weight is 0 is `None`.
+    """
 
     loss: torch.Tensor
     instance_loss: torch.Tensor | None
@@ -59,7 +64,10 @@ class PairLosses(NamedTuple):
 
 
 class HeadsMixin(LeftOutOfDDPMixin):
-    """Score projected features and compute their losses; [`IConEModel`] and [`IConEHeads`] do it alike."""
+    """Score projected features and compute their losses.
+
+    [`IConEModel`] and [`IConEHeads`] share this code.
+    """
 
     config: IConEConfig
     training: bool
@@ -74,7 +82,10 @@ class HeadsMixin(LeftOutOfDDPMixin):
 
     @property
     def temperature(self) -> float | torch.Tensor:
-        """Return what cosines are divided by: `config.temperature`, or the learned one, a scalar tensor."""
+        """Return the temperature that divides the cosines.
+
+        It is `config.temperature` or, where it is learned, a scalar tensor.
+        """
         if self.logit_scale is None:
             return self.config.temperature
         return torch.exp(-self.logit_scale).clamp(min=LOWEST_TEMPERATURE)
@@ -82,7 +93,7 @@ class HeadsMixin(LeftOutOfDDPMixin):
     def left_out_of_ddp(self) -> list[str]:
         """Name the parameters that DDP must not average.
 
-        The gradient of sampled classes is averaged in `forward`'s graph, and a shard of class vectors is each rank's
+        The gradient of sampled classes is averaged inside the loss, and each rank has a shard of class vectors of its
         own.
         """
         is_sharded = isinstance(self.classifier, ShardedClassifier)
@@ -98,7 +109,7 @@ class HeadsMixin(LeftOutOfDDPMixin):
         return_loss: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> IConEOutput:
-        """Normalise features, compare them and, for pairs, compute the losses.
+        """Compare features and, for pairs, compute the losses.
 
         Args:
             image_features, text_features: `(batch, projection_dim)`, projected, not normalised; either may be `None`.
@@ -108,16 +119,20 @@ class HeadsMixin(LeftOutOfDDPMixin):
         Raises:
             ValueError: if a loss lacks what it needs, or if group ids are out of range.
         """
+        # Embed what is given, and compare every caption with every image.
         image_embeds = None if image_features is None else F.normalize(image_features, dim=-1)
         text_embeds = None if text_features is None else F.normalize(text_features, dim=-1)
         logits_per_text = None
         if image_embeds is not None and text_embeds is not None:
             logits_per_text = text_embeds @ image_embeds.T / self.temperature
+
+        # Group ids ask for the losses, unless return_loss says otherwise.
         losses = None
         if return_loss or (return_loss is None and group_ids is not None):
             check_pairs(self.config, image_features, text_features, group_ids, instance_weight, contrastive_weight)
             pairs = image_features, text_features, image_embeds, text_embeds, group_ids
             losses = self.pair_losses(*pairs, instance_weight, contrastive_weight, num_items_in_batch)  # type: ignore[arg-type]
+
         return IConEOutput(
             loss=None if losses is None else losses.loss,
             instance_loss=None if losses is None else losses.instance_loss,
@@ -139,19 +154,23 @@ class HeadsMixin(LeftOutOfDDPMixin):
         contrastive_weight: float,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> PairLosses:
-        """Compute equation (9) of pairs, over all ranks in training mode.
+        """Compute equation (9) for a batch of pairs.
+
+        In training mode the batch is that of all ranks together.
 
         Args:
-            image_features, text_features: `(batch, projection_dim)`, projected, which the instance loss classifies.
-            image_embeds, text_embeds: the same, L2-normalised, which the contrastive loss compares.
+            image_features, text_features: `(batch, projection_dim)`, projected: the instance loss classifies them.
+            image_embeds, text_embeds: the same, L2-normalised: the contrastive loss compares them.
             group_ids: `(batch,)`, or `None` if all pairs are of different groups and `instance_weight` is 0.
             instance_weight, contrastive_weight: lambda_1 and lambda_2. A term whose weight is 0 is not computed.
             num_items_in_batch: pairs that the instance loss is averaged over, if these are a chunk of a larger batch.
         """
         num_ranks = count_ranks() if self.training else 1
         instance = contrastive = None
+
+        # The instance loss classifies projected features: by all classes, by a sample, or by each rank's shard.
         if instance_weight:
-            assert group_ids is not None  # check_pairs has looked
+            assert group_ids is not None  # check_pairs refuses such a batch
             assert self.classifier is not None
             pairs = self.config, image_features, text_features, group_ids
             if isinstance(self.classifier, ShardedClassifier):
@@ -160,18 +179,22 @@ class HeadsMixin(LeftOutOfDDPMixin):
                 num_samples = self.config.instance_samples if self.training else 0
                 class_vectors = self.classifier.weight
                 instance = instance_objective(*pairs, class_vectors, num_ranks, num_samples, num_items_in_batch)
+
+        # The contrastive loss compares normalised embeddings.
         if contrastive_weight:
             scale = self.temperature, self.logit_bias
             contrastive = contrastive_objective(self.config, *scale, image_embeds, text_embeds, group_ids, num_ranks)
+
         weighted = ((instance_weight, instance), (contrastive_weight, contrastive))
         loss = sum(weight * part for weight, part in weighted if part is not None)
         return PairLosses(loss, instance, contrastive)  # type: ignore[arg-type]
 
 
 class IConEHeads(HeadsMixin, nn.Module):
-    """Embed pooled outputs without the towers: what a stage with frozen towers trains.
+    """Embed pooled outputs without the towers.
 
-    The parameters are the model's own, under the model's own names in `state_dict`.
+    A stage with frozen towers trains this module. Its parameters are the model's own, under the same names in
+    `state_dict`.
 
     Args:
         model: an [`IConEModel`].
@@ -196,7 +219,10 @@ class IConEHeads(HeadsMixin, nn.Module):
         return_loss: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> IConEOutput:
-        """Embed and score pooled outputs `(batch, width)`; arguments as in [`IConEModel.forward`]."""
+        """Embed and score the towers' pooled outputs, `(batch, width)`.
+
+        The arguments are those of [`IConEModel.forward`].
+        """
         return self.score(
             None if pooled_image is None else self.visual_projection(pooled_image),
             None if pooled_text is None else self.text_projection(pooled_text),
@@ -208,9 +234,13 @@ class IConEHeads(HeadsMixin, nn.Module):
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Save the weights alone; with a sharded classifier every rank calls it."""
+        """Save the weights, without a config.
+
+        With a sharded classifier every rank must call it.
+        """
         folder = Path(save_directory)
         sharded = self.classifier if isinstance(self.classifier, ShardedClassifier) else None
+        # The first rank writes what all ranks share; then each adds its own class vectors.
         if rank_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             left_out = ("classifier.",) if sharded is not None else ()

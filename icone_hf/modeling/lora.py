@@ -1,4 +1,7 @@
-"""LoRA in the towers, by peft: small trained matrices beside frozen weights (E. J. Hu et al., 2021)."""
+"""LoRA adapters in the towers, by peft.
+
+LoRA (E. J. Hu et al., 2021) trains small matrices beside frozen weights.
+"""
 
 import copy
 from collections.abc import Callable
@@ -9,11 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .configuration_icone import IConEConfig
+
 ALL_LINEAR = "all-linear"
 
 
-def _lora_config() -> Any:
-    try:  # the only import of peft, and guarded: a checkpoint with this file as remote code must load without it
+def _lora_config_class() -> Any:
+    # This is the only import of peft: a checkpoint that carries this file must load without peft.
+    try:
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError(
@@ -24,10 +30,12 @@ def _lora_config() -> Any:
 
 
 def add_lora(tower: PreTrainedModel, settings: dict[str, Any], modality: str) -> None:
-    """Puts adapters into a tower, in place; as they start, they change none of its outputs.
+    """Put new LoRA adapters into a tower.
+
+    New adapters change none of the tower's outputs.
 
     Args:
-        tower: its own weights are frozen from then on.
+        tower: changed in place; its own weights are frozen from then on.
         settings: keywords of peft's `LoraConfig`. `target_modules` is every linear layer unless given.
         modality: `vision` or `text`, for errors.
 
@@ -37,38 +45,43 @@ def add_lora(tower: PreTrainedModel, settings: dict[str, Any], modality: str) ->
     """
     settings = {"target_modules": ALL_LINEAR, **copy.deepcopy(settings)}
     if settings.get("modules_to_save"):
-        raise ValueError(f"{modality}_lora has modules_to_save, which IConE has not: leave it out.")
+        raise ValueError(f"{modality}_lora has modules_to_save, which IConE doesn't support: leave it out.")
+    # Say what to do about a tower without linear layers, such as a ResNet, before peft fails.
     layers = (nn.Linear, Conv1D)
     if settings["target_modules"] == ALL_LINEAR and not any(isinstance(module, layers) for module in tower.modules()):
         raise ValueError(
             f"The {modality} tower ({type(tower).__name__}) has no linear layer for LoRA: name other layers in "
             f"{modality}_lora's target_modules, or train this tower in full ({modality}_lora=None)."
         )
-    tower.add_adapter(_lora_config()(**settings))
+    tower.add_adapter(_lora_config_class()(**settings))
 
 
 def has_lora(tower: nn.Module) -> bool:
-    """Whether a tower has adapters."""
+    """Say whether a tower has adapters."""
     return bool(getattr(tower, "peft_config", None))
 
 
 def lora_settings(adapter_config: Any) -> dict[str, Any]:
-    """The keywords that make a peft `LoraConfig`, those alone that differ from its defaults, as JSON can hold them.
+    """Return the keywords that make a `LoraConfig`.
+
+    Only those that differ from peft's defaults are returned, in types that JSON can hold.
 
     Raises:
         TypeError: if it is another kind of adapter.
     """
-    lora_config = _lora_config()
-    if not isinstance(adapter_config, lora_config):
+    lora_config_class = _lora_config_class()
+    if not isinstance(adapter_config, lora_config_class):
         raise TypeError(f"IConE's towers take peft's LoraConfig, not {type(adapter_config).__name__}.")
-    default = lora_config().to_dict()
+    default = lora_config_class().to_dict()
     ignored = ("base_model_name_or_path", "peft_version", "inference_mode")
     changed = {k: v for k, v in adapter_config.to_dict().items() if k not in ignored and v != default.get(k)}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
 
 
 def recorded_lora(tower: PreTrainedModel, modality: str) -> dict[str, Any] | None:
-    """The settings of the adapters that a tower has now, `None` if it has none.
+    """Return the settings of a tower's adapter.
+
+    A tower without adapters gives `None`.
 
     Raises:
         ValueError: if there are several: a checkpoint holds one.
@@ -84,24 +97,29 @@ def recorded_lora(tower: PreTrainedModel, modality: str) -> dict[str, Any] | Non
 
 
 class LoraTowersMixin:
-    """Adapters of the two towers of a model; its config keeps their settings in `vision_lora` and `text_lora`."""
+    """Give a model adapters in both towers.
 
-    config: Any
+    The model's config keeps their settings in `vision_lora` and `text_lora`.
+    """
+
+    config: IConEConfig
     vision_model: PreTrainedModel
     text_model: PreTrainedModel
     training: bool
     train: Callable[[bool], Any]
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
-        """Puts LoRA adapters into both towers; `from_encoders(..., vision_lora={"r": 8})` puts them into one.
+        """Put LoRA adapters into both towers.
 
-        The towers' own weights are frozen from then on, and the adapters are what a stage with `train_encoders=True`
-        trains of them; projections and classifier, which are new, train in full. Save with `merge_lora=True` for a
-        checkpoint that loads without peft.
+        `from_encoders(..., vision_lora={"r": 8})` puts them into one.
+
+        The towers' own weights are frozen from then on: a stage with `train_encoders=True` trains the towers' adapters
+        alone. Projections and classifier, which are new, train in full. Save with `merge_lora=True` for a checkpoint
+        that loads without peft.
 
         Args:
             adapter_config: peft's `LoraConfig`; `target_modules` is every linear layer unless given.
-            adapter_name: only `default`, or `None`, which means it.
+            adapter_name: `default`, or `None` for the same.
 
         Raises:
             TypeError: for another kind of adapter.
@@ -113,35 +131,52 @@ class LoraTowersMixin:
         for modality, tower in (("vision", self.vision_model), ("text", self.text_model)):
             add_lora(tower, settings, modality)
             setattr(self.config, f"{modality}_lora", settings)
-        self.train(self.training)  # new dropout is in training mode, whichever the model is in
+        self.train(self.training)  # the adapters' dropout starts in training mode, whatever the model's mode is
 
     def add_configured_adapters(self) -> None:
-        """Puts in what the config asks for and the towers do not have."""
+        """Add the adapters that the config asks for.
+
+        A tower that has adapters keeps them.
+        """
         for modality, tower in (("vision", self.vision_model), ("text", self.text_model)):
             settings = getattr(self.config, f"{modality}_lora")
             if settings is not None and not has_lora(tower):
                 add_lora(tower, settings, modality)
 
     def record_adapters(self) -> None:
-        """Writes into the config what was put into a tower by its own `add_adapter`."""
+        """Write into the config which adapters the towers have.
+
+        A tower's own `add_adapter` doesn't tell the model's config.
+        """
         for modality, tower in (("vision", self.vision_model), ("text", self.text_model)):
             if getattr(self.config, f"{modality}_lora") is None:
                 setattr(self.config, f"{modality}_lora", recorded_lora(tower, modality))
 
 
 def set_trainable(tower: nn.Module, trainable: bool) -> None:
-    """Freezes or thaws a tower: its adapters alone if it has some, all of it if not."""
-    adapters_alone = has_lora(tower)
+    """Freeze a tower, or make it trainable.
+
+    Of a tower with adapters only these become trainable.
+    """
+    only_adapters = has_lora(tower)
     for name, parameter in tower.named_parameters():
-        parameter.requires_grad_(trainable and (not adapters_alone or ".lora_" in name))
+        parameter.requires_grad_(trainable and (not only_adapters or ".lora_" in name))
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of a model without adapters that computes the same; `model` itself is left as it is."""
-    # peft's layers, told without importing peft.
+    """Compute a model's weights with its adapters merged in.
+
+    `model` itself doesn't change.
+
+    Returns:
+        The state dict of a model without adapters that computes the same.
+    """
+    # Recognise peft's layers without importing peft.
     adapted = {name: module for name, module in model.named_modules() if hasattr(module, "get_base_layer")}
     prefixes = tuple(f"{name}." for name in adapted)
-    merged = {name: value for name, value in model.state_dict().items() if not name.startswith(prefixes or "\0")}
+    # Take all other weights unchanged.
+    merged = {name: value for name, value in model.state_dict().items() if not name.startswith(prefixes)}
+    # Merge a copy of each adapted layer, so that the model keeps its adapters.
     for name, module in adapted.items():
         layer: Any = copy.deepcopy(module)
         layer.merge()

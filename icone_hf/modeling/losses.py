@@ -1,7 +1,7 @@
 """The losses of IConE as pure functions of tensors, with the paper's equation numbers.
 
-Rows whose `group_ids` equal [`IGNORED_GROUP`] are fillers (the last batch of an epoch, cut for several processes):
-they are neither anchors nor negatives, and they do not count in any mean.
+Rows whose `group_ids` equal [`IGNORED_GROUP`] are fillers: they complete the last batch of an epoch, so that every
+process has equally many rows. Fillers are neither anchors nor negatives and don't count in any mean.
 """
 
 import torch
@@ -19,17 +19,17 @@ def instance_loss(
     reduction: str = "mean",
     log_counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Classifies each row into its image/text group: equations (1)-(2) for images, (3)-(4) for sentences.
+    """Classify each row into its group.
 
-    `L = -log softmax(W_share^T f)[c]`, averaged over the rows. Equation (5) is this loss on the images plus this loss
-    on the sentences, against the same `class_vectors`.
+    These are equations (1)-(2) for images and (3)-(4) for captions: `L = -log softmax(W_share^T f)[c]`, averaged over
+    the rows. Equation (5) is this loss on the images plus this loss on the captions, with the same `class_vectors`.
 
     Args:
         features: `(batch, dim)`, the projected, unnormalised features of one modality.
         class_vectors: `(num_groups, dim)`, the shared classifier's weight.
         group_ids: `(batch,)`, integers in `0..num_groups-1`, or [`IGNORED_GROUP`].
         logits: `"dot"`, the paper's; `"cosine"` normalises features and class vectors and divides by `temperature`.
-        temperature: used by `"cosine"` alone.
+        temperature: used only by `"cosine"`.
         reduction: `"mean"` or `"sum"` over the rows that count.
         log_counts: `(num_groups,)`, added to every row's logits: the log of how many classes each row of
             `class_vectors` stands for, where these are a sample (see `class_sampling.py`). `None`: each for itself.
@@ -49,7 +49,13 @@ def instance_loss(
 def instance_scores(
     features: torch.Tensor, class_vectors: torch.Tensor, logits: str = "dot", temperature: float = 0.05
 ) -> torch.Tensor:
-    """The logits of [`instance_loss`], whose arguments these are: `(batch, num_groups)`, float32."""
+    """Compute the logits of [`instance_loss`].
+
+    The arguments are those of [`instance_loss`].
+
+    Returns:
+        `(batch, num_groups)`, float32.
+    """
     if logits == "dot":
         return (features @ class_vectors.T).float()
     if logits == "cosine":
@@ -64,15 +70,16 @@ def contrastive_loss(
     group_ids: torch.Tensor | None = None,
     several_positives: bool = False,
 ) -> torch.Tensor:
-    """Symmetric InfoNCE over a batch of pairs: the SUM of both directions, equations (6)-(8).
+    """Compute symmetric InfoNCE over a batch of pairs.
 
-    `L_v2t = -1/B sum_i log(exp(S_ii / tau) / sum_j exp(S_ij / tau))`, `L_t2v` the same over the columns, with `S` the
-    cosine. (Equation (6) as printed lacks tau in the denominator; (7) has it, and so do we in both.)
+    The loss is the SUM of both directions, equations (6)-(8):
+    `L_v2t = -1/B sum_i log(exp(S_ii / tau) / sum_j exp(S_ij / tau))`, and `L_t2v` is the same over the columns, with
+    `S` the cosine. Equation (6) as printed lacks tau in the denominator. Equation (7) has it, and this function has it
+    in both.
 
     With `group_ids`, a pair (i, j) of one group with i != j is no negative. It is left out of both sums or, with
-    `several_positives`, one more positive: the mean over a row's positives of their log-probabilities takes the place
-    of `log p_ii`, and all of them stay in the denominator (Khosla et al. 2020, "Supervised Contrastive Learning",
-    equation 2).
+    `several_positives`, is one more positive: the mean log-probability of a row's positives replaces `log p_ii`, and
+    all of them stay in the denominator (Khosla et al. 2020, "Supervised Contrastive Learning", equation 2).
 
     Args:
         image_embeds: `(batch, dim)`, L2-normalised.
@@ -91,12 +98,14 @@ def contrastive_loss(
     targets = torch.arange(len(scores), device=scores.device)
     if group_ids is not None or several_positives:
         positive, valid = _pair_masks(scores, group_ids, several_positives)
-        # A filler's own entry stays, so that its row has a softmax; it is no positive, and no target below.
+        # Hide what a row must not see. A filler keeps its own entry, or its softmax would be over nothing; it is no
+        # positive and no target.
         own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
         scores = scores.masked_fill(~valid & ~own, float("-inf"))
         targets = targets.masked_fill(~positive.any(dim=1), IGNORED_GROUP)
         if several_positives:
             return _mean_surprise(scores, positive) + _mean_surprise(scores.T, positive.T)
+    # Row i's target is column i: cross-entropy finds the image's caption in a row, the caption's image in a column.
     image_to_text = F.cross_entropy(scores, targets, ignore_index=IGNORED_GROUP)
     text_to_image = F.cross_entropy(scores.T, targets, ignore_index=IGNORED_GROUP)
     return image_to_text + text_to_image
@@ -109,18 +118,19 @@ def hinge_loss(
     group_ids: torch.Tensor | None = None,
     hardest: bool = True,
 ) -> torch.Tensor:
-    """The ranking loss of VSE++ (Faghri et al. 2018), equations (5) and (6) there, averaged over the batch.
+    """Compute the ranking loss of VSE++.
 
+    These are equations (5) and (6) of Faghri et al. 2018, averaged over the batch:
     `l(i, c) = agg_c' [margin - s(i, c) + s(i, c')]_+ + agg_i' [margin - s(i, c) + s(i', c)]_+`, with `s` the cosine and
-    `agg` the maximum over the batch's negatives ("MH", the hardest one alone counts) or the sum ("SH"). Dual-Path
-    (Zheng et al. 2020) ranks by the same hinge, with a margin of 1 and one negative, beside the instance loss.
+    `agg` the maximum over the batch's negatives ("MH": only the hardest one counts) or the sum ("SH"). Dual-Path (Zheng
+    et al. 2020) ranks by the same hinge, with a margin of 1 and one negative, beside the instance loss.
 
     Args:
         image_embeds: `(batch, dim)`, L2-normalised.
         text_embeds: `(batch, dim)`, L2-normalised; row i describes the image of row i.
         margin: in units of the cosine.
         group_ids: `(batch,)`; pairs of one group are no negatives of each other. `None`: all groups differ.
-        hardest: the maximum of the hinges, or their sum.
+        hardest: whether to take the maximum of the hinges instead of their sum.
 
     Returns:
         A scalar, in float32 whatever the inputs' dtype.
@@ -129,13 +139,14 @@ def hinge_loss(
     positive, valid = _pair_masks(scores, group_ids, several_positives=False)
     negative = valid & ~positive
     matched = scores.diagonal()
+    # Each row's image against other captions, and each column's caption against other images.
     image_hinges = F.relu(margin - matched[:, None] + scores).masked_fill(~negative, 0.0)
     text_hinges = F.relu(margin - matched[None, :] + scores).masked_fill(~negative, 0.0)
     if hardest:
         total = image_hinges.amax(dim=1).sum() + text_hinges.amax(dim=0).sum()
     else:
         total = image_hinges.sum() + text_hinges.sum()
-    return total / positive.sum()
+    return total / positive.sum()  # without several positives, one for each row that is no filler
 
 
 def sigmoid_loss(
@@ -146,16 +157,17 @@ def sigmoid_loss(
     group_ids: torch.Tensor | None = None,
     several_positives: bool = False,
 ) -> torch.Tensor:
-    """SigLIP's loss (Zhai et al. 2023), algorithm 1 there: every pair of the batch is matched or not, by itself.
+    """Compute SigLIP's loss.
 
+    It is algorithm 1 of Zhai et al. 2023, which judges every pair of the batch by itself:
     `L = -1/B sum_ij log sigmoid(z_ij (s_ij / tau + b))`, with `s` the cosine, `z_ij` 1 for a matching pair and -1
     otherwise. A pair (i, j) of one group with i != j is left out or, with `several_positives`, matching.
 
     Args:
         image_embeds: `(batch, dim)`, L2-normalised.
         text_embeds: `(batch, dim)`, L2-normalised; row i describes the image of row i.
-        temperature: tau; SigLIP learns its inverse, from 10 on.
-        bias: b; SigLIP learns it, from -10 on.
+        temperature: tau; SigLIP learns its inverse, starting at 10.
+        bias: b; SigLIP learns it, starting at -10.
         group_ids: `(batch,)`, the group of each pair. `None`: all pairs are of different groups.
         several_positives: whether the other pairs of a group match.
 
@@ -174,7 +186,11 @@ def sigmoid_loss(
 def _pair_masks(
     scores: torch.Tensor, group_ids: torch.Tensor | None, several_positives: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which entries of the square `scores` are positives, and which a loss may see at all; fillers are neither."""
+    """Tell positives from negatives and from hidden pairs.
+
+    Returns:
+        Two square masks of `scores`' shape: the positives, and all entries that a loss may see. Fillers are in neither.
+    """
     diagonal = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     if group_ids is None:
         if several_positives:
@@ -184,11 +200,15 @@ def _pair_masks(
     counts = ~is_filler[:, None] & ~is_filler[None, :]
     same_group = group_ids[:, None] == group_ids[None, :]
     positive = (same_group if several_positives else diagonal) & counts
+    # Negatives are pairs of different groups. What is left, other pairs of the same group, is hidden.
     return positive, counts & (positive | ~same_group)
 
 
 def _mean_surprise(scores: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
-    """Minus the mean log-probability of a row's positives under its softmax, averaged over the rows that have any."""
+    """Average the negative log-probability of positives.
+
+    The mean is over a row's positives, under the row's softmax, and then over the rows that have any.
+    """
     log_probabilities = F.log_softmax(scores, dim=1).masked_fill(~positive, 0.0)
     num_positives = positive.sum(dim=1)
     return -(log_probabilities.sum(dim=1) / num_positives.clamp(min=1)).sum() / (num_positives > 0).sum()

@@ -1,6 +1,6 @@
-"""IConE: two encoders, one common space, one classifier over image/text groups that both modalities share."""
+"""The model: two towers, a common space, and one classifier for both modalities."""
 
-# No `from __future__ import annotations` here: transformers reads the real types of `config: IConEConfig`.
+# Don't import annotations from __future__ here: transformers reads the real type of `config: IConEConfig`.
 import copy
 import difflib
 import math
@@ -13,31 +13,27 @@ from torch import nn
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
-from .compat import BeforeUploadMixin
 from .configuration_icone import IConEConfig, tower_width
 from .heads import HeadsMixin, IConEHeads, IConEOutput
-from .lora import LoraTowersMixin, merged_state_dict, set_trainable
-from .objective import rank_index
-from .sentence_transformers_files import write_sentence_transformers_files
+from .lora import LoraTowersMixin, set_trainable
+from .saving import SavingMixin
 from .sharded_classifier import ShardedClassifier
 from .towers import load_tower, max_text_tokens, pool, pooled_positions, run_vision_tower, saved_pooling
 
-logger = logging.get_logger(__name__)
-
-SIGMOID_BIAS = -10.0  # SigLIP's start
+SIGMOID_BIAS = -10.0  # where SigLIP's bias starts
 
 
-class IConEModel(HeadsMixin, LoraTowersMixin, BeforeUploadMixin, PreTrainedModel):
-    """Instance Contrastive Embedding for image-text retrieval.
+class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # type: ignore[misc]
+    """Embed images and captions in one common space.
 
-    `visual_projection` and `text_projection` map the towers' pooled outputs into the common space;
-    `classifier.weight`, of shape `(num_groups, projection_dim)` and without bias, is the paper's `W_share`.
-    `num_groups=0` has no classifier.
+    This is the paper's Instance Contrastive Embedding. `visual_projection` and `text_projection` map the towers' pooled
+    outputs into the common space; `classifier.weight`, of shape `(num_groups, projection_dim)` and without bias, is the
+    paper's `W_share`. A model with `num_groups=0` has no classifier.
 
-    In training mode a frozen tower (none of whose parameters requires a gradient) stays in eval mode, and batch norm
-    always does: its statistics are those of the pretrained tower, so that k processes train as one.
+    In training mode a frozen tower (none of whose parameters requires a gradient) stays in eval mode. Batch norm always
+    stays there: its statistics are those of the pretrained tower, so that k processes train as one.
 
     Example:
         >>> from transformers import BertConfig, CLIPVisionConfig
@@ -66,23 +62,27 @@ class IConEModel(HeadsMixin, LoraTowersMixin, BeforeUploadMixin, PreTrainedModel
         super().__init__(config)
         self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
         self.text_model = text_model if text_model is not None else AutoModel.from_config(config.text_config)
-        # One config object for tower and parent: what is changed in one is changed in both.
+        # The towers' configs become parts of the model's: a change to one is a change to both.
         for name, tower in (("vision_config", self.vision_model), ("text_config", self.text_model)):
             setattr(config, name, tower.config)
-        self.visual_projection = nn.Linear(tower_width(config.vision_config), config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(tower_width(config.text_config), config.projection_dim, bias=False)
+
+        vision_width, text_width = tower_width(self.vision_model.config), tower_width(self.text_model.config)
+        self.visual_projection = nn.Linear(vision_width, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(text_width, config.projection_dim, bias=False)
         self.classifier: nn.Linear | ShardedClassifier | None = None
         if config.num_groups:
             self.classifier = nn.Linear(config.projection_dim, config.num_groups, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(())) if config.learn_temperature else None
         self.logit_bias = nn.Parameter(torch.empty(())) if config.contrastive_loss == "sigmoid" else None
+
+        # Adapters come last: post_init would give random values to their weights that must start at 0.
         self.post_init()
-        self.add_configured_adapters()  # after post_init, which would start their zeros at random
+        self.add_configured_adapters()
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self.visual_projection or module is self.text_projection:
             init.normal_(module.weight, std=module.in_features**-0.5)
-        elif module is self:
+        elif module is self:  # parameters that belong to no layer
             if self.logit_scale is not None:
                 init.constant_(self.logit_scale, -math.log(self.config.temperature))
             if self.logit_bias is not None:
@@ -90,7 +90,7 @@ class IConEModel(HeadsMixin, LoraTowersMixin, BeforeUploadMixin, PreTrainedModel
         else:
             super()._init_weights(module)
 
-    # --- building, saving, loading ---
+    # --- building ---
 
     @classmethod
     def from_encoders(
@@ -103,13 +103,14 @@ class IConEModel(HeadsMixin, LoraTowersMixin, BeforeUploadMixin, PreTrainedModel
         attn_implementation: str | None = None,
         **config: Any,
     ) -> "IConEModel":
-        """Joins two pretrained towers under new projections and a new classifier.
+        """Build a model from two pretrained towers.
+
+        Projections and classifier are new.
 
         Args:
-            vision: Hub id, local folder or module. Of a checkpoint with both towers (CLIP, SigLIP) the vision tower is
-                taken.
-            text: likewise for the text tower. The pooling that a sentence-transformers checkpoint states in its
-                `1_Pooling/config.json` is taken over, unless `text_pooling` is given.
+            vision: Hub id, local folder or module. A checkpoint with both towers (CLIP, SigLIP) gives its vision tower.
+            text: the same for the text tower. A sentence-transformers checkpoint also gives the pooling that its
+                `1_Pooling/config.json` states, unless `text_pooling` is given.
             num_groups: classes of the shared classifier; see [`IConEConfig`].
             dtype: passed to the towers' `from_pretrained`, and used for the new parameters.
             attn_implementation: passed to the towers' `from_pretrained`.
@@ -117,22 +118,26 @@ class IConEModel(HeadsMixin, LoraTowersMixin, BeforeUploadMixin, PreTrainedModel
 
         Raises:
             TypeError: for a keyword that is no field of [`IConEConfig`].
-            ValueError: if a tower states no hidden size, a pooling cannot be guessed, or a field is out of range.
+            ValueError: if a tower states no hidden size, a pooling can't be guessed, or a field is out of range.
         """
+        # Refuse misspelt fields before loading anything.
         known = [field.name for field in fields(IConEConfig)]
         for name in config:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
                 raise TypeError(f"from_encoders got {name!r}, which is no field of IConEConfig.{hint}")
+
+        # Load the towers, and how the text tower's checkpoint pools.
         options = {"dtype": dtype, "attn_implementation": attn_implementation}
         options = {name: value for name, value in options.items() if value is not None}
         vision_model = load_tower(vision, "vision", options)
         text_model = load_tower(text, "text", options)
         if config.get("text_pooling") is None and not isinstance(text, PreTrainedModel):
             config["text_pooling"] = saved_pooling(text)
-        # Copies, since a config that becomes part of another one loses its attention implementation; the model itself
-        # then puts the towers' own configs in their place.
+
+        # Give the config copies: a config that becomes part of another one loses its attention implementation. The
+        # model then puts the towers' own configs in their place.
         icone_config = IConEConfig(
             vision_config=copy.deepcopy(vision_model.config),
             text_config=copy.deepcopy(text_model.config),
@@ -141,100 +146,22 @@ class IConEModel(HeadsMixin, LoraTowersMixin, BeforeUploadMixin, PreTrainedModel
         )
         return cls(icone_config, vision_model, text_model).to(vision_model.dtype)  # type: ignore[arg-type]
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. With another `num_groups` than the checkpoint's, the classifier starts fresh: a log line.
-
-        Raises:
-            RuntimeError: if any other weight differs in shape, unless `ignore_mismatched_sizes=True` is passed.
-            ValueError: if adapters are asked for that the checkpoint has not.
-            ImportError: if the checkpoint has adapters (`config.vision_lora`, `text_lora`) and peft is missing.
-        """
-        if kwargs.get("ignore_mismatched_sizes"):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        return_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *args, **kwargs, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-        model, info = loaded
-        if any(".base_layer." in name for name in info["missing_keys"]):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} has no adapters, but vision_lora or text_lora was asked for: load it "
-                "without, then call model.add_adapter(LoraConfig(...))."
-            )
-        for name, saved, wanted in sorted(info["mismatched_keys"]):
-            if name != "classifier.weight":
-                raise RuntimeError(
-                    f"{name} is {tuple(saved)} in {pretrained_model_name_or_path} but {tuple(wanted)} in the config. "
-                    "Load it with the config it was saved with, or pass ignore_mismatched_sizes=True to start it fresh."
-                )
-            logger.warning(
-                f"The checkpoint has class vectors for {saved[0]} groups, {wanted[0]} are wanted: the classifier "
-                "starts fresh, everything else is the checkpoint's."
-            )
-        return (model, info) if return_info else model
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike,
-        with_classifier: bool = True,
-        merge_lora: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """As in transformers, and always all weights, those of adapters too; and what sentence-transformers reads.
-
-        Args:
-            save_directory: of the checkpoint.
-            with_classifier: `False` leaves the class vectors out: searching needs none.
-            merge_lora: adds the adapters to the weights that they adapt: a plain checkpoint, which loads without peft.
-            kwargs: transformers' own.
-        """
-        self.record_adapters()
-        changed: dict[str, Any] = {} if with_classifier else {"num_groups": 0}
-        if merge_lora:
-            changed |= {"vision_lora": None, "text_lora": None}
-        state_dict = kwargs.pop("state_dict", None)
-        if merge_lora:
-            state_dict = merged_state_dict(self)
-        sharded = self.classifier if isinstance(self.classifier, ShardedClassifier) else None
-        if sharded is not None or not with_classifier:
-            state_dict = self.state_dict() if state_dict is None else state_dict
-            state_dict = {name: value for name, value in state_dict.items() if not name.startswith("classifier.")}
-        if sharded is not None:
-            kwargs["max_shard_size"] = "1000TB"  # the rest as one file, to which the class vectors are added
-        # transformers notes one Auto class of a model; a pipeline asks for this one.
-        auto_map = getattr(self.config, "auto_map", None) or {}
-        self.config.auto_map = {"AutoModelForZeroShotImageClassification": "modeling_icone.IConEModel", **auto_map}
-        before = {name: getattr(self.config, name) for name in changed}
-        try:
-            for name, value in changed.items():
-                setattr(self.config, name, value)
-            if sharded is None or rank_index() == 0:
-                super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
-                write_sentence_transformers_files(save_directory)
-        finally:
-            for name, value in before.items():
-                setattr(self.config, name, value)
-        if sharded is not None and with_classifier:
-            sharded.add_to_checkpoint(save_directory)
-
-    def before_upload(self, folder: str | os.PathLike) -> None:
-        """Write the files of sentence-transformers, which [`save_pretrained`] would write too late for an upload."""
-        write_sentence_transformers_files(folder)
-
     def shard_classifier(self, classifier: ShardedClassifier | None = None) -> None:
-        """Puts this rank's rows of the class vectors in the place of all: `classifier` becomes a [`ShardedClassifier`].
+        """Keep only this rank's rows of the class vectors.
 
-        In an initialised process group; training, losses and [`save_pretrained`], which every rank then calls, do what
-        they did, but no rank holds more than its share.
+        `self.classifier` becomes a [`ShardedClassifier`]. Call this on every rank of an initialised process group.
+        Training, losses and [`save_pretrained`] do what they did before, but no rank holds more than its share, and
+        every rank must call `save_pretrained`.
 
         Args:
-            classifier: the rows: new ones, or those of a checkpoint ([`ShardedClassifier.from_pretrained`]), of which
-                the model, built or loaded with `num_groups=0`, need never hold all. `None`: cut out of the model's own.
+            classifier: the rows, new ones or those of a checkpoint ([`ShardedClassifier.from_pretrained`]). A model
+                built or loaded with `num_groups=0` then never holds all rows. `None` cuts the rows out of the model's
+                own classifier.
 
         Raises:
             ValueError: if there are no class vectors to cut, or `classifier` has another `projection_dim`.
         """
+        # Cut this rank's rows out of the whole classifier, unless they are given.
         if classifier is None:
             if self.classifier is None:
                 raise ValueError("This model has no class vectors (num_groups=0): pass a ShardedClassifier.")
@@ -250,28 +177,29 @@ class IConEModel(HeadsMixin, LoraTowersMixin, BeforeUploadMixin, PreTrainedModel
         self.config.num_groups = classifier.num_groups
 
     def heads(self) -> IConEHeads:
-        """Return the projections, classifier and temperature as a module of their own, with the same parameters."""
+        """Return projections, classifier and temperature, sharing the parameters."""
         return IConEHeads(self)
 
     # --- training modes ---
 
     def set_encoders_trainable(self, trainable: bool) -> None:
-        """Freezes or thaws both towers; frozen towers go to eval mode at once and stay there.
+        """Freeze both towers, or make them trainable.
 
-        Of a tower with LoRA adapters these alone are thawed.
+        Frozen towers go to eval mode at once and stay there. Of a tower with LoRA adapters only these become trainable.
         """
         for tower in (self.vision_model, self.text_model):
             set_trainable(tower, trainable)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "IConEModel":
-        """Set the mode of every module, but leave frozen towers and all batch norm in eval mode."""
+        """Set the training or eval mode, with two exceptions."""
         super().train(mode)
+        # Frozen towers and all batch norm stay in eval mode.
         for tower in (self.vision_model, self.text_model):
             if not any(parameter.requires_grad for parameter in tower.parameters()):
                 tower.eval()
             for module in tower.modules():
-                # Every batch norm of torch and of transformers' convolutional towers has these statistics.
+                # Only batch norm has these statistics, torch's own and that of transformers' convolutional towers.
                 if hasattr(module, "running_mean"):
                     module.eval()
         return self
@@ -280,9 +208,10 @@ class IConEModel(HeadsMixin, LoraTowersMixin, BeforeUploadMixin, PreTrainedModel
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """The vision tower's output, its `pooler_output` replaced by the projected feature `(batch, projection_dim)`.
+        """Project images into the common space.
 
-        The feature is not normalised: the instance loss uses it as it is. `kwargs` go to the tower.
+        Returns the vision tower's output, with the projected feature `(batch, projection_dim)` as its `pooler_output`.
+        The feature is not normalised: the instance loss needs its length. `kwargs` go to the tower.
         """
         output = self.run_vision_tower(pixel_values, **kwargs)
         output.pooler_output = self.visual_projection(self.pool_image(output))
@@ -296,45 +225,48 @@ class IConEModel(HeadsMixin, LoraTowersMixin, BeforeUploadMixin, PreTrainedModel
         token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """The text tower's output, its `pooler_output` replaced by the projected feature `(batch, projection_dim)`.
+        """Project captions into the common space.
+
+        Returns the text tower's output, with the projected feature `(batch, projection_dim)` as its `pooler_output`,
+        not normalised. `kwargs` go to the tower.
 
         Raises:
-            ValueError: if the sequences are longer than the tower's position embeddings.
+            ValueError: if the captions have more tokens than the tower has position embeddings.
         """
         output = self._run_text_tower(input_ids, attention_mask, token_type_ids, **kwargs)
         output.pooler_output = self.text_projection(self.pool_text(output, attention_mask))
         return output
 
     def get_image_token_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Every position of the picture in the common space, `(batch, positions, projection_dim)`, not normalised.
+        """Project every position of images: `(batch, positions, projection_dim)`.
 
         Positions are the tower's tokens (a class token first, where it has one; no register tokens) or its feature map,
-        row by row. Each goes through what makes the tower's pooled output of the whole, as if it were alone: a layer
-        norm, an attention head.
+        row by row. Each position goes through the layers that make the tower's pooled output (a layer norm, an
+        attention head) as if it were the only one. The features are not normalised.
         """
         return self.project_positions(self.run_vision_tower(pixel_values))
 
     def project_positions(self, output: BaseModelOutputWithPooling) -> torch.Tensor:
-        """The positions of the vision tower's output in the common space, as [`get_image_token_features`] does it."""
+        """Project the vision tower's positions, as [`get_image_token_features`] does."""
         return self.visual_projection(pooled_positions(self.vision_model, output, self.config.vision_pooling))
 
     def get_text_token_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Every token of the sentence in the common space, `(batch, tokens, projection_dim)`, not normalised."""
+        """Project every token: `(batch, tokens, projection_dim)`, not normalised."""
         output = self._run_text_tower(input_ids, attention_mask)
         return self.text_projection(pooled_positions(self.text_model, output, self.config.text_pooling))
 
     def run_vision_tower(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """What the vision tower returns for pictures `(batch, channels, height, width)`, whichever form it wants."""
+        """Run the vision tower: images are `(batch, channels, height, width)`."""
         return run_vision_tower(self.vision_model, pixel_values, **kwargs)
 
     def pool_image(self, output: BaseModelOutputWithPooling) -> torch.Tensor:
-        """The vision tower's "global token" by `config.vision_pooling`, `(batch, width)`, before the projection."""
+        """Pool the vision tower's output by `config.vision_pooling`: `(batch, width)`."""
         return pool(self.config, "vision", output)
 
     def pool_text(self, output: BaseModelOutputWithPooling, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The text tower's "global token" by `config.text_pooling`, `(batch, width)`, before the projection."""
+        """Pool the text tower's output by `config.text_pooling`: `(batch, width)`."""
         return pool(self.config, "text", output, attention_mask)
 
     def _run_text_tower(
@@ -350,7 +282,7 @@ class IConEModel(HeadsMixin, LoraTowersMixin, BeforeUploadMixin, PreTrainedModel
                 f"input_ids has {input_ids.shape[1]} tokens, the text tower's positions end at {longest}. Tokenise "
                 "with IConEProcessor, which truncates, or with truncation=True and a max_length."
             )
-        if token_type_ids is not None:  # not every text tower knows this argument
+        if token_type_ids is not None:  # pass it on only if given: not every text tower takes it
             kwargs["token_type_ids"] = token_type_ids
         return self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
 
@@ -372,30 +304,32 @@ class IConEModel(HeadsMixin, LoraTowersMixin, BeforeUploadMixin, PreTrainedModel
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> IConEOutput:
-        """Embeds images, sentences or both, and computes the losses of pairs (row i of both belong together).
+        """Embed images and captions, and compute losses of pairs.
+
+        Either modality can be left out. For the losses, row i of the images and row i of the captions are a pair.
 
         In distributed training (`train` mode, an initialised process group) the losses are those of the batch over all
-        ranks: InfoNCE sees every rank's rows, gathered with their gradient. The ranks' losses then differ, and their
-        mean, like the mean of their gradients that DDP takes, is exactly that of one process with the whole batch.
+        ranks: InfoNCE sees every rank's rows, gathered with their gradient. The ranks' losses then differ. Their mean,
+        like the mean of their gradients that DDP takes, is exactly that of one process with the whole batch.
 
         Args:
             input_ids, attention_mask, token_type_ids: `(batch, tokens)`, as the tokenizer returns them.
             pixel_values: `(batch, channels, height, width)`.
-            group_ids: `(batch,)`, each pair's image/text group, `0..num_groups-1`; [`IGNORED_GROUP`] marks a filler
-                row, which no loss sees.
+            group_ids: `(batch,)`, each pair's group, `0..num_groups-1`; [`IGNORED_GROUP`] marks a filler row, which no
+                loss sees.
             instance_weight: lambda_1 of equation (9). At 0 the instance loss is not computed.
-            contrastive_weight: lambda_2 of equation (9). At 0 InfoNCE is not computed.
-            return_loss: `None` computes the losses if `group_ids` are given. InfoNCE alone (`instance_weight=0`) needs
-                no `group_ids`: all pairs then count as different groups.
-            pooled_image, pooled_text: `(batch, width)`, the towers' pooled outputs (`pool_image`, `pool_text`) if they
-                are known already; the towers are then not run.
+            contrastive_weight: lambda_2 of equation (9). At 0 the contrastive loss is not computed.
+            return_loss: `None` computes the losses if `group_ids` are given. The contrastive loss alone
+                (`instance_weight=0`) needs no `group_ids`: all pairs then count as different groups.
+            pooled_image, pooled_text: `(batch, width)`, the towers' pooled outputs (`pool_image`, `pool_text`). The
+                towers are then not run.
             num_items_in_batch: pairs that the instance loss is averaged over, if these are a chunk of a larger batch.
-            kwargs: to both towers (`output_hidden_states`, `output_attentions`).
+            kwargs: arguments for both towers (`output_hidden_states`, `output_attentions`).
 
         Raises:
             ValueError: if nothing to embed is given, if a loss lacks what it needs, or if group ids are out of range.
         """
-        # Embed what is given, by the towers or from their pooled outputs.
+        # Embed what is given. Pooled outputs only need the projection; anything else runs a tower first.
         vision_output = text_output = image_features = text_features = None
         if pooled_image is not None:
             image_features = self.visual_projection(pooled_image)
@@ -427,4 +361,4 @@ class IConEModel(HeadsMixin, LoraTowersMixin, BeforeUploadMixin, PreTrainedModel
 
 AutoModel.register(IConEConfig, IConEModel, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(IConEConfig, IConEModel, exist_ok=True)
-IConEModel.register_for_auto_class("AutoModel")  # a checkpoint takes this module along
+IConEModel.register_for_auto_class("AutoModel")  # copies this module into a checkpoint

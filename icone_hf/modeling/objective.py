@@ -1,46 +1,48 @@
-"""Both terms of equation (9) for a batch of pairs, of which each process may hold a share."""
-
-from typing import Any
+"""Both terms of equation (9), for a batch that may be spread over processes."""
 
 import torch
 import torch.distributed
 
 from .class_sampling import sample_classes, scored_rows
+from .configuration_icone import IConEConfig
 from .losses import IGNORED_GROUP, contrastive_loss, hinge_loss, instance_loss, sigmoid_loss
 
 
 def count_ranks() -> int:
-    """Processes that train together."""
+    """Count the processes that train together."""
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if is_distributed else 1
 
 
 def rank_index() -> int:
-    """Which of them this one is."""
+    """Return this process's rank, from 0 on."""
     return torch.distributed.get_rank() if count_ranks() > 1 else 0
 
 
 def check_pairs(
-    config: Any,
+    config: IConEConfig,
     image_features: torch.Tensor | None,
     text_features: torch.Tensor | None,
     group_ids: torch.Tensor | None,
     instance_weight: float,
     contrastive_weight: float,
 ) -> None:
-    """Refuses inputs that the losses of `config`, an [`IConEConfig`], cannot be computed from.
+    """Refuse inputs that lack what a loss needs.
 
     Raises:
         ValueError: naming what is missing or out of range.
     """
+    # Both losses need as many images as captions.
     if not instance_weight and not contrastive_weight:
         raise ValueError("instance_weight and contrastive_weight are both 0: there is no loss to compute.")
     if image_features is None or text_features is None:
         raise ValueError("The losses need pairs: pass pixel_values and input_ids, or return_loss=False.")
     if len(image_features) != len(text_features):
         raise ValueError(
-            f"The losses need pairs, but there are {len(image_features)} images and {len(text_features)} sentences."
+            f"The losses need pairs, but there are {len(image_features)} images and {len(text_features)} captions."
         )
+
+    # The contrastive loss can do without group ids; the instance loss needs them, and a classifier.
     if group_ids is None:
         if instance_weight:
             raise ValueError("The instance loss needs group_ids: pass them, or instance_weight=0.")
@@ -59,11 +61,12 @@ def check_pairs(
 
 
 def check_group_ids(group_ids: torch.Tensor, num_groups: int) -> None:
-    """Refuses ids that no class has. On an accelerator it would wait for the device at every step, and does nothing.
+    """Refuse group ids that no class has.
 
     Raises:
-        ValueError: naming the first.
+        ValueError: naming the first such id.
     """
+    # Only on a CPU: on an accelerator, looking would make every step wait for the device.
     if group_ids.device.type == "cpu":
         valid = ((group_ids >= 0) & (group_ids < num_groups)) | (group_ids == IGNORED_GROUP)
         if not valid.all():
@@ -74,11 +77,14 @@ def check_group_ids(group_ids: torch.Tensor, num_groups: int) -> None:
 
 
 def count_pairs(group_ids: torch.Tensor, num_ranks: int = 1) -> torch.Tensor:
-    """Pairs of a batch over all ranks, a scalar. Fillers do not count.
+    """Count the pairs of a batch, without fillers.
 
     Args:
         group_ids: `(batch,)`, of this rank's share.
-        num_ranks: processes that hold a share of the batch.
+        num_ranks: number of processes that hold a share of the batch.
+
+    Returns:
+        The number over all ranks, a scalar tensor.
     """
     num_pairs = (group_ids != IGNORED_GROUP).sum()
     if num_ranks > 1:
@@ -87,7 +93,7 @@ def count_pairs(group_ids: torch.Tensor, num_ranks: int = 1) -> torch.Tensor:
 
 
 def instance_objective(
-    config: Any,
+    config: IConEConfig,
     image_features: torch.Tensor,
     text_features: torch.Tensor,
     group_ids: torch.Tensor,
@@ -96,28 +102,32 @@ def instance_objective(
     num_samples: int = 0,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Equation (5): the instance loss of the images plus that of the sentences, a scalar.
+    """Compute equation (5) for this rank's pairs.
 
-    Each rank classifies its own rows. Dividing by the rows of all ranks, and multiplying by the ranks that the
-    gradients are averaged over, makes an uneven last batch exact too.
+    It is the instance loss of the images plus that of the captions, a scalar. Each rank classifies its own rows.
+    Dividing by the rows of all ranks, and multiplying by the number of ranks whose gradients are averaged, makes an
+    uneven last batch exact too.
 
     Args:
-        config: an [`IConEConfig`].
+        config: of the model.
         image_features, text_features: `(batch, dim)`, projected, not normalised.
         group_ids: `(batch,)`, or [`IGNORED_GROUP`].
         class_vectors: `(num_groups, dim)`, the shared classifier's weight.
-        num_ranks: processes that hold a share of the batch.
-        num_samples: classes that stand for all that are not in the batch of all ranks, the same for every rank; 0
+        num_ranks: number of processes that hold a share of the batch.
+        num_samples: number of classes that stand for all those that no rank's batch holds, the same on every rank; 0
             scores every class. See [`sample_classes`].
         num_items_in_batch: pairs that the mean is taken over, if these are a chunk of a larger batch. `None`: these.
     """
     if num_items_in_batch is None:
         num_items_in_batch = count_pairs(group_ids, num_ranks)
+
+    # Keep a sample of the classes, if asked for. The group ids then become positions in the sample.
     log_counts = None
     if num_samples:
         scored = sample_classes(gather_rows(group_ids, num_ranks), len(class_vectors), num_samples, num_ranks)
         class_vectors = scored_rows(class_vectors, scored.class_ids, num_ranks)
         group_ids, log_counts = scored.positions(group_ids), scored.log_counts
+
     temperature = config.instance_temperature or config.temperature
     image_loss, text_loss = (
         instance_loss(features, class_vectors, group_ids, config.instance_logits, temperature, "sum", log_counts)
@@ -127,7 +137,7 @@ def instance_objective(
 
 
 def contrastive_objective(
-    config: Any,
+    config: IConEConfig,
     temperature: float | torch.Tensor,
     bias: torch.Tensor | None,
     image_embeds: torch.Tensor,
@@ -135,22 +145,25 @@ def contrastive_objective(
     group_ids: torch.Tensor | None,
     num_ranks: int = 1,
 ) -> torch.Tensor:
-    """Equation (8), or the loss that `config.contrastive_loss` puts in its place: a scalar.
+    """Compute equation (8), or the loss chosen instead.
 
-    It is that of the batch over all ranks, whose rows are gathered with their gradient.
+    `config.contrastive_loss` chooses it. The loss, a scalar, is that of the batch over all ranks, whose rows are
+    gathered with their gradient.
 
     Args:
-        config: an [`IConEConfig`].
+        config: of the model.
         temperature: divides the cosines (`"infonce"`, `"sigmoid"`).
         bias: scalar, for `"sigmoid"`.
         image_embeds, text_embeds: `(batch, dim)`, L2-normalised.
         group_ids: `(batch,)`, or `None` if all pairs are of different groups.
-        num_ranks: processes that hold a share of the batch.
+        num_ranks: number of processes that hold a share of the batch.
     """
+    # Every rank compares all images with all captions, whichever rank they are from.
     if num_ranks > 1:
         image_embeds, text_embeds = (GatherRows.apply(embeds, 1) for embeds in (image_embeds, text_embeds))
         if group_ids is not None:
             group_ids = gather_rows(group_ids, num_ranks)
+
     if config.contrastive_loss == "infonce":
         return contrastive_loss(image_embeds, text_embeds, temperature, group_ids, config.several_positives)
     if config.contrastive_loss == "sigmoid":
@@ -161,7 +174,10 @@ def contrastive_objective(
 
 
 def gather_rows(rows: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """All ranks' rows, in the order of the ranks, without a gradient."""
+    """Gather all ranks' rows, without a gradient.
+
+    They come in the order of the ranks, and every rank must have as many.
+    """
     if num_ranks == 1:
         return rows
     gathered = [torch.empty_like(rows) for _ in range(num_ranks)]
@@ -170,16 +186,18 @@ def gather_rows(rows: torch.Tensor, num_ranks: int) -> torch.Tensor:
 
 
 class GatherRows(torch.autograd.Function):
-    """Gather all ranks' rows, with a gradient: that of a rank's own rows is summed over the ranks, `factor` times.
+    """Gather all ranks' rows, with a gradient.
 
-    torch's own functions for this are deprecated (`torch.distributed.nn`) or private, and these are ten lines.
+    The gradient of a rank's own rows is summed over the ranks and multiplied by `factor`.
+
+    torch's own functions for this are deprecated (`torch.distributed.nn`) or private, and this one is ten lines.
     """
 
     @staticmethod
     def forward(ctx, rows, factor):  # type: ignore[no-untyped-def]
         ctx.num_rows, ctx.factor = len(rows), factor
         gathered = gather_rows(rows, count_ranks())
-        return gathered.view_as(gathered)
+        return gathered.view_as(gathered)  # a new tensor: with one rank, `gathered` is the input itself
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]

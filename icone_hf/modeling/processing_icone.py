@@ -1,4 +1,4 @@
-"""Processor of IConE: one image processor and one tokenizer behind one call."""
+"""The processor of IConE: one image processor and one tokenizer behind one call."""
 
 import math
 import os
@@ -23,25 +23,25 @@ from .towers import max_text_tokens
 
 logger = logging.get_logger(__name__)
 
-# Towers that were trained on sentences padded to full length, padding attended to.
+# These towers were trained on captions padded to full length, and attend to the padding.
 _FULL_LENGTH_TEXT = ("siglip_text_model", "siglip2_text_model")
 
 
 class IConEProcessor(ProcessorMixin):
-    """Turns pictures into `pixel_values` and sentences into `input_ids` and `attention_mask`.
+    """Turn images into pixel values and captions into tokens.
 
-    Pictures are converted to RGB and processed by the PIL backend, whether torchvision is installed or not, so that an
-    embedding does not depend on it. Sentences are padded to the longest of the call and cut at the tokenizer's
-    `model_max_length`; the first cut is logged. Padding is on the right, where it moves no position; a tokenizer
+    Images are converted to RGB and processed by the PIL backend, whether torchvision is installed or not, so that an
+    embedding does not depend on it. Captions are padded to the longest of the call and cut at the tokenizer's
+    `model_max_length`; the first cut is logged. Padding is on the right, where it moves no position. A tokenizer
     without a padding token (a language model's) pads with its end-of-sentence token, which the attention mask hides.
 
     Args:
         image_processor: any image processor of transformers.
         tokenizer: any tokenizer of transformers.
-        text_padding: `"longest"`, or `"max_length"`, as SigLIP was trained: every sentence is padded to
+        text_padding: `"longest"`, or `"max_length"`, as SigLIP was trained: every caption is padded to
             `model_max_length`, and there is no `attention_mask`.
-        jpeg_draft: whether large JPEG pictures are read at a half, a quarter or an eighth of their size where this
-            package reads them, see `smallest_side`. It is many times as fast and changes the pixels a little.
+        jpeg_draft: whether this package reads large JPEG images at a half, a quarter or an eighth of their size, see
+            `smallest_side`. It is many times as fast and changes the pixels a little.
 
     Raises:
         ValueError: if the tokenizer has neither a padding nor an end-of-sentence token.
@@ -57,7 +57,8 @@ class IConEProcessor(ProcessorMixin):
     ):
         image_processor = _with_pil_backend(image_processor)
         if image_processor is not None:
-            image_processor.do_convert_rgb = True  # some default to not: COCO's grey pictures would not fit a batch
+            # Some image processors don't by default, and COCO's grey images would not fit into a batch.
+            image_processor.do_convert_rgb = True
         if tokenizer is not None and tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise ValueError(f"{type(tokenizer).__name__} has no padding token: set tokenizer.pad_token.")
@@ -70,27 +71,37 @@ class IConEProcessor(ProcessorMixin):
     def from_encoders(
         cls, vision: str | os.PathLike, text: str | os.PathLike, jpeg_draft: bool = False
     ) -> "IConEProcessor":
-        """The processor for `IConEModel.from_encoders(vision, text)`: Hub ids or local folders.
+        """Build the processor for two towers.
 
-        The tokenizer's `model_max_length` is lowered to the number of positions that the text tower has.
+        It fits the model of `IConEModel.from_encoders(vision, text)`. The tokenizer's `model_max_length` is lowered to
+        the number of positions that the text tower has.
+
+        Args:
+            vision, text: Hub ids or local folders.
+            jpeg_draft: see [`IConEProcessor`].
         """
         text_config = AutoConfig.from_pretrained(text)
-        text_config = getattr(text_config, "text_config", text_config)
+        text_config = getattr(text_config, "text_config", text_config)  # of a checkpoint with both towers
         padding = "max_length" if text_config.model_type in _FULL_LENGTH_TEXT else "longest"
         processor = cls(_load_image_processor(vision), AutoTokenizer.from_pretrained(text), padding, jpeg_draft)
         processor.limit_text_length(text_config)
         return processor
 
     def limit_text_length(self, text_config: Any) -> None:
-        """Lowers the tokenizer's `model_max_length` to the positions that the text tower has, if it states a number."""
+        """Cut captions at the text tower's last position.
+
+        The tokenizer's `model_max_length` is lowered to the number of positions, if the tower's config states one.
+        """
         longest = max_text_tokens(text_config)
         if longest:
             self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, longest)
 
     @property
     def smallest_side(self) -> int | None:
-        """Pixels that both sides of a picture should have when it is read: with `jpeg_draft` twice those that it is
-        resized to, so that the resizing has something to average. `None`: read it in full.
+        """Return how many pixels an image's sides need.
+
+        With `jpeg_draft` an image may be read at a smaller size, but both its sides should keep twice the pixels that
+        it is resized to, so that the resizing has something to average. `None`: read it in full.
         """
         settings = self.image_processor.to_dict()
         sides = [side for side in (settings.get("size") or {}).values() if side]
@@ -99,16 +110,22 @@ class IConEProcessor(ProcessorMixin):
         return 2 * max(sides)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        """`pixel_values` `(images, channels, height, width)`; `input_ids`, `attention_mask` `(sentences, tokens)`.
+        """Process images and captions into the model's inputs.
 
         Args:
-            images: a picture or a list of pictures.
-            text: a sentence or a list of sentences.
+            images: an image or a list of images.
+            text: a caption or a list of captions.
             kwargs: as for every processor of transformers (`return_tensors="pt"`); `padding` and `truncation` are on.
+
+        Returns:
+            `pixel_values`, `(images, channels, height, width)`, and `input_ids` and `attention_mask`, `(captions,
+            tokens)`.
         """
         if text is None:
             return super().__call__(images=images, **kwargs)
-        # sentence-transformers gives the tokenizer's options in a dict of their own, and then not beside it too.
+
+        # Put the defaults into `text_kwargs`, where sentence-transformers puts the tokenizer's options. transformers
+        # refuses an option that is given both there and as a keyword.
         text_kwargs = dict(kwargs.pop("text_kwargs", None) or {})
         defaults = {
             "padding": self.text_padding,
@@ -118,14 +135,16 @@ class IConEProcessor(ProcessorMixin):
         }
         text_kwargs = {name: value for name, value in defaults.items() if name not in kwargs} | text_kwargs
         inputs = super().__call__(images=images, text=text, text_kwargs=text_kwargs, **kwargs)
+
+        # Warn once if captions were cut. A caption that fills all positions has very likely been.
         options = {**text_kwargs, **kwargs}
         longest = len(inputs["input_ids"][0])
         is_full = longest == options.get("max_length", self.tokenizer.model_max_length)
-        if options["padding"] == "max_length":  # every row is that long
+        if options["padding"] == "max_length":  # then every row is as long: look for one without padding
             is_full = any(self.tokenizer.pad_token_id not in row for row in inputs["input_ids"])
         if options["truncation"] and is_full:
             logger.warning_once(
-                f"Sentences of {longest} tokens or more: what lies beyond token {longest} is cut off, since the text "
+                f"Captions of {longest} tokens or more: what lies beyond token {longest} is cut off, since the text "
                 "tower has no positions for it. (Said once.)"
             )
         return inputs
@@ -134,7 +153,8 @@ class IConEProcessor(ProcessorMixin):
 def _load_image_processor(vision: str | os.PathLike) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(vision, backend="pil")
-    except ImportError:  # one for torchvision alone, which is missing
+    except ImportError:
+        # DINOv3's image processor needs torchvision, which is missing. ViT's does the same on PIL.
         settings, _ = ImageProcessingMixin.get_image_processor_dict(vision)
         if str(settings.get("image_processor_type")).startswith("DINOv3ViTImageProcessor"):
             return ViTImageProcessorPil.from_dict(settings)
@@ -142,24 +162,25 @@ def _load_image_processor(vision: str | os.PathLike) -> Any:
 
 
 def _with_pil_backend(image_processor: Any) -> Any:
-    """The same settings on the PIL backend; an image processor that has none is returned as it is.
+    """Move an image processor to the PIL backend.
 
-    NaFlex pictures, cut into patches at sizes of their own, become squares of as many patches.
+    The settings stay the same. An image processor without a PIL class is returned unchanged. NaFlex images, which are
+    cut into patches at sizes of their own, become squares of as many patches.
     """
     if image_processor is None:
         return None
     settings = image_processor.to_dict()
     name = type(image_processor).__name__.removesuffix("Fast").removesuffix("Pil")
-    if name == "Siglip2ImageProcessor":
+    if name == "Siglip2ImageProcessor":  # SigLIP 2's NaFlex
         side = math.isqrt(settings["max_num_patches"]) * settings["patch_size"]
         return SiglipImageProcessorPil.from_dict({**settings, "size": {"height": side, "width": side}})
     if is_pil_processor(image_processor):
         return image_processor
-    # DINOv3's has no PIL twin. ViT's does the same, but rounds to whole pixel values after the resizing.
+    # DINOv3's has no PIL class. ViT's does the same, but rounds to whole pixel values after the resizing.
     name = {"DINOv3ViTImageProcessor": "ViTImageProcessor"}.get(name, name)
-    twin = pil_class(name)
-    return image_processor if twin is None else twin.from_dict(settings)
+    on_pil = pil_class(name)
+    return image_processor if on_pil is None else on_pil.from_dict(settings)
 
 
 AutoProcessor.register(IConEConfig, IConEProcessor, exist_ok=True)
-IConEProcessor.register_for_auto_class()  # a checkpoint takes this module along
+IConEProcessor.register_for_auto_class()  # copies this module into a checkpoint

@@ -1,4 +1,7 @@
-"""The files by which sentence-transformers, from version 6 on, reads a checkpoint of ours with modules of its own."""
+"""The files that make an IConE checkpoint readable for sentence-transformers.
+
+sentence-transformers, from version 6 on, then loads it with its own modules.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ _MODULES = "sentence_transformers.base.modules"
 
 
 def _method(name: str) -> dict[str, str]:
+    """Name a model's method and its result."""
     return {"method": name, "method_output_name": "pooler_output"}
 
 
@@ -29,7 +33,10 @@ FILES: dict[str, Any] = {
 
 
 def write_sentence_transformers_files(folder: str | os.PathLike) -> None:
-    """Writes them into a checkpoint's folder, which holds the model's and the processor's own files besides."""
+    """Write the files into a checkpoint's folder.
+
+    The model's and the processor's own files are there too.
+    """
     for name, content in FILES.items():
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""The shared classifier cut into rows, one share on each rank: exact.
+"""The shared classifier, with a share of its rows on each rank.
 
-Every class is scored, as in `losses.instance_loss`, but no rank holds more than its share of the weights, of their
-gradients and moments, and of the logits: the vocabulary-parallel cross-entropy of Megatron-LM (Shoeybi et al. 2019,
-section 3) for class vectors.
+The result is exact: every class is scored, as in `losses.instance_loss`, but no rank holds more than its share of the
+weights, of their gradients and moments, and of the logits. It is the vocabulary-parallel cross-entropy of Megatron-LM
+(Shoeybi et al. 2019, section 3) for class vectors.
 """
 
 import json
@@ -16,17 +16,18 @@ import torch.distributed
 from safetensors import safe_open
 from torch import nn
 
+from .configuration_icone import IConEConfig
 from .losses import IGNORED_GROUP, instance_scores
 from .objective import GatherRows, check_group_ids, count_ranks, gather_rows, rank_index
 
-NAME = "classifier.weight"  # in a checkpoint of IConEModel
+NAME = "classifier.weight"  # of the class vectors in a checkpoint of IConEModel
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 REST_FILE, CLASSES_FILE = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # names in a safetensors header
 
 
 def _reduce(tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
-    """The sum, or the largest, over the ranks, in place."""
+    """Sum over the ranks, or take the largest, in place."""
     if count_ranks() > 1:
         torch.distributed.all_reduce(
             tensor, torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
@@ -35,22 +36,27 @@ def _reduce(tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
 
 
 def shard(num_groups: int, rank: int, num_ranks: int) -> slice:
-    """The rows that a rank holds: shares differ by one at most, and are empty where there are fewer rows than ranks."""
+    """Return the rows that a rank holds.
+
+    Shares differ by one row at most. With fewer rows than ranks some are empty.
+    """
     return slice(rank * num_groups // num_ranks, (rank + 1) * num_groups // num_ranks)
 
 
 class ShardedClassifier(nn.Module):
-    """This rank's rows of `W_share`: [`IConEModel.shard_classifier`] puts them in the place of all of them.
+    """Hold this rank's rows of the class vectors.
+
+    [`IConEModel.shard_classifier`] replaces the whole classifier, `W_share`, by this one.
 
     Each rank's rows are its own, and their gradient is that of the loss, which needs no averaging: the model tells
     DistributedDataParallel to leave them alone. An optimizer that moves every number by itself (Adam, SGD) moves them
-    as it would in one process; clip by [`clip_sharded_norm`].
+    as it would in one process. Clip gradients by [`clip_sharded_norm`].
 
     Args:
         num_groups: classes of all ranks together.
-        projection_dim: of the common space.
-        std: standard deviation of the initial weights. Ranks draw different ones, also where their seeds are the same.
-        dtype: of the weights.
+        projection_dim: dimensions of the common space.
+        std: standard deviation of the initial weights. Ranks draw different ones, even if their seeds are the same.
+        dtype: type of the weights.
     """
 
     def __init__(
@@ -71,11 +77,13 @@ class ShardedClassifier(nn.Module):
         temperature: float = 0.05,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The instance loss of one modality's rows on all ranks, each against every class. All ranks call it together.
+        """Compute the instance loss of one modality.
+
+        Every row of every rank is scored against every class. All ranks must call this together.
 
         Args:
             features: `(batch, dim)`, this rank's, of the same size on all ranks. Their gradient is `num_ranks` times
-                that of the loss, as DDP, which takes the mean over ranks, needs it.
+                that of the loss, because DDP takes the mean over ranks.
             group_ids: `(batch,)`, `0..num_groups-1`, or [`IGNORED_GROUP`].
             logits, temperature: as in [`instance_loss`].
             num_items_in_batch: rows that the mean is taken over, if these are a chunk of a larger batch. `None`: these.
@@ -84,9 +92,10 @@ class ShardedClassifier(nn.Module):
             A scalar, in float32: the mean over the rows of all ranks, the same on every rank.
 
         Raises:
-            ValueError: for group ids out of range (on a CPU alone: elsewhere looking would wait for the device).
+            ValueError: for group ids out of range (only on a CPU: elsewhere, looking would wait for the device).
         """
         check_group_ids(group_ids, self.num_groups)
+        # Each rank scores the rows of all ranks against its own classes.
         features, group_ids = GatherRows.apply(features, count_ranks()), gather_rows(group_ids, count_ranks())
         scores = instance_scores(features, self.weight, logits, temperature)
         losses = _ShardedCrossEntropy.apply(scores, group_ids, self.rows.start)
@@ -94,13 +103,13 @@ class ShardedClassifier(nn.Module):
 
     def objective(
         self,
-        config: Any,
+        config: IConEConfig,
         image_features: torch.Tensor,
         text_features: torch.Tensor,
         group_ids: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Equation (5), as [`instance_objective`] computes it from all class vectors."""
+        """Compute equation (5), as [`instance_objective`] does."""
         temperature = config.instance_temperature or config.temperature
         return sum(
             self(features, group_ids, config.instance_logits, temperature, num_items_in_batch)
@@ -109,16 +118,20 @@ class ShardedClassifier(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "ShardedClassifier":
-        """This rank's rows of a checkpoint of [`IConEModel`], saved by whatever number of ranks; reads no others.
+        """Load this rank's rows from a checkpoint.
+
+        Any number of ranks may have saved the checkpoint of [`IConEModel`]. Only this rank's rows are read.
 
         Raises:
             ValueError: if the checkpoint has no classifier.
         """
+        # An index says which of several files holds the class vectors.
         index = Path(folder) / INDEX_FILE
         file = json.loads(index.read_text())["weight_map"].get(NAME) if index.is_file() else SINGLE_FILE
         if file is not None:
             with safe_open(Path(folder) / file, framework="pt") as stored:
                 if NAME in stored.keys():  # noqa: SIM118  (safe_open is no dict)
+                    # Slicing reads the rows asked for and no others.
                     weight = stored.get_slice(NAME)
                     num_groups, dim = weight.get_shape()
                     own = weight[shard(num_groups, rank_index(), count_ranks())]
@@ -128,12 +141,14 @@ class ShardedClassifier(nn.Module):
         raise ValueError(f"{folder} has no class vectors: it was saved with with_classifier=False.")
 
     def add_to_checkpoint(self, folder: str | os.PathLike) -> None:
-        """Adds all class vectors to a checkpoint without them, in transformers' layout of several files.
+        """Add all class vectors to a checkpoint without them.
 
-        All ranks call it, the first one after it has saved the rest as one file.
+        All ranks must call this, the first one after it has saved everything else as one file. The checkpoint then has
+        transformers' layout of several files.
         """
         folder = Path(folder)
         save_rows(folder / CLASSES_FILE, {NAME: self.weight}, self.num_groups)
+        # The saved file becomes the first of two, with an index that says which weight is in which.
         if rank_index() == 0:
             (folder / SINGLE_FILE).replace(folder / REST_FILE)
             with safe_open(folder / REST_FILE, framework="pt") as stored:
@@ -145,10 +160,17 @@ class ShardedClassifier(nn.Module):
 
 
 def save_rows(file: str | os.PathLike, tensors: Mapping[str, torch.Tensor], num_rows: int) -> None:
-    """Writes tensors of `num_rows` rows, of which each rank holds its [`shard`], as one safetensors file.
+    """Write all ranks' rows into one safetensors file.
 
-    All ranks call it, and see one file system. Each writes its rows to their place, so that no rank holds them all.
+    All ranks must call this and see the same file system. Each writes its own rows at their place, so that no rank
+    holds them all.
+
+    Args:
+        file: to write.
+        tensors: this rank's [`shard`] of the rows of each tensor.
+        num_rows: number of rows of all ranks together.
     """
+    # The file begins with the header's length and the header, a JSON object padded to 8 bytes. The tensors follow.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -159,11 +181,15 @@ def save_rows(file: str | os.PathLike, tensors: Mapping[str, torch.Tensor], num_
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     start = 8 + len(encoded)
+
+    # The first rank writes the header and makes the file as long as it will be.
     if rank_index() == 0:
         with open(file, "wb") as stored:
             stored.write(len(encoded).to_bytes(8, "little") + encoded)
             stored.truncate(start + end)
     _barrier()
+
+    # Then every rank writes its rows, some at a time: those on a GPU are copied to the CPU first.
     first = shard(num_rows, rank_index(), count_ranks()).start
     with open(file, "r+b") as stored:
         for name, tensor in tensors.items():
@@ -176,7 +202,10 @@ def save_rows(file: str | os.PathLike, tensors: Mapping[str, torch.Tensor], num_
 
 
 def load_rows(file: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """This rank's [`shard`] of the rows of every tensor in a safetensors file."""
+    """Load this rank's rows of every tensor.
+
+    The file is one of safetensors. This rank reads its [`shard`] of the rows.
+    """
     with safe_open(file, framework="pt") as stored:
         slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
         return {name: rows[shard(rows.get_shape()[0], rank_index(), count_ranks())] for name, rows in slices.items()}
@@ -186,17 +215,20 @@ def load_rows(file: str | os.PathLike) -> dict[str, torch.Tensor]:
 def clip_sharded_norm(
     parameters: Iterable[torch.Tensor], classifier: ShardedClassifier, max_norm: float
 ) -> torch.Tensor:
-    """`torch.nn.utils.clip_grad_norm_` over the parameters that all ranks share and every rank's class vectors.
+    """Clip gradients by their norm over all ranks.
+
+    It is `torch.nn.utils.clip_grad_norm_` over the parameters that all ranks share and every rank's class vectors.
 
     Args:
         parameters: those that every rank holds, with gradients that are the same on all ranks (after DDP's mean); the
             class vectors may be among them.
-        classifier: whose rows differ.
+        classifier: the classifier whose rows differ between the ranks.
         max_norm: the largest norm.
 
     Returns:
         The norm before clipping, a scalar, the same on every rank.
     """
+    # Shared parameters count once, and class vectors from every rank.
     parameters = [p for p in parameters if p.grad is not None and p is not classifier.weight]
     shared = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     own = classifier.weight.grad
@@ -207,23 +239,30 @@ def clip_sharded_norm(
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of logits `(rows, this rank's classes)` over the classes of all ranks: `(rows,)`, 0 for fillers.
+    """Compute cross-entropy over the classes of all ranks.
 
-    The ranks exchange three numbers a row: the largest logit, the sum of exponentials, the logit of the row's class.
-    The gradient, softmax minus one-hot, needs no exchange; it holds where every rank does the same with the result.
+    It takes logits `(rows, this rank's classes)` and returns `(rows,)`, 0 for fillers.
+
+    The ranks exchange three numbers for each row: the largest logit, the sum of exponentials, the logit of the row's
+    class. The gradient, softmax minus one-hot, needs no exchange. It is right if every rank does the same with the
+    result.
     """
 
     @staticmethod
     def forward(ctx, scores, group_ids, start):  # type: ignore[no-untyped-def]
+        # Subtract the largest logit of all ranks, so that no exponential overflows.
         num_rows, num_classes = scores.shape
         largest = scores.amax(dim=1) if num_classes else scores.new_full((num_rows,), float("-inf"))
         largest = _reduce(largest, largest=True)
         exponentials = (scores - largest[:, None]).exp()
+
+        # The logit of a row's class is on one rank; the sum over ranks brings it to all.
         rows = ((group_ids >= start) & (group_ids < start + num_classes)).nonzero()[:, 0]
         columns = group_ids[rows] - start
         of_classes = scores.new_zeros(num_rows)
         of_classes[rows] = scores[rows, columns]
         totals, of_classes = _reduce(torch.stack((exponentials.sum(dim=1), of_classes)))
+
         is_filler = group_ids == IGNORED_GROUP
         ctx.save_for_backward(exponentials.div_(totals[:, None]), rows, columns, is_filler)
         return (totals.log() + largest - of_classes).masked_fill(is_filler, 0.0)
@@ -232,11 +271,13 @@ class _ShardedCrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         probabilities, rows, columns, is_filler = ctx.saved_tensors
         gradient = gradient.masked_fill(is_filler, 0.0)
+        # Softmax minus one-hot, times the gradient of each row's loss.
         result = probabilities * gradient[:, None]
         result[rows, columns] -= gradient[rows]
         return result, None, None
 
 
 def _barrier() -> None:
+    """Wait for all ranks."""
     if count_ranks() > 1:
         torch.distributed.barrier()

@@ -1,13 +1,13 @@
-"""What IConE knows of other families' towers: which output stands for the whole, and what each needs as input."""
+"""What IConE knows of towers: how to load, run and pool each family."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from .compat import is_causal_type
@@ -33,8 +33,8 @@ _VISION_POOLINGS = dict.fromkeys(
     ),
     "pooler",
 ) | dict.fromkeys(
-    # DINO's pooler_output is its class token too. ViT's pooler was trained with no published checkpoint but a few, and
-    # loads with random weights: its class token was.
+    # DINO's pooler_output is its class token too. Few published ViT checkpoints have a trained pooler, and the others
+    # load with a random one, but all of them trained the class token.
     ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit"),
     "cls",
 )
@@ -45,13 +45,13 @@ _TEXT_POOLINGS = {
     "siglip2_text_model": "pooler",
     "recurrent_text": "pooler",  # the last state of each direction
     "bert": "cls",  # the paper's; BERT's next-sentence task trained this token
-    # Pretrained on masked words alone: nothing trained the first token, and these families' sentence encoders
+    # Pretrained only on masked words: nothing trained the first token, and the embedding models of these families
     # (sentence-transformers' all-mpnet, all-distilroberta, multilingual-e5) take the mean.
     **dict.fromkeys(
         ("roberta", "xlm-roberta", "camembert", "distilbert", "mpnet", "deberta", "deberta-v2", "electra"), "mean"
     ),
 }
-# How sentence-transformers names the modes that we have.
+# sentence-transformers' names, older and newer ones, of the poolings that IConE has.
 _SENTENCE_TRANSFORMERS_POOLINGS = {
     "cls": "cls",
     "pooling_mode_cls_token": "cls",
@@ -61,19 +61,34 @@ _SENTENCE_TRANSFORMERS_POOLINGS = {
     "pooling_mode_lasttoken": "last",
 }
 _SENTENCE_TRANSFORMERS_FILE = "1_Pooling/config.json"
-# Their position numbers start after the padding token's id.
+# The position numbers of these types start after the padding token's id.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 
+class PoolingConfig(Protocol):
+    """Describe what [`pool`] reads of an `IConEConfig`.
+
+    The config's own file imports this one, so it can't be imported here.
+    """
+
+    vision_config: PreTrainedConfig | dict | None
+    text_config: PreTrainedConfig | dict | None
+    vision_pooling: str | None
+    text_pooling: str | None
+
+
 def guess_pooling(config: Any, field: str) -> str:
-    """The pooling of a tower by its type: one of [`POOLINGS`].
+    """Guess a tower's pooling from its type.
 
     Args:
         config: the tower's.
         field: `"vision_pooling"` or `"text_pooling"`.
 
+    Returns:
+        One of [`POOLINGS`].
+
     Raises:
-        ValueError: if the type is none that we know; the message names the field and the choices.
+        ValueError: if the type is unknown; the message names the field and the choices.
     """
     model_type = config.model_type
     guess = (_VISION_POOLINGS if field == "vision_pooling" else _TEXT_POOLINGS).get(model_type)
@@ -81,9 +96,9 @@ def guess_pooling(config: Any, field: str) -> str:
         guess = "mean"
     if field == "text_pooling":
         if model_type == "modernbert":
-            guess = config.classifier_pooling  # what its own classifiers pool by
+            guess = config.classifier_pooling  # as its own classifiers do
         elif guess is None and _is_decoder(config):
-            # With a causal mask only the last token has seen the sentence.
+            # With a causal mask only the last token has seen the whole caption.
             guess = "mean" if getattr(config, "use_bidirectional_attention", False) else "last"
     if guess is None:
         raise ValueError(
@@ -93,16 +108,18 @@ def guess_pooling(config: Any, field: str) -> str:
 
 
 def _is_decoder(config: Any) -> bool:
-    """Whether this is a decoder alone, as language models are: such types have no masked-word head."""
+    """Say whether this is a decoder-only language model."""
     return (
         is_causal_type(config.model_type)
         and not getattr(config, "is_encoder_decoder", False)
-        and getattr(config, "is_decoder", True)  # of those that can be both
+        and getattr(config, "is_decoder", True)  # a type that can be both says which it is
     )
 
 
 def saved_pooling(checkpoint: str | os.PathLike) -> str | None:
-    """The pooling that a sentence-transformers checkpoint states in `1_Pooling/config.json`; `None` without this file.
+    """Read the pooling of a sentence-transformers checkpoint.
+
+    It is in `1_Pooling/config.json`; a checkpoint without this file gives `None`.
 
     Args:
         checkpoint: Hub id or local folder.
@@ -114,6 +131,7 @@ def saved_pooling(checkpoint: str | os.PathLike) -> str | None:
         path = cached_file(checkpoint, _SENTENCE_TRANSFORMERS_FILE)
     except OSError:  # there is no such file, or no connection to ask for it
         return None
+    # The newer form names the pooling, or a list of them.
     settings = json.loads(Path(str(path)).read_text(encoding="utf-8"))
     modes = settings.get("pooling_mode")
     if modes is None:  # the older form: one boolean for each mode
@@ -121,14 +139,17 @@ def saved_pooling(checkpoint: str | os.PathLike) -> str | None:
     modes = [modes] if isinstance(modes, str) else list(modes)
     if len(modes) != 1 or modes[0] not in _SENTENCE_TRANSFORMERS_POOLINGS:
         raise ValueError(
-            f"{path} asks for the pooling {' and '.join(map(str, modes)) or 'none'}, which IConE has not: set "
+            f"{path} asks for the pooling {' and '.join(map(str, modes)) or 'none'}, which IConE doesn't have: set "
             f"text_pooling to one of {', '.join(POOLINGS)}."
         )
     return _SENTENCE_TRANSFORMERS_POOLINGS[modes[0]]
 
 
 def max_text_tokens(config: Any) -> int | None:
-    """The longest sequence that a text tower has positions for; `None` if it needs none or states no number."""
+    """Return how many tokens a text tower can read.
+
+    That is its number of positions, or `None` if it needs none or states no number.
+    """
     longest = getattr(config, "max_position_embeddings", None)
     if longest and config.model_type in _OFFSET_POSITIONS:
         return longest - config.pad_token_id - 1
@@ -136,10 +157,12 @@ def max_text_tokens(config: Any) -> int | None:
 
 
 def load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, options: dict[str, Any]) -> PreTrainedModel:
-    """A tower from a Hub id, a local folder (of a checkpoint with both towers the one asked for) or as it is given.
+    """Load a tower from the Hub or a folder.
+
+    A checkpoint with both towers, such as CLIP's, gives the one asked for.
 
     Args:
-        tower: where it is, or itself.
+        tower: a Hub id, a local folder, or a tower, which is returned unchanged.
         modality: `vision` or `text`.
         options: keywords of `AutoModel.from_pretrained`.
 
@@ -153,18 +176,15 @@ def load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, option
             f"The {modality} tower is a {type(tower).__name__}: a PreTrainedModel, which has a config, is needed."
         )
     model = AutoModel.from_pretrained(tower, **options)
-    # A checkpoint with both towers, such as CLIP's: take the one that was asked for.
-    return (
-        getattr(model, f"{modality}_model")
-        if hasattr(AutoConfig.from_pretrained(tower), f"{modality}_config")
-        else model
-    )
+    has_both_towers = hasattr(AutoConfig.from_pretrained(tower), f"{modality}_config")
+    return getattr(model, f"{modality}_model") if has_both_towers else model
 
 
 def run_vision_tower(tower: Any, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
-    """The tower's output for pictures `(batch, channels, height, width)`.
+    """Run a vision tower on images.
 
-    SigLIP 2's NaFlex towers want patches, which are cut here; sides must be multiples of the patch size.
+    The images are `(batch, channels, height, width)`. SigLIP 2's NaFlex towers take patches, which are cut here; the
+    images' sides must then be multiples of the patch size.
     """
     if tower.config.model_type == "siglip2_vision_model":
         size = tower.config.patch_size
@@ -177,9 +197,10 @@ def run_vision_tower(tower: Any, pixel_values: torch.Tensor, **kwargs: Any) -> A
 
 
 def positions(config: Any, last_hidden_state: torch.Tensor) -> torch.Tensor:
-    """A tower's tokens, or its feature map `(batch, channels, height, width)`, as `(batch, positions, channels)`.
+    """Return a tower's positions, `(batch, positions, channels)`.
 
-    DINO's register tokens, which follow the class token and stand for no place, are left out.
+    They are its tokens, or its feature map `(batch, channels, height, width)` row by row. DINO's register tokens, which
+    follow the class token and stand for no place in the image, are left out.
     """
     if last_hidden_state.ndim == 4:
         return last_hidden_state.flatten(2).mT
@@ -189,18 +210,22 @@ def positions(config: Any, last_hidden_state: torch.Tensor) -> torch.Tensor:
     return last_hidden_state
 
 
-def pool(config: Any, modality: str, output: Any, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """A tower's "global token", `(batch, width)`.
+def pool(config: PoolingConfig, modality: str, output: Any, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Pool a tower's output into its "global token".
 
     Args:
-        config: IConE's, with the pooling and the tower's config.
+        config: an `IConEConfig`, with the pooling and the tower's config.
         modality: `vision` or `text`.
         output: what the tower returned.
-        attention_mask: `(batch, tokens)`, 0 at padding, on whichever side; `None`: there is none.
+        attention_mask: `(batch, tokens)`, 0 at padding, on whichever side it is. `None`: there is no padding.
+
+    Returns:
+        `(batch, width)`.
 
     Raises:
         ValueError: for `"pooler"`, if the tower has no `pooler_output`.
     """
+    # The tower pools by itself.
     pooling = getattr(config, f"{modality}_pooling")
     if pooling == "pooler":
         pooled = getattr(output, "pooler_output", None)
@@ -210,35 +235,49 @@ def pool(config: Any, modality: str, output: Any, attention_mask: torch.Tensor |
                 f"The tower has no pooler_output: set {modality}_pooling to one of {others} in the config."
             )
         return pooled.flatten(1)  # some convolutional towers return (batch, width, 1, 1)
+
+    # Without padding all positions count.
     tokens = positions(getattr(config, f"{modality}_config"), output.last_hidden_state)
     if attention_mask is None:
         return tokens.mean(dim=1) if pooling == "mean" else tokens[:, 0 if pooling == "cls" else -1]
+
+    # With padding the mean is over a caption's own tokens, of which an empty caption may have none.
     if pooling == "mean":
         mask = attention_mask[..., None].to(tokens.dtype)
-        return (tokens * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)  # a sentence may have no token at all
+        return (tokens * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+    # Find the first or last 1 in each row of the mask. (An export would take len(tokens) for a constant.)
     mask = attention_mask.to(torch.int)
     index = mask.argmax(dim=1) if pooling == "cls" else mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
-    # Not len(tokens): an export would take it for a constant.
     return tokens[torch.arange(tokens.shape[0], device=tokens.device), index.to(tokens.device)]
 
 
 def pooled_positions(tower: Any, output: Any, pooling: str | None) -> torch.Tensor:
-    """Each position as the tower's pooled output would be if there were no other one, `(batch, positions, width)`.
+    """Pool each position alone: `(batch, positions, width)`.
 
-    So it is on the scale that the projection was trained on: after CLIP's or ConvNeXt's last layer norm, or through
-    SigLIP's attention head, which then attends to this position alone.
+    Each position becomes what the tower's pooled output would be if there were no other position. It is then on the
+    scale that the projection was trained on: after CLIP's or ConvNeXt's last layer norm, or through SigLIP's attention
+    head, which then attends to this position alone.
     """
+    # Poolings other than the tower's own select or average positions, so a position is on the right scale.
     tokens = positions(tower.config, output.last_hidden_state)
     if pooling != "pooler":
         return tokens
-    head = getattr(tower, "head", None) or getattr(tower, "pooler", None)
+
+    # A convolutional network averages its feature map, and ConvNeXt normalises the mean.
     if output.last_hidden_state.ndim == 4:
         norm = getattr(tower, "layernorm", None)
         return norm(tokens) if isinstance(norm, nn.LayerNorm) else tokens
+
+    # A head takes a token (SigLIP's text tower, BERT's pooler) or attends to all (SigLIP's vision tower): give it
+    # each position as a sequence of one.
+    head = getattr(tower, "head", None) or getattr(tower, "pooler", None)
     if isinstance(head, nn.Linear):
         return head(tokens)
     if hasattr(head, "attention") or hasattr(head, "dense"):
         alone = tokens.flatten(0, 1)[:, None]
         return head(alone).unflatten(0, tokens.shape[:2])  # type: ignore[misc]
-    # CLIP normalises the class token after the last layer, SigLIP, which has a head, all of them before.
+
+    # CLIP has no head and normalises the class token alone, after the last layer. (SigLIP normalises all, before its
+    # head.)
     return tower.post_layernorm(tokens) if hasattr(tower, "post_layernorm") else tokens

@@ -1,6 +1,7 @@
-"""The paper's experiments as a plan: which runs they need, each once. Pure data; nothing heavy is imported.
+"""The paper's experiments as a plan: which runs they need, each once.
 
-`paper/experiments.yaml` holds recipes, experiments and scales, `paper/published.json` what the paper prints.
+`paper/experiments.yaml` holds recipes, experiments and scales, and `paper/published.json` what the paper prints. This
+module only handles data and imports nothing heavy, so that a dry run is fast.
 """
 
 import functools
@@ -22,27 +23,30 @@ PAPER_ENCODERS = ("ViT", "BERT")
 
 @functools.cache
 def experiments_file() -> dict[str, Any]:
-    """What `paper/experiments.yaml` holds: recipes, experiments, scales."""
+    """Read recipes, experiments and scales from `paper/experiments.yaml`."""
     return yaml.safe_load(files("icone_hf").joinpath("paper/experiments.yaml").read_text(encoding="utf-8"))
 
 
 @functools.cache
 def published() -> dict[str, Any]:
-    """What `paper/published.json` holds: the paper's figures, `None` where they are not legible to us."""
+    """Read the paper's numbers from `paper/published.json`.
+
+    A number is `None` where the paper's text that we hold is not legible.
+    """
     return json.loads(files("icone_hf").joinpath("paper/published.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training with its test.
+    """Describe one training with its test.
 
     Args:
-        dataset: `flickr30k` or `coco`: what the data stand for.
-        image, text: the encoders' names in the paper's Table 4.
+        dataset: `flickr30k` or `coco`; at smaller scales, the one that the data stand for.
+        image, text: the towers' names in the paper's Table 4.
         recipe: a name under `recipes` of the YAML file.
-        temperature: of InfoNCE.
-        seed: of heads and batches.
-        settings: from the scale, all that decides the numbers; what the run's folder is named by.
+        temperature: temperature of InfoNCE.
+        seed: seed of the new parameters and of the batches.
+        settings: from the scale, everything that decides the results. The run's folder is named by their digest.
     """
 
     dataset: str
@@ -55,44 +59,57 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For people: `flickr30k_vit-bert_full_t0.05_seed0`."""
+        """Return a readable name, like `flickr30k_vit-bert_full_t0.05_seed0`."""
         towers = f"{self.image}-{self.text}".lower()
         return f"{self.dataset}_{towers}_{self.recipe}_t{self.temperature:g}_seed{self.seed}"
 
     @property
     def folder(self) -> str:
-        """The name and a digest of the settings, so that no result of other settings is taken for this run's."""
+        """Return the name of the run's folder.
+
+        It ends with a digest of the settings: results of other settings are never taken for this run's.
+        """
         return f"{self.name}_{_digest(self.settings)}"
 
     @property
     def features(self) -> str:
-        """Folder of the frozen towers' outputs; runs of the same data and towers share it."""
+        """Return the name of the feature cache's folder.
+
+        Runs with the same data and towers share it.
+        """
         shared = {name: self.settings[name] for name in ("dataset", "image", "text", "image_size")}
         return f"{self.dataset}_{self.image}-{self.text}_{_digest(shared)}".lower()
 
     @property
     def is_drawn(self) -> bool:
-        """Whether Figures 4-10 are drawn from this run's model, if it is the first of its seeds."""
+        """Say whether Figures 4-10 need this run's model.
+
+        They are drawn from the first of its seeds.
+        """
         return (self.image, self.text, self.recipe, self.temperature) == (*PAPER_ENCODERS, "full", PAPER_TEMPERATURE)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The recipe at this scale."""
+        """Return the recipe's stages at this scale."""
         return tuple(Stage(**stage) for stage in self.settings["stages"])
 
     @property
     def needs_classifier(self) -> bool:
-        """Whether any stage uses the instance loss."""
+        """Say whether any stage uses the instance loss."""
         return any(stage.instance_weight for stage in self.stages)
 
     def updates(self) -> int:
-        """Steps of the optimizer, over all stages."""
+        """Count the optimizer's steps, over all stages."""
         data = self.settings["dataset"]
         steps = math.ceil(data["train"] * data["captions"] / self.settings["global_batch_size"])
         return sum(math.ceil(stage.num_train_epochs * steps) for stage in self.stages)
 
     def parameters(self) -> dict[str, int]:
-        """How many there are of each kind: `encoders`, `projections`, `classifier`."""
+        """Count the parameters of towers, projections and classifier.
+
+        Returns:
+            The keys `encoders`, `projections` and `classifier`.
+        """
         image, text, width = (self.settings[name] for name in ("image", "text", "projection_dim"))
         return {
             "encoders": image["parameters"] + text["parameters"],
@@ -101,31 +118,44 @@ class Run:
         }
 
     def memory_bytes(self) -> int:
-        """Float32 weights of everything, gradients and Adam's two moments of what is trained; without activations."""
+        """Estimate a process's memory, without activations.
+
+        It holds all weights in float32, and gradients and Adam's two moments of the trained ones.
+        """
         return 4 * sum(self.parameters().values()) + 12 * max(self._trained())
 
     def checkpoint_bytes(self) -> int:
-        """At most, while it runs: each stage's best and last checkpoint of what it trains, with Adam's two moments."""
+        """Estimate the disk that checkpoints take at most.
+
+        Each stage keeps the best and the last one: what it trains in float32, and Adam's two moments.
+        """
         return sum(2 * (4 + 8) * trained for trained in self._trained())
 
     def _trained(self) -> list[int]:
+        """Count the parameters that each stage trains."""
         count = self.parameters()
         heads = count["projections"] + count["classifier"]
         return [heads + (count["encoders"] if stage.train_encoders else 0) for stage in self.stages]
 
     def model_bytes(self) -> int:
-        """Of the final model, which is kept where figures need it."""
+        """Return the kept model's size on disk.
+
+        A model is kept only if figures need it.
+        """
         return 4 * sum(self.parameters().values()) if self.is_drawn else 0
 
     def feature_bytes(self) -> int:
-        """Of the frozen towers' outputs on the training and validation groups."""
+        """Return the feature cache's size on disk.
+
+        It holds the frozen towers' outputs for the training and validation groups, in float32.
+        """
         data, image, text = (self.settings[name] for name in ("dataset", "image", "text"))
         return 4 * (data["train"] + data["validation"]) * (image["width"] + data["captions"] * text["width"])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call of `icone reproduce` comes to.
+    """Hold the runs of one `icone reproduce`.
 
     Args:
         scale: `paper`, `miniature` or `smoke`.
@@ -137,26 +167,28 @@ class Plan:
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """All of them, each once, in the order in which experiments ask for them."""
+        """List all runs, each once, in the experiments' order."""
         return tuple(dict.fromkeys(run for runs in self.runs_of.values() for run in runs))
 
 
 def make_plan(names: Sequence[str], scale: str, seeds: Sequence[int] | None = None) -> Plan:
-    """Plans experiments.
+    """Plan the runs of experiments.
 
     Args:
-        names: of experiments, or `all`.
-        scale: of the YAML file's scales.
-        seeds: `None`: the scale's own, and its first one alone for the experiments that it names.
+        names: names of experiments, or `all`.
+        scale: one of the YAML file's scales.
+        seeds: `None` takes the scale's own seeds, or its first one for the experiments under `first_seed_only`.
 
     Raises:
         ValueError: if a name is unknown.
     """
+    # Put the names into the paper's order.
     known = experiments_file()["experiments"]
     for name in names:
         if name not in known and name != "all":
             raise ValueError(f"{name!r} is no experiment: use {', '.join(known)} or all.")
     wanted = [name for name in known if name in names or "all" in names]
+
     of_scale = experiments_file()["scales"][scale]
     runs_of = {}
     for name in wanted:
@@ -166,6 +198,7 @@ def make_plan(names: Sequence[str], scale: str, seeds: Sequence[int] | None = No
 
 
 def _runs(experiment: Mapping[str, Any], scale: str, seeds: Sequence[int]) -> Iterator[Run]:
+    """Make one run for each combination of an experiment."""
     for dataset in experiment["datasets"]:
         for image, text in experiment.get("encoders", [PAPER_ENCODERS]):
             for recipe in experiment["recipes"]:
@@ -175,12 +208,14 @@ def _runs(experiment: Mapping[str, Any], scale: str, seeds: Sequence[int]) -> It
 
 
 def make_run(scale: str, dataset: str, image: str, text: str, recipe: str, temperature: float, seed: int) -> Run:
-    """A run with its settings looked up."""
+    """Make a run and look its settings up."""
     of_scale = experiments_file()["scales"][scale]
     of_recipe = experiments_file()["recipes"][recipe]
+    # The recipe gives a stage's losses, the scale its epochs and learning rate.
     stages = [
         {**stage, **of_scale["trained" if stage["train_encoders"] else "frozen"]} for stage in of_recipe["stages"]
     ]
+    # All that decides the results, since the folder's name has a digest of it.
     settings = {
         "dataset": of_scale["datasets"][dataset],
         "image": of_scale["image"][image],
@@ -197,18 +232,23 @@ def make_run(scale: str, dataset: str, image: str, text: str, recipe: str, tempe
 
 
 def protocols_of(dataset: str) -> tuple[str, ...]:
-    """The test protocols of a data set: COCO's test split is measured in folds ("1k") and as a whole ("5k")."""
+    """Name the test protocols of a data set.
+
+    COCO's test split is measured in folds ("1k") and as a whole ("5k").
+    """
     return ("coco_1k", "coco_5k") if dataset == "coco" else (dataset,)
 
 
 def describe_plan(plan: Plan, not_run: Mapping[str, str], is_done: Mapping[str, bool], num_processes: int) -> str:
-    """The plan as text: every run with its data, towers, stages and updates, then memory and disk.
+    """Describe a plan in words.
+
+    Every run is listed with its data, towers, stages and updates; memory and disk follow.
 
     Args:
         plan: from [`make_plan`].
         not_run: why a run (by its folder) is left out.
         is_done: which runs (by folder) have been done before.
-        num_processes: that take part.
+        num_processes: number of processes that take part.
     """
     of_scale = experiments_file()["scales"][plan.scale]
     batch = of_scale["global_batch_size"]
@@ -216,6 +256,8 @@ def describe_plan(plan: Plan, not_run: Mapping[str, str], is_done: Mapping[str, 
         f"{len(plan.runs)} runs at the {plan.scale} scale for {', '.join(plan.runs_of)}; on {num_processes} "
         f"process(es), {batch // num_processes} of {batch} pairs each."
     ]
+
+    # One line for each run.
     for run in plan.runs:
         data = run.settings["dataset"]
         towers = " + ".join(_tower_name(run.settings[side]) for side in ("image", "text"))
@@ -226,6 +268,8 @@ def describe_plan(plan: Plan, not_run: Mapping[str, str], is_done: Mapping[str, 
             f"  {run.name}: {data['label']} ({data['train']}/{data['validation']}/{data['test']} groups); {towers}; "
             f"{stages}; {run.updates()} updates; {state}"
         )
+
+    # What is to do costs this much. Features are shared by runs; checkpoints go when their run is done.
     todo = [run for run in plan.runs if run.folder not in not_run and not is_done.get(run.folder)]
     if todo:
         features = {run.features: run.feature_bytes() for run in todo}
@@ -235,7 +279,7 @@ def describe_plan(plan: Plan, not_run: Mapping[str, str], is_done: Mapping[str, 
             f"To do: {len(todo)} runs, {sum(run.updates() for run in todo)} updates. Memory of a process, weights, "
             f"gradients and Adam's moments: {_gigabytes(max(run.memory_bytes() for run in todo))}, activations on top. "
             f"Disk: at most {_gigabytes(sum(features.values()) + kept + largest)}, of which "
-            f"{_gigabytes(largest)} are checkpoints of the run at work."
+            f"{_gigabytes(largest)} are checkpoints of the current run."
         )
     return "\n".join(lines)
 
@@ -249,4 +293,5 @@ def _gigabytes(count: float) -> str:
 
 
 def _digest(content: Any) -> str:
+    """Digest JSON content into eight characters."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

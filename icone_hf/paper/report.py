@@ -1,4 +1,7 @@
-"""The page of `icone reproduce`: the paper's figures and ours side by side. A pure function of `results.json`."""
+"""The page of `icone reproduce`: the paper's numbers and icone_hf's, side by side.
+
+It is a pure function of `results.json`.
+"""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,37 +22,47 @@ PAGE = "README.md"
 RESULTS = "results.json"
 NOT_LEGIBLE = "n.l."
 PAPER_PROTOCOLS = {"flickr30k": "Flickr30k", "coco_1k": "MS-COCO 1k", "coco_5k": "MS-COCO 5k"}
+PACKAGE = "icone_hf"  # whose the numbers beside the paper's are
 _LABELS = {"r1": "R@1", "r5": "R@5", "r10": "R@10", "medr": "MedR", "mnr": "MnR"}
-_Key = tuple[str, str, str, str, float]
+_Key = tuple[str, str, str, str, float]  # data set, image tower, text tower, recipe, temperature
 
 
 def write_report(folder: Path, results: Mapping[str, Any]) -> None:
-    """Writes `results.json` and the page made from it."""
+    """Write `results.json` and the page made from it."""
     write_json(folder / RESULTS, results)
     (folder / PAGE).write_text(page(results), encoding="utf-8")
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The page as Markdown, from what `results.json` holds and the paper's own figures alone.
+    """Write the page as Markdown.
+
+    It depends on the paper's own numbers and on nothing else but the results.
 
     Args:
-        results: `scale`, `experiments` (names), `runs` (records by name), `not_run` (reasons by name) and `figures`.
+        results: content of `results.json`: `scale`, `experiments` (names), `runs` (records by name), `not_run` (reasons
+            by name) and `figures`.
     """
     return "\n".join(_Page(results).lines()) + "\n"
 
 
 class _Page:
+    """Write the page's parts, line by line."""
+
     def __init__(self, results: Mapping[str, Any]):
         self.results = results
         self.scale = experiments_file()["scales"][results["scale"]]
+        # Runs that differ only in their seed make one cell of a table.
         self.runs: dict[_Key, list[Mapping[str, Any]]] = {}
         for record in results["runs"].values():
             self.runs.setdefault(_key(record), []).append(record)
 
     def lines(self) -> Iterator[str]:
+        """Yield the whole page."""
         experiments = experiments_file()["experiments"]
         source = published()["source"]
         scale = self.results["scale"]
+
+        # What the page is, and how its tables are to be read.
         yield f"# The paper's experiments, {scale} scale"
         yield ""
         yield "Written by `icone reproduce`; don't edit it, change `results.json` or the code. " + self.scale["about"]
@@ -57,9 +70,11 @@ class _Page:
         yield (
             f'*Paper*: {source["authors"]}, "{source["title"]}", {source["venue"]} ({source["year"]}), doi '
             f"{source['doi']}. *{NOT_LEGIBLE}*: not legible in the paper's text that we hold, never guessed. *-*: the "
-            "paper gives none. *Ours*: mean ± standard deviation over n seeds. t2i: text to image, i2t: image to text; "
-            "R@K and Rsum in percent."
+            f"paper gives none. *{PACKAGE}*: mean ± standard deviation over n seeds. t2i: text to image, i2t: image to "
+            "text; R@K and Rsum in percent."
         )
+
+        # One section for each experiment.
         for name in self.results["experiments"]:
             yield from ("", f"## {experiments[name]['title']}", "")
             if name in ("table1", "table2"):
@@ -71,6 +86,8 @@ class _Page:
             if name.startswith("figure"):
                 yield from self._figure(name)
         yield from self._setting()
+
+        # How the paper's tables were read, and the methods in them.
         yield from ("", "## The paper's tables", "")
         yield from (f"- {note}" for note in published()["reading"])
         works = {f"[{number}]": work for number, work in published()["works"].items() if work}
@@ -80,6 +97,7 @@ class _Page:
     # --- Tables 1 and 2 ---
 
     def _comparison(self, name: str) -> Iterator[str]:
+        """Yield Table 1 or 2: published methods, then icone_hf."""
         for block in published()["tables"][name]["blocks"]:
             columns = published()["columns"]
             yield from _header(PAPER_PROTOCOLS[block["protocol"]], "paradigm", *map(_label, columns))
@@ -88,39 +106,46 @@ class _Page:
                 yield _line(method, row["paradigm"], *map(_printed, row["values"]))
             key = (_dataset(block["protocol"]), *PAPER_ENCODERS, "full", PAPER_TEMPERATURE)
             yield _line(
-                f"**IConE (ours: {self._protocol(block['protocol'])})**",
+                f"**IConE ({PACKAGE}: {self._protocol(block['protocol'])})**",
                 "graph-free",
-                *self._ours(key, block["protocol"], columns),
+                *self._measured(key, block["protocol"], columns),
             )
             yield ""
 
     # --- Tables 3 and 4 ---
 
     def _recipes(self, name: str) -> Iterator[str]:
+        """Yield Table 3 or 4: recipes, in Table 4 with several towers."""
         table = published()["tables"][name]
         columns = table.get("columns", published()["columns"])
         for block in table["blocks"]:
             protocol = block["protocol"]
-            encoders = ["encoders"] if name == "table4" else []
-            yield from _header(
-                f"{PAPER_PROTOCOLS[protocol]}; ours: {self._protocol(protocol)}", *encoders, "", *map(_label, columns)
-            )
+            towers = ["towers"] if name == "table4" else []
+            protocols = f"{PAPER_PROTOCOLS[protocol]}; {PACKAGE}: {self._protocol(protocol)}"
+            yield from _header(protocols, *towers, "", *map(_label, columns))
+
+            # Each row of the paper's, and below it the same recipe here.
             notes = []
             for row in block["rows"]:
                 image, text = row.get("image", PAPER_ENCODERS[0]), row.get("text", PAPER_ENCODERS[1])
-                pair = [f"{image} + {text}"] if encoders else []
+                pair = [f"{image} + {text}"] if towers else []
                 label = experiments_file()["recipes"][row["recipe"]]["label"]
                 key = (_dataset(protocol), image, text, row["recipe"], PAPER_TEMPERATURE)
                 yield _line(label, *pair, "paper", *map(_printed, row["values"]))
-                yield _line("", *([""] if encoders else []), "**ours**", *self._ours(key, protocol, columns))
+                yield _line("", *([""] if towers else []), f"**{PACKAGE}**", *self._measured(key, protocol, columns))
                 if "note" in row:
                     notes.append(f"{label}, {image} + {text}: {row['note']}")
+
+            # Recipes that the paper does not have.
             printed = {row["recipe"] for row in block["rows"]}
             for recipe in experiments_file()["experiments"][name]["recipes"]:
                 if recipe not in printed:
                     label = experiments_file()["recipes"][recipe]["label"]
                     key = (_dataset(protocol), *PAPER_ENCODERS, recipe, PAPER_TEMPERATURE)
-                    yield _line(f"{label}: not the paper's", "**ours**", *self._ours(key, protocol, columns))
+                    measured = self._measured(key, protocol, columns)
+                    yield _line(f"{label}: not the paper's", f"**{PACKAGE}**", *measured)
+
+            # Notes on the block, which begin with the order of Table 3's recipes.
             notes += [block["note"]] if "note" in block else []
             if block["unplaced"]:
                 notes.append(f"Numbers of the paper's text without a certain place: {', '.join(block['unplaced'])}.")
@@ -129,56 +154,65 @@ class _Page:
                 notes.insert(0, self._order(protocol, block["rows"], columns))
             for note in notes:
                 yield from (note, "")
+
+        # A small scale has other towers in the place of the paper's.
         if name == "table4":
             stand_ins = {**self.scale["image"], **self.scale["text"]}
             if any("label" in tower for tower in stand_ins.values()):
                 yield (
-                    "Encoders here: "
+                    "Towers here: "
                     + "; ".join(f"{name}: {tower['label']}" for name, tower in stand_ins.items())
-                    + ". Those that start from random weights say nothing about the encoders that they stand for."
+                    + ". Those that start from random weights say nothing about the towers that they stand for."
                 )
 
     def _order(self, protocol: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+        """Rank the recipes, the paper's and icone_hf's."""
         recipes = experiments_file()["recipes"]
         paper = {row["recipe"]: row["values"][columns.index("rsum")] for row in rows}
-        ours = {}
+        measured = {}
         for recipe in paper:
             key = (_dataset(protocol), *PAPER_ENCODERS, recipe, PAPER_TEMPERATURE)
             values = self._values(key, protocol, "rsum")
-            ours[recipe] = statistics.mean(values) if values else None
+            measured[recipe] = statistics.mean(values) if values else None
         return "Rsum from high to low. " + " ".join(
             f"{whose}: {_ranking({recipes[name]['label']: value for name, value in rsums.items()})}."
-            for whose, rsums in (("Paper", paper), ("Ours", ours))
+            for whose, rsums in (("Paper", paper), (PACKAGE, measured))
         )
 
     # --- figures ---
 
     def _temperatures(self) -> Iterator[str]:
+        """Yield Figure 3 as a table: Rsum over the temperature."""
         plan = make_plan(["figure3"], self.results["scale"])
         temperatures = list(dict.fromkeys(run.temperature for run in plan.runs))
         yield from _header("Rsum, full recipe", *(f"τ = {temperature:g}" for temperature in temperatures))
         for dataset in dict.fromkeys(run.dataset for run in plan.runs):
             for protocol in protocols_of(dataset):
-                rsums = {
-                    t: self._ours((dataset, *PAPER_ENCODERS, "full", t), protocol, ["rsum"])[0] for t in temperatures
-                }
-                yield _line(f"ours: {self._protocol(protocol)}", *rsums.values())
+                keys = [(dataset, *PAPER_ENCODERS, "full", temperature) for temperature in temperatures]
+                rsums = [self._measured(key, protocol, ["rsum"])[0] for key in keys]
+                yield _line(f"{PACKAGE}: {self._protocol(protocol)}", *rsums)
         facts = published()["figures"]["figure3"]
         yield ""
-        yield f"Paper: the highest Rsum is at τ = {facts['peak']:g}. {facts['note']} The temperatures above are ours."
+        yield (
+            f"Paper: the highest Rsum is at τ = {facts['peak']:g}. {facts['note']} The temperatures above are "
+            f"{PACKAGE}'s."
+        )
         yield ""
 
     def _figure(self, name: str) -> Iterator[str]:
+        """Yield a figure, linked to its PDF."""
         entry = self.results["figures"].get(name, {"reason": "not run"})
         if "files" in entry:
-            picture, vectors = entry["files"]
-            yield f"[![{name}]({picture})]({vectors})"
+            png, pdf = entry["files"]
+            yield f"[![{name}]({png})]({pdf})"
         else:
             yield f"Not drawn: {entry['reason']}."
 
     # --- what it was run with ---
 
     def _setting(self) -> Iterator[str]:
+        """Yield data, recipes, machines and all runs."""
+        # Data, batches and epochs are the scale's.
         scale = self.scale
         yield from ("", "## What was run", "")
         for dataset in scale["datasets"].values():
@@ -186,14 +220,16 @@ class _Page:
             groups = " / ".join(str(dataset[split]) for split in ("train", "validation", "test"))
             yield f"- {dataset['label']}: {groups} groups for training, validation and test{folds}."
         yield (
-            f"- Batches of {scale['global_batch_size']} pairs, {scale['projection_dim']} dimensions; frozen encoders: "
-            f"{scale['frozen']['num_train_epochs']} epochs at {scale['frozen']['learning_rate']:g}; trained encoders: "
+            f"- Batches of {scale['global_batch_size']} pairs, {scale['projection_dim']} dimensions; frozen towers: "
+            f"{scale['frozen']['num_train_epochs']} epochs at {scale['frozen']['learning_rate']:g}; trained towers: "
             f"{scale['trained']['num_train_epochs']} epochs at {scale['trained']['learning_rate']:g}."
         )
+
+        # The stages of every recipe, and every machine that took part.
         for name, recipe in experiments_file()["recipes"].items():
             stages = "; ".join(
                 f"{stage['name']}: {stage['instance_weight']} x L_ins + {stage['contrastive_weight']} x L_v-t, "
-                f"encoders {'trained' if stage['train_encoders'] else 'frozen'}"
+                f"towers {'trained' if stage['train_encoders'] else 'frozen'}"
                 for stage in recipe["stages"]
             )
             yield f"- {recipe['label']} (`{name}`): {stages}."
@@ -201,6 +237,8 @@ class _Page:
         machines = {"; ".join(f"{k} {v}" for k, v in record["environment"].items()) for record in records.values()}
         for machine in sorted(machines):
             yield f"- Run on: {machine}."
+
+        # One line for each run, and the time of all. A run that was resumed has none.
         yield ""
         if records:
             yield from _header("run", "updates", "time", "validation Rsum of each stage", "test Rsum", "finished")
@@ -219,6 +257,7 @@ class _Page:
                 "",
                 f"{len(records)} runs; {sum(seconds) / 60:.1f} minutes in the {len(seconds)} that ran in one go.",
             )
+
         if self.results["not_run"]:
             yield from ("", "Not run:", "")
         for name, reason in self.results["not_run"].items():
@@ -232,7 +271,8 @@ class _Page:
     def _values(self, key: _Key, protocol: str, column: str) -> list[float]:
         return [record["metrics"][protocol][column] for record in self.runs.get(key, [])]
 
-    def _ours(self, key: _Key, protocol: str, columns: Sequence[str]) -> list[str]:
+    def _measured(self, key: _Key, protocol: str, columns: Sequence[str]) -> list[str]:
+        """Return icone_hf's cells: mean ± deviation over seeds."""
         count = len(self.runs.get(key, []))
         if not count:
             return ["not run", *("" for _ in columns[1:])]
@@ -259,10 +299,12 @@ def _label(column: str) -> str:
 
 
 def _printed(value: float | str | None) -> str:
+    """Return a cell of the paper's, as printed."""
     return NOT_LEGIBLE if value is None else str(value)
 
 
 def _ranking(rsums: Mapping[str, float | None]) -> str:
+    """Order names from high to low, unknown ones last."""
     known = sorted(((value, name) for name, value in rsums.items() if value is not None), reverse=True)
     ranked = " > ".join(f"{name} {value:.1f}" for value, name in known)
     unknown = [name for name, value in rsums.items() if value is None]

@@ -1,10 +1,12 @@
-"""`icone reproduce`: runs planned experiments, each once and resumable, and keeps their page up to date.
+"""The work of `icone reproduce`: planned runs, each done once, and their page.
+
+An interrupted run goes on where it stopped. The page is up to date after every run.
 
 OUTPUT_DIR/
   README.md, results.json    the page (see report.py) and all that it is made from
-  figures/                   its pictures, PNG and PDF
-  runs/NAME_DIGEST/          one run: run.json once it is done, its logs, and the model where figures need it
-  towers/, feature_cache/    encoders that were made here; frozen encoders' outputs, shared by runs. Free to delete.
+  figures/                   its figures, PNG and PDF
+  runs/NAME_DIGEST/          one run: run.json once it is done, its logs, and the model if figures need it
+  towers/, feature_cache/    towers that were made here, and frozen towers' outputs, shared by runs. Free to delete.
 """
 
 import json
@@ -47,7 +49,9 @@ def reproduce(
     bf16: bool = False,
     num_workers: int = 0,
 ) -> None:
-    """Print a plan, run what is not done, and write the page after every run.
+    """Run what is not done of a plan.
+
+    The plan is printed first, and the page is written after every run.
 
     Args:
         plan: from [`make_plan`].
@@ -55,7 +59,7 @@ def reproduce(
         roots: the folder of each data set, `flickr30k` and `coco`, or `None`.
         dry_run: print the plan and stop.
         bf16: train in bfloat16.
-        num_workers: processes that decode images ahead, for each process.
+        num_workers: number of workers, for each process, that decode images ahead.
 
     Raises:
         ValueError, FileNotFoundError: before any work, if data are missing or the processes can't share a batch.
@@ -77,9 +81,9 @@ def reproduce(
     todo = [run for run in plan.runs if run.folder not in not_run]
     if not todo:
         raise ValueError(f"There is nothing to run: {'; '.join(sorted(set(not_run.values())))}.")
-    state.wait_for_everyone()  # all have looked at the folder before one writes to it
+    state.wait_for_everyone()  # no process may write to the folder before all have looked
 
-    # Run it; the page is up to date after every run.
+    # Run it, and write the page after every run.
     earlier = {name: why for name, why in results["not_run"].items() if name not in {run.name for run in plan.runs}}
     results["not_run"] = earlier | {run.name: not_run[run.folder] for run in plan.runs if run.folder in not_run}
     data = _Data(plan, sources, folder / "towers")
@@ -103,7 +107,7 @@ def rewrite_page(plan: Plan, folder: Path) -> None:
 
 
 def _not_run(plan: Plan, sources: Mapping[str, Any], assume_data: bool) -> dict[str, str]:
-    """Why runs (by folder) are left out."""
+    """Say why runs (by folder) are left out."""
     reasons = {}
     for run in plan.runs:
         label = run.settings["dataset"]["label"]
@@ -116,7 +120,9 @@ def _not_run(plan: Plan, sources: Mapping[str, Any], assume_data: bool) -> dict[
 
 
 def find_source(dataset: str, root: str | os.PathLike) -> dict[str, str]:
-    """Finds Karpathy's JSON and the folder of its pictures in a folder or at most two levels below it.
+    """Find Karpathy's JSON file and its images.
+
+    They may be in the folder itself or up to two levels below it.
 
     Args:
         dataset: `flickr30k` or `coco`.
@@ -128,6 +134,7 @@ def find_source(dataset: str, root: str | os.PathLike) -> dict[str, str]:
     Raises:
         FileNotFoundError: if one of them is not there; what was looked for is named.
     """
+    # The JSON file.
     name = f"dataset_{dataset}.json"
     folders = [Path(root), *sorted(path for depth in ("*", "*/*") for path in Path(root).glob(depth) if path.is_dir())]
     found = next((folder / name for folder in folders if (folder / name).is_file()), None)
@@ -136,18 +143,23 @@ def find_source(dataset: str, root: str | os.PathLike) -> dict[str, str]:
             f"There is no {name} in --{dataset} {root} or two levels below it. Karpathy's splits are in "
             "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
         )
+
+    # The folder that its first image is in.
     record = json.loads(found.read_text(encoding="utf-8"))["images"][0]
-    picture = os.path.join(record.get("filepath", ""), record["filename"])
-    image_root = next((folder for folder in folders if (folder / picture).is_file()), None)
+    image = os.path.join(record.get("filepath", ""), record["filename"])
+    image_root = next((folder for folder in folders if (folder / image).is_file()), None)
     if image_root is None:
         raise FileNotFoundError(
-            f"The pictures of {found} are not in --{dataset} {root} or two levels below it: looked for {picture}."
+            f"The images of {found} are not in --{dataset} {root} or two levels below it: looked for {image}."
         )
     return {"source": str(found), "image_root": str(image_root)}
 
 
 class _Data:
-    """Splits and towers of a scale, loaded or made on first use. One process makes them, the others wait."""
+    """Load or make a scale's splits and towers.
+
+    Each is made on first use. One process makes it while the others wait.
+    """
 
     def __init__(self, plan: Plan, sources: Mapping[str, Mapping[str, str]], towers: Path):
         self.scale = experiments_file()["scales"][plan.scale]
@@ -156,17 +168,18 @@ class _Data:
         self._splits: dict[str, dict[str, Dataset]] = {}
 
     def splits(self, dataset: str) -> dict[str, Dataset]:
-        """`train`, `validation` and `test` groups."""
+        """Return the groups for `train`, `validation` and `test`."""
         if dataset not in self._splits:
             splits = {}
             for split in SPLITS:
                 with PartialState().main_process_first():
-                    splits[split] = load_groups(split=split, **self._keywords(dataset, split))
+                    splits[split] = load_groups(split=split, **self._load_arguments(dataset, split))
             check_disjoint(splits)
             self._splits[dataset] = splits
         return self._splits[dataset]
 
-    def _keywords(self, dataset: str, split: str) -> dict[str, Any]:
+    def _load_arguments(self, dataset: str, split: str) -> dict[str, Any]:
+        """Return what [`load_groups`] needs for a split."""
         of_dataset = self.scale["datasets"][dataset]
         if "json" in of_dataset:
             return dict(self.sources[dataset])
@@ -178,7 +191,7 @@ class _Data:
         }
 
     def checkpoints(self, run: Run) -> list[str]:
-        """Hub ids or folders of a run's two towers."""
+        """Return Hub ids or folders of a run's towers."""
         return [self._checkpoint("image", run.image), self._checkpoint("text", run.text)]
 
     def _checkpoint(self, side: str, name: str) -> str:
@@ -187,10 +200,11 @@ class _Data:
         with PartialState().main_process_first():
             return tower_checkpoint(tower, folder, self.scale.get("image_size"), vectors)
 
-    def new_model(self, run: Run) -> tuple[IConEModel, Any]:
-        """A run's model before training, and its processor."""
+    def new_model(self, run: Run) -> tuple[IConEModel, IConEProcessor]:
+        """Build a run's model and its processor."""
         vision, text = self.checkpoints(run)
-        set_seed(run.seed)  # only now: towers that had to be made would have used up random numbers
+        # Seed after the towers are there: making one may use up random numbers.
+        set_seed(run.seed)
         model = IConEModel.from_encoders(
             vision,
             text,
@@ -208,10 +222,14 @@ class _Data:
 
 
 def run_one(run: Run, output_dir: Path, data: _Data, bf16: bool = False, num_workers: int = 0) -> None:
-    """Trains and tests one run, unless it is done; goes on where it was interrupted. Leaves `run.json`."""
+    """Train and test one run, unless it is done.
+
+    An interrupted run goes on where it stopped. A finished one leaves `run.json`.
+    """
     folder = output_dir / "runs" / run.folder
     state = PartialState()
     if not (folder / RUN_FILE).is_file():
+        # Prepare data, model and arguments.
         was_begun = folder.is_dir()
         splits = data.splits(run.dataset)
         model, processor = data.new_model(run)
@@ -220,18 +238,22 @@ def run_one(run: Run, output_dir: Path, data: _Data, bf16: bool = False, num_wor
             seed=run.seed,
             per_device_train_batch_size=run.settings["global_batch_size"] // state.num_processes,
             feature_cache_dir=str(output_dir / "feature_cache" / run.features),
-            save_total_limit=1,  # the best one is kept besides
+            save_total_limit=1,  # the last checkpoint; transformers keeps the best one too
             dataloader_num_workers=num_workers,
             bf16=bf16,
             report_to="none",
         )
-        state.wait_for_everyone()  # all have looked whether the run was begun
+        state.wait_for_everyone()  # no process may write to the folder before all have looked
+
+        # Train and test.
         start = time.perf_counter()
         trainer = IConETrainer(model, args, splits["train"], splits["validation"], processor, run.stages)
         validation = trainer.train(resume_from_checkpoint="auto")
         trainer.model.to(args.device)  # type: ignore[arg-type]
         metrics = measure(run, trainer.model, processor, splits["test"], num_workers)
         seconds = time.perf_counter() - start
+
+        # Record the results.
         if state.is_main_process:
             stages = RunFolder(folder, [stage.name for stage in run.stages])
             logs = [stages.read_stage(index)["log_history"] for index in range(len(run.stages))]
@@ -242,7 +264,7 @@ def run_one(run: Run, output_dir: Path, data: _Data, bf16: bool = False, num_wor
                 "metrics": metrics,
                 "validation": validation["stages"],
                 "updates": sum(log[-1]["step"] for log in logs),
-                "seconds": None if was_begun else round(seconds, 1),  # of the last part alone, they would mislead
+                "seconds": None if was_begun else round(seconds, 1),  # a resumed run's last part would mislead
                 "environment": environment(),
                 "finished": time.strftime("%Y-%m-%d"),
             }
@@ -254,9 +276,12 @@ def run_one(run: Run, output_dir: Path, data: _Data, bf16: bool = False, num_wor
 
 
 def measure(
-    run: Run, model: IConEModel, processor: Any, groups: Dataset, num_workers: int = 0
+    run: Run, model: IConEModel, processor: IConEProcessor, groups: Dataset, num_workers: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Metrics on the test groups for each protocol of the data set: all at once and, for COCO, the mean of folds."""
+    """Measure retrieval by each protocol of the data set.
+
+    The test groups are ranked all at once. COCO's are also ranked in folds, whose metrics are averaged.
+    """
     embeds = encode_groups(model, processor, groups, num_workers=num_workers)
     folds = run.settings["dataset"].get("folds")
     whole = protocols_of(run.dataset)[-1]
@@ -265,7 +290,10 @@ def measure(
 
 
 def _prune(folder: Path, keep_model: bool) -> None:
-    """Removes what a finished run needs no more: checkpoints, and the model unless figures are drawn from it."""
+    """Remove what a finished run no longer needs.
+
+    These are its checkpoints, and its model unless figures are drawn from it.
+    """
     for checkpoint in folder.glob("stages/*/checkpoint-*"):
         shutil.rmtree(checkpoint)
     if not keep_model:
@@ -274,8 +302,9 @@ def _prune(folder: Path, keep_model: bool) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions that figures come from."""
+    """Describe the machine and the versions of libraries."""
     cpu = platform.processor() or platform.machine()
+    # Linux tells the CPU's model in this file.
     if Path("/proc/cpuinfo").is_file():
         names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         cpu = names[0] if names else cpu
@@ -293,7 +322,7 @@ def environment() -> dict[str, Any]:
 
 
 def _read_results(folder: Path, plan: Plan) -> dict[str, Any]:
-    """`results.json` as it is, with the plan's experiments added.
+    """Read `results.json` and add the plan's experiments.
 
     Raises:
         ValueError: if the folder holds results of another scale.
@@ -306,13 +335,17 @@ def _read_results(folder: Path, plan: Plan) -> dict[str, Any]:
         raise ValueError(
             f"{folder} holds results of the {results['scale']} scale: pass another --output_dir for {plan.scale}."
         )
+    # Earlier experiments stay; all come in the paper's order.
     known = experiments_file()["experiments"]
     wanted = {*results["experiments"], *plan.runs_of}
     return {**results, "experiments": [name for name in known if name in wanted]}
 
 
 def _report(folder: Path, results: dict[str, Any]) -> None:
-    """Gathers the runs that are done at this scale's present settings; the main process writes results and page."""
+    """Write results and page from all finished runs.
+
+    Runs count if they were done with this scale's present settings.
+    """
     results["runs"] = dict(_finished(folder, results["scale"]))
     if PartialState().is_main_process:
         write_report(folder, results)
@@ -320,9 +353,10 @@ def _report(folder: Path, results: dict[str, Any]) -> None:
 
 
 def _finished(folder: Path, scale: str) -> Iterator[tuple[str, Any]]:
+    """Yield the finished runs' names and records."""
     for path in sorted(folder.glob(f"runs/*/{RUN_FILE}")):
         record = json.loads(path.read_text())
         keys = ("dataset", "image", "text", "recipe", "temperature", "seed")
         run = make_run(scale, *(record[key] for key in keys))
-        if run.folder == path.parent.name:  # others are of settings that the YAML file no longer holds
+        if run.folder == path.parent.name:  # otherwise its settings are no longer those of the YAML file
             yield run.name, record

@@ -1,4 +1,4 @@
-"""Writes GRU and LSTM text towers that start from word vectors: those of a BERT, or of a GloVe file."""
+"""GRU and LSTM text towers that start from a BERT's or GloVe's word vectors."""
 
 import os
 from collections.abc import Collection
@@ -12,17 +12,19 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreT
 from ..modeling.extra_towers import RecurrentTextConfig, RecurrentTextModel
 
 PAD_TOKEN, UNK_TOKEN = "[PAD]", "[UNK]"
-_MAX_TOKENS = 512  # where sentences are cut, as BERT's are: the tower itself has no limit
+_MAX_TOKENS = 512  # where captions are cut, as BERT's are; the tower itself has no limit
 
 
 def recurrent_tower_from_bert(
     bert: str | os.PathLike, folder: str | os.PathLike, **config: Any
 ) -> tuple[RecurrentTextModel, PreTrainedTokenizerBase]:
-    """Writes a new GRU or LSTM over a BERT's word vectors, with that BERT's tokenizer.
+    """Write a GRU or LSTM over BERT's word vectors.
+
+    The recurrent layers are new. The tokenizer is that BERT's.
 
     Args:
         bert: Hub id or folder of any text model with an embedding table.
-        folder: written, for `IConEModel.from_encoders` and `IConEProcessor.from_encoders`.
+        folder: to write, for `IConEModel.from_encoders` and `IConEProcessor.from_encoders`.
         config: `cell`, `hidden_size`, `num_hidden_layers`, `bidirectional`; see [`RecurrentTextConfig`].
 
     Returns:
@@ -36,15 +38,15 @@ def recurrent_tower_from_bert(
 def recurrent_tower_from_glove(
     path: str | os.PathLike, folder: str | os.PathLike, words: Collection[str] | None = None, **config: Any
 ) -> tuple[RecurrentTextModel, PreTrainedTokenizerBase]:
-    """Writes a new GRU or LSTM over the word vectors of a GloVe file, with a tokenizer for its words.
+    """Write a GRU or LSTM over GloVe's word vectors.
 
-    Sentences are lower-cased, and split at spaces and around punctuation. A word that the file lacks is `[UNK]`, whose
-    vector is the mean of all.
+    The recurrent layers are new, and so is a tokenizer for the file's words: captions are lower-cased, and split at
+    spaces and around punctuation. A word that the file lacks is `[UNK]`, whose vector is the mean of all.
 
     Args:
         path: UTF-8 text, `word v1 v2 ...` on every line.
-        folder: written, for `IConEModel.from_encoders` and `IConEProcessor.from_encoders`.
-        words: keep these alone, for a smaller tower. Default: all.
+        folder: to write, for `IConEModel.from_encoders` and `IConEProcessor.from_encoders`.
+        words: keep only these, for a smaller tower. Default: all.
         config: `cell`, `hidden_size`, `num_hidden_layers`, `bidirectional`; see [`RecurrentTextConfig`].
 
     Returns:
@@ -53,8 +55,11 @@ def recurrent_tower_from_glove(
     Raises:
         ValueError: if a line is malformed (the message names file and line), or no word is left.
     """
+    # Padding has a vector of zeros, unknown words the mean.
     vocabulary, vectors = read_glove(path, words)
     special = np.stack([np.zeros(vectors.shape[1], np.float32), vectors.mean(axis=0)])
+
+    # A tokenizer that looks whole words up.
     ids = {word: i for i, word in enumerate((PAD_TOKEN, UNK_TOKEN, *vocabulary))}
     backend = Tokenizer(models.WordLevel(ids, unk_token=UNK_TOKEN))
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -70,9 +75,13 @@ def recurrent_tower_from_glove(
 
 
 def read_glove(path: str | os.PathLike, words: Collection[str] | None = None) -> tuple[list[str], np.ndarray]:
-    """Words, lower-cased, and their vectors `(words, dimensions)`, float32. Of words that are alike the first stays.
+    """Read a GloVe file's words and vectors.
 
-    Entries with a space in them, which the largest GloVe files have, are passed over: no token is ever equal to one.
+    Words are lower-cased. If two become the same, the first one's vector stays. Entries with a space in them, which the
+    largest GloVe files have, are left out: no token is ever equal to one.
+
+    Returns:
+        The words, and their vectors `(words, dimensions)`, float32.
 
     Raises:
         ValueError: as [`recurrent_tower_from_glove`] does.
@@ -85,8 +94,10 @@ def read_glove(path: str | os.PathLike, words: Collection[str] | None = None) ->
             fields = line.rstrip().split(" ")
             dimensions = dimensions or len(fields) - 1
             word, values = fields[0].lower(), fields[1:]
-            if dimensions < 2:  # also the first line of a word2vec file: the numbers of words and of dimensions
+            # One number alone is no vector. A word2vec file begins so, with the numbers of words and dimensions.
+            if dimensions < 2:
                 raise ValueError(f"{path}, line {number}: {line.strip()[:60]!r} is not 'word v1 v2 ...'.")
+            # An entry with a space in it has more fields, and something other than a number before its vector.
             if len(values) > dimensions and not _is_number(values[-dimensions - 1]):
                 continue
             try:
@@ -97,6 +108,7 @@ def read_glove(path: str | os.PathLike, words: Collection[str] | None = None) ->
                     raise ValueError("a value is not finite")
             except ValueError as error:
                 raise ValueError(f"{path}, line {number} ({word[:40]!r}): {error}.") from error
+            # The special tokens have vectors of their own.
             if (wanted is None or word in wanted) and word not in (PAD_TOKEN.lower(), UNK_TOKEN.lower()):
                 vectors.setdefault(word, vector)
     if not vectors:
@@ -115,6 +127,7 @@ def _is_number(text: str) -> bool:
 def _write(
     folder: str | os.PathLike, vectors: torch.Tensor, tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]
 ) -> tuple[RecurrentTextModel, PreTrainedTokenizerBase]:
+    """Write a tower over word vectors, and its tokenizer."""
     model = RecurrentTextModel(
         RecurrentTextConfig(
             vocab_size=len(vectors), embedding_dim=vectors.shape[1], pad_token_id=tokenizer.pad_token_id, **config

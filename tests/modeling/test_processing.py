@@ -36,25 +36,25 @@ def test_pixels_are_rescaled_and_normalised(processor):
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA"])
 @pytest.mark.parametrize("image_processor", [CLIPImageProcessorPil, ViTImageProcessorPil])
-def test_pictures_of_every_mode_fit_one_batch(processor, image_processor, mode):
+def test_images_of_every_mode_fit_one_batch(processor, image_processor, mode):
     processor = IConEProcessor(image_processor(size={"height": 32, "width": 32}), processor.tokenizer)
-    pictures = [Image.new("RGB", (20, 30)), Image.new(mode, (20, 30))]
-    assert processor(images=pictures, return_tensors="pt")["pixel_values"].shape[:2] == (2, 3)
+    images = [Image.new("RGB", (20, 30)), Image.new(mode, (20, 30))]
+    assert processor(images=images, return_tensors="pt")["pixel_values"].shape[:2] == (2, 3)
 
 
 def test_round_trip_through_a_folder(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "icone"}')
-    picture, sentence = draw("red", "blue", 57), "a red square"
-    before = processor(images=[picture], text=[sentence], return_tensors="pt")
+    image, caption = draw("red", "blue", 57), "a red square"
+    before = processor(images=[image], text=[caption], return_tensors="pt")
     for loaded in (IConEProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
         assert isinstance(loaded, IConEProcessor)
-        after = loaded(images=[picture], text=[sentence], return_tensors="pt")
+        after = loaded(images=[image], text=[caption], return_tensors="pt")
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert loaded.tokenizer.model_max_length == 24
 
 
-def test_long_sentences_are_cut_with_one_warning(processor, caplog):
+def test_long_captions_are_cut_with_one_warning(processor, caplog):
     python_logging.getLogger("transformers").propagate = True
     assert processor.tokenizer.model_max_length == tiny_text_config().max_position_embeddings
     long = "a red square " * 20

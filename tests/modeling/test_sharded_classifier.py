@@ -1,4 +1,4 @@
-"""Class vectors over ranks against all of them in one process. What the ranks do: sharded_run.py."""
+"""Class vectors spread over ranks, against all of them in one process. Each rank runs sharded_run.py."""
 
 import os
 import re
@@ -85,13 +85,13 @@ def test_a_cut_classifier_gives_the_whole_ones_losses_and_gradients(make_model, 
     cut.shard_classifier()
     for one in (model, cut):
         one(**batch, group_ids=torch.tensor([3, 0, -100, 9])).loss.backward()
-    for (name, expected), ours in zip(model.named_parameters(), cut.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, expected.grad, atol=1e-6, rtol=1e-5, msg=name)
+    for (name, expected), found in zip(model.named_parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, atol=1e-6, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("class_vectors", ["random", "group_means"])
 def test_a_trainer_needs_no_whole_classifier(make_model, processor, tmp_path, class_vectors):
-    """The trainer makes the shares; the checkpoint has all of them, and loads as any other."""
+    """The trainer makes the shares; the checkpoint has all of them and loads like any other."""
     model, args = (
         make_model(num_groups=0),
         IConETrainingArguments(

@@ -1,4 +1,4 @@
-"""Pairs of towers of other families: pooling guessed, embeddings computed by hand, saved and loaded."""
+"""Pairs of towers of other families: pooling guessed, embeddings computed step by step, saved and loaded."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 import transformers
 from tiny import COLORS, WORDS, make_groups
 from torch.nn import functional as F
-from tower_kinds import IDS, SENTENCES, SHAPE, TEXT, VISION, word_tokenizer
+from tower_kinds import CAPTIONS, IDS, SHAPE, TEXT, VISION, word_tokenizer
 from transformers import AutoModel, AutoProcessor, BertModel, ResNetConfig, ResNetModel
 
 from icone_hf import (
@@ -53,24 +53,24 @@ def test_a_pair_of_towers(write_pair, tmp_path, vision, text):
     model = IConEModel.from_encoders(*folders, num_groups=4, projection_dim=16).eval()
     processor = IConEProcessor.from_encoders(*folders)
     assert (model.config.vision_pooling, model.config.text_pooling) == (VISION[vision].pooling, TEXT[text].pooling)
-    inputs = processor(images=make_groups(4)["image"][:], text=SENTENCES, return_tensors="pt")
+    inputs = processor(images=make_groups(4)["image"][:], text=CAPTIONS, return_tensors="pt")
 
-    # The embeddings are those of the towers' raw outputs, pooled and projected by hand.
+    # The embeddings are those of the towers' raw outputs, pooled and projected step by step.
     with torch.no_grad():
         output = model(**inputs)
         texts = {name: value for name, value in inputs.items() if name not in ("pixel_values", "token_type_ids")}
         towers = [AutoModel.from_pretrained(folder).eval() for folder in folders]
         raw_image = model.run_vision_tower(inputs["pixel_values"])
         raw_text = towers[1](**texts)
-        for tower, mine in zip(towers, (model.vision_model, model.text_model), strict=True):
-            assert all(torch.equal(v, mine.state_dict()[k]) for k, v in tower.state_dict().items())
+        for tower, own in zip(towers, (model.vision_model, model.text_model), strict=True):
+            assert all(torch.equal(v, own.state_dict()[k]) for k, v in tower.state_dict().items())
         image = VISION[vision].pooled(towers[0], raw_image, inputs["pixel_values"]) @ model.visual_projection.weight.T
-        sentence = TEXT[text].pooled(towers[1], raw_text, texts) @ model.text_projection.weight.T
+        caption = TEXT[text].pooled(towers[1], raw_text, texts) @ model.text_projection.weight.T
         torch.testing.assert_close(output.image_embeds, F.normalize(image, dim=-1), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(output.text_embeds, F.normalize(sentence, dim=-1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(output.text_embeds, F.normalize(caption, dim=-1), atol=1e-5, rtol=1e-4)
 
         # Padding changes nothing.
-        for row, alone in enumerate(SENTENCES):
+        for row, alone in enumerate(CAPTIONS):
             embeds = model(**processor(text=[alone], return_tensors="pt")).text_embeds
             torch.testing.assert_close(embeds[0], output.text_embeds[row], atol=1e-5, rtol=1e-4)
         ranked = encode_groups(model, processor, make_groups(4))
@@ -88,7 +88,7 @@ def test_a_pair_of_towers(write_pair, tmp_path, vision, text):
     saved = json.loads((tmp_path / "joined" / "config.json").read_text())
     assert (saved["vision_pooling"], saved["text_pooling"]) == (VISION[vision].pooling, TEXT[text].pooling)
     loaded, loaded_processor = (auto.from_pretrained(tmp_path / "joined") for auto in (AutoModel, AutoProcessor))
-    again = loaded_processor(images=make_groups(4)["image"][:], text=SENTENCES, return_tensors="pt")
+    again = loaded_processor(images=make_groups(4)["image"][:], text=CAPTIONS, return_tensors="pt")
     assert set(again) == set(inputs)
     assert all(torch.equal(again[name], inputs[name]) for name in inputs)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_the_papers_resnets_at_their_size(name, millions, cell, processor):
     inputs = processor(images=groups["image"][:], text=[c[0] for c in groups["captions"]], return_tensors="pt")
     inputs["pixel_values"] = F.interpolate(inputs["pixel_values"], size=(64, 64))
     before = {name: value.clone() for name, value in model.named_parameters()}
-    # Whether three steps on four pictures lower the loss of a random network this deep is chance: that it trains, not.
+    # Three steps on four images may or may not lower the loss of a random network this deep, but they must train it.
     assert np.isfinite(learn(model, inputs, 3, rate=1e-6)).all()
     check_towers_moved(model, before)
 
@@ -162,16 +162,16 @@ def test_the_papers_resnets_at_their_size(name, millions, cell, processor):
 def test_naflex_patches_are_cut_as_its_processor_cuts_them(write_pair):
     vision, text = write_pair("siglip2", "bert")
     model = IConEModel.from_encoders(vision, text, projection_dim=16).eval()
-    picture = make_groups(1)["image"][0].resize((32, 32))
-    theirs = transformers.Siglip2ImageProcessorPil.from_pretrained(vision)(picture, return_tensors="pt")
-    ours = IConEProcessor.from_encoders(vision, text)(images=picture, return_tensors="pt")["pixel_values"]
-    assert ours.shape == (1, 3, 32, 32)
+    image = make_groups(1)["image"][0].resize((32, 32))
+    patches = transformers.Siglip2ImageProcessorPil.from_pretrained(vision)(image, return_tensors="pt")
+    pixels = IConEProcessor.from_encoders(vision, text)(images=image, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32)
     with torch.no_grad():
-        expected = model.vision_model(**theirs).pooler_output
-        torch.testing.assert_close(model.run_vision_tower(ours).pooler_output, expected, atol=1e-5, rtol=1e-4)
+        expected = model.vision_model(**patches).pooler_output
+        torch.testing.assert_close(model.run_vision_tower(pixels).pooler_output, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_siglips_sentences_are_padded_to_full_length_without_a_mask(write_pair):
+def test_siglips_captions_are_padded_to_full_length_without_a_mask(write_pair):
     processor = IConEProcessor.from_encoders(*write_pair("clip", "siglip2"))
     inputs = processor(text=["a red square"], return_tensors="pt")
     assert set(inputs) == {"input_ids"}

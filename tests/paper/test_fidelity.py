@@ -61,12 +61,12 @@ def test_equation_6_as_printed():
     torch.testing.assert_close(fidelity.printed_loss(image, text, 1.0), contrastive_loss(image, text, 1.0))
 
 
-def test_the_printed_equation_takes_the_place_of_ours_in_the_model(make_model):
+def test_the_printed_equation_replaces_the_corrected_one_in_the_model(make_model):
     plain, printed = make_model(text_pooling="mean"), fidelity.as_printed(make_model(text_pooling="mean"))
     pairs = {"pooled_image": torch.randn(4, 32), "pooled_text": torch.randn(4, 24), "group_ids": torch.arange(4)}
-    ours, theirs = (model(**pairs, contrastive_weight=0.5) for model in (plain, printed))
-    expected = fidelity.printed_loss(ours.image_embeds, ours.text_embeds, 0.05)
-    torch.testing.assert_close(theirs.loss, ours.instance_loss + 0.5 * expected)
+    corrected, as_printed = (model(**pairs, contrastive_weight=0.5) for model in (plain, printed))
+    expected = fidelity.printed_loss(corrected.image_embeds, corrected.text_embeds, 0.05)
+    torch.testing.assert_close(as_printed.loss, corrected.instance_loss + 0.5 * expected)
     stage_one = [model(**pairs, contrastive_weight=0).loss for model in (plain, printed)]
     torch.testing.assert_close(*stage_one)
 

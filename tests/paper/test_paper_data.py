@@ -1,4 +1,4 @@
-"""The paper's figures, `paper/published.json`, against the text of its tables; the experiments against the paper."""
+"""The numbers in `paper/published.json` against the paper's tables, and the experiments against the paper."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from icone_hf import PAPER_STAGES, IConEConfig, IConEModel
 from icone_hf.paper.experiments import PAPER_TEMPERATURE, experiments_file, make_plan, published
 
 ROOT = Path(__file__).parents[2]
-# From "Table 1" to the end of the text, as it came: of Table 3 and the end of Table 4 it has fragments only.
+# The text from "Table 1" to its end, unchanged. It has only fragments of Table 3 and of the end of Table 4.
 TEXT = (ROOT / "tests" / "data" / "seed_tables.txt").read_text(encoding="utf-8")
 SENTENCE = (
     "compared to the traditional SoTA baseline Dual-Path, it exhibits a 45.4 point improvement by the Rsum indicator"
@@ -20,7 +20,7 @@ BLOCK_NAMES = {"flickr30k": "Flickr30k", "coco_1k": "MS-COCO 1k", "coco_5k": "MS
 
 
 def cells(start, end):
-    """The cells of the text between two markers, in order."""
+    """List the cells of the text between two markers."""
     part = TEXT[TEXT.index(start) : TEXT.index(end) if end else None]
     return [re.sub(r"\s+", " ", line.strip()) for line in part.split("\n")[1:] if line.strip()]
 
@@ -46,12 +46,12 @@ def test_tables_1_and_2_are_the_texts_cell_by_cell(name, following):
         expected += [] if name == "table1" else [BLOCK_NAMES[block["protocol"]]]
         paradigm = None
         for row in block["rows"]:
-            is_ours = row["method"] == "IConE"
-            if name == "table1" and row["paradigm"] != paradigm and not is_ours:
+            is_icone = row["method"] == "IConE"
+            if name == "table1" and row["paradigm"] != paradigm and not is_icone:
                 paradigm = row["paradigm"]
                 expected += [paradigm.capitalize(), "paradigm"]
-            expected.append("Our IConE" if is_ours else f"{row['method']} [{row['reference']}]")
-            expected += ["(Graph-free paradigm)"] if is_ours and name == "table1" else []
+            expected.append("Our IConE" if is_icone else f"{row['method']} [{row['reference']}]")
+            expected += ["(Graph-free paradigm)"] if is_icone and name == "table1" else []
             expected += [as_printed(value) for value in (*row["values"], row["parameters"])]
     assert found[first:] == expected
 
@@ -76,7 +76,7 @@ def is_number(cell):
 
 
 def place(numbers, placed, unplaced):
-    """Whether the text's numbers are those that have a place and those that have none, each kind in its order."""
+    """Say whether the text's numbers are the placed and the unplaced ones, each kind in its order."""
     reachable = {0}  # how many of `placed` were met after the numbers so far
     for position, number in enumerate(numbers):
         reachable = {
@@ -92,7 +92,7 @@ def place(numbers, placed, unplaced):
 
 
 def blocks_of(name, end):
-    """The numbers of the text under each of a table's headings."""
+    """Find the text's numbers under each of a table's headings."""
     found = cells(name, end)
     headings = [BLOCK_NAMES[protocol] for protocol in BLOCK_NAMES if BLOCK_NAMES[protocol] in found]
     starts = [found.index(heading) for heading in headings]
@@ -193,7 +193,7 @@ def test_single_losses_are_stage_i_with_that_loss_alone():
 def test_runs_that_experiments_share_are_planned_once():
     plan = make_plan(["all"], "paper", [0])
     assert list(plan.runs_of) == list(experiments_file()["experiments"])
-    # 2 data sets x (5 pairs of encoders x 3 recipes, 3 recipes that are not the paper's, 4 other temperatures)
+    # 2 data sets x (5 pairs of towers x 3 recipes, 3 recipes that are not the paper's, 4 other temperatures)
     assert len(plan.runs) == 2 * (5 * 3 + 3 + 4)
     assert len({run.folder for run in plan.runs}) == len(plan.runs)
     full = plan.runs_of["table1"]

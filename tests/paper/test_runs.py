@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def tiny(monkeypatch, towers, tmp_path):
-    """The paper's scale made tiny, and folders of pictures under Karpathy's JSON files."""
+    """Make the paper's scale tiny, and write folders of images under Karpathy's JSON files."""
     content = copy.deepcopy(experiments.experiments_file())
     scale = content["scales"]["paper"]
     scale |= {"projection_dim": 16, "global_batch_size": 16, "seeds": [0, 1]}
@@ -46,12 +46,12 @@ def tiny(monkeypatch, towers, tmp_path):
 
 
 def write_karpathy(folder, name, test):
-    """`folder/dataset_NAME.json`, and the pictures one level below."""
-    (folder / "pictures").mkdir(parents=True)
+    """Write `folder/dataset_NAME.json`, and the images one level below."""
+    (folder / "images").mkdir(parents=True)
     records = []
     for split, count, start in (("train", 12, 0), ("val", 4, 12), ("test", test, 16)):
         for row, group in enumerate(make_groups(count, start=start)):
-            group["image"].save(folder / "pictures" / f"{split}{row}.png")
+            group["image"].save(folder / "images" / f"{split}{row}.png")
             sentences = [{"raw": caption} for caption in group["captions"]]
             records.append({"filename": f"{split}{row}.png", "sentences": sentences, "split": split})
     (folder / f"dataset_{name}.json").write_text(json.dumps({"images": records}))
@@ -79,7 +79,7 @@ def test_table_3_and_a_figure_end_to_end(tiny, tmp_path, capsys, monkeypatch):
     (run,) = experiments.make_plan(["table1"], "paper", [0]).runs
     kept = out / "runs" / run.folder
     groups = load_groups(
-        tmp_path / "flickr30k" / "dataset_flickr30k.json", "test", image_root=tmp_path / "flickr30k" / "pictures"
+        tmp_path / "flickr30k" / "dataset_flickr30k.json", "test", image_root=tmp_path / "flickr30k" / "images"
     )
     embeds = encode_groups(IConEModel.from_pretrained(kept), IConEProcessor.from_pretrained(kept), groups)
     assert retrieval_metrics(*embeds) == pytest.approx(full["metrics"]["flickr30k"], abs=1e-3)
@@ -139,7 +139,7 @@ def test_settings_that_changed_make_another_run(tiny, tmp_path):
 
 
 def test_two_processes_take_part_and_one_writes(tmp_path):
-    """On the smoke scale's own data, towers and recipes; that two train as one does is test_distributed.py's."""
+    """The smoke scale has its own data, towers and recipes. test_distributed.py tests that two train as one does."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run(
         [*launcher, "-m", "icone_hf", "reproduce", "table1", "--smoke", "--output_dir", str(tmp_path)],
@@ -251,15 +251,15 @@ def record(seed, rsum, recipe="full"):
     return {**identity, "seed": seed, "metrics": {"flickr30k": metrics}, "validation": {"joint": metrics}, **rest}
 
 
-def test_the_page_sets_ours_beside_the_papers():
+def test_the_page_sets_icone_hfs_numbers_beside_the_papers():
     runs = {"a": record(0, 400), "b": record(1, 410), "c": record(0, 300, "only_instance")}
     results = {"scale": "miniature", "experiments": ["table1", "table3", "figure3", "figure4"], "runs": runs}
     text = page({**results, "not_run": {"d": "no data"}, "figures": {"figure4": {"reason": "because"}}})
     assert "| VSE++ [6] | graph-free | 39.6 | 70.1 | 79.5 | 2 | - | 52.9 |" in text
     assert "| 405.0 ± 7.1 (n=2) |" in text  # sqrt((5² + 5²) / 1)
-    assert "Ours: Full IConE (II) 405.0 > Only L_ins (I) 300.0 (without Only L_v-t (I))." in text
+    assert "icone_hf: Full IConE (II) 405.0 > Only L_ins (I) 300.0 (without Only L_v-t (I))." in text
     assert "| Only L_v-t (I) | paper | n.l. |" in text
-    assert "| **ours** | not run |" in text
+    assert "| **icone_hf** | not run |" in text
     assert "Not drawn: because." in text
     assert "- d: no data" in text
     lines = text.splitlines()

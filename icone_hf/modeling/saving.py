@@ -1,0 +1,126 @@
+"""How a model becomes a checkpoint folder, and is loaded from one."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from .compat import BeforeUploadMixin
+from .configuration_icone import IConEConfig
+from .lora import merged_state_dict
+from .objective import rank_index
+from .sentence_transformers_files import write_sentence_transformers_files
+from .sharded_classifier import ShardedClassifier
+
+logger = logging.get_logger(__name__)
+
+
+class SavingMixin(BeforeUploadMixin):
+    """Save and load a model as transformers does.
+
+    Beyond that it leaves out the class vectors if asked to, merges adapters, writes a sharded classifier by all ranks
+    and adds the files of sentence-transformers.
+    """
+
+    config: IConEConfig
+    classifier: "nn.Linear | ShardedClassifier | None"
+    record_adapters: Callable[[], None]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint, as in transformers.
+
+        With another `num_groups` than the checkpoint's the classifier starts fresh, and a warning is logged.
+
+        Raises:
+            RuntimeError: if any other weight differs in shape, unless `ignore_mismatched_sizes=True` is passed.
+            ValueError: if adapters are asked for that the checkpoint doesn't have.
+            ImportError: if the checkpoint has adapters (`config.vision_lora`, `text_lora`) and peft is missing.
+        """
+        if kwargs.get("ignore_mismatched_sizes"):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+        # Let transformers accept every shape, then refuse all mismatches but the classifier's.
+        return_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, **kwargs, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        model, info = loaded
+        # peft renames an adapted layer's own weights, so the checkpoint's weights don't find their layers.
+        if any(".base_layer." in name for name in info["missing_keys"]):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no adapters, but vision_lora or text_lora was asked for: load it "
+                "without, then call model.add_adapter(LoraConfig(...))."
+            )
+        for name, saved, wanted in sorted(info["mismatched_keys"]):
+            if name != "classifier.weight":
+                raise RuntimeError(
+                    f"{name} is {tuple(saved)} in {pretrained_model_name_or_path} but {tuple(wanted)} in the config. "
+                    "Load it with the config it was saved with, or pass ignore_mismatched_sizes=True to start it fresh."
+                )
+            logger.warning(
+                f"The checkpoint has class vectors for {saved[0]} groups, {wanted[0]} are wanted: the classifier "
+                "starts fresh, everything else is the checkpoint's."
+            )
+        return (model, info) if return_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        with_classifier: bool = True,
+        merge_lora: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save a checkpoint, as in transformers.
+
+        It always holds all weights, those of adapters too, and the files that sentence-transformers reads.
+
+        Args:
+            save_directory: folder of the checkpoint.
+            with_classifier: `False` leaves the class vectors out: searching needs none.
+            merge_lora: adds the adapters to the weights that they adapt. The checkpoint then loads without peft.
+            kwargs: arguments of transformers' `save_pretrained`.
+        """
+        # Choose the weights, and the config's fields that must say so.
+        self.record_adapters()
+        changed: dict[str, Any] = {} if with_classifier else {"num_groups": 0}
+        if merge_lora:
+            changed |= {"vision_lora": None, "text_lora": None}
+        state_dict = kwargs.pop("state_dict", None)
+        if merge_lora:
+            state_dict = merged_state_dict(self)  # type: ignore[arg-type]
+        sharded = self.classifier if isinstance(self.classifier, ShardedClassifier) else None
+        if sharded is not None or not with_classifier:
+            state_dict = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
+            state_dict = {name: value for name, value in state_dict.items() if not name.startswith("classifier.")}
+        if sharded is not None:
+            kwargs["max_shard_size"] = "1000TB"  # keep the rest in one file, beside which the class vectors are put
+
+        # transformers writes only one Auto class of a model into the config. A pipeline asks for this one.
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = {"AutoModelForZeroShotImageClassification": "modeling_icone.IConEModel", **auto_map}
+
+        # Save with the changed config, and give the model its own config back, also after an error.
+        before = {name: getattr(self.config, name) for name in changed}
+        try:
+            for name, value in changed.items():
+                setattr(self.config, name, value)
+            if sharded is None or rank_index() == 0:
+                super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)  # type: ignore[misc]
+                write_sentence_transformers_files(save_directory)
+        finally:
+            for name, value in before.items():
+                setattr(self.config, name, value)
+
+        # All ranks add their rows of the class vectors.
+        if sharded is not None and with_classifier:
+            sharded.add_to_checkpoint(save_directory)
+
+    def before_upload(self, folder: str | os.PathLike) -> None:
+        """Write sentence-transformers' files before an upload.
+
+        [`save_pretrained`] itself writes them after transformers has uploaded the folder.
+        """
+        write_sentence_transformers_files(folder)
