@@ -27,7 +27,10 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  #
 
 
 def _reduce(tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
-    """Sum over the ranks, or take the largest, in place."""
+    """Sum over the ranks, or take the largest.
+
+    It is done in place.
+    """
     if count_ranks() > 1:
         torch.distributed.all_reduce(
             tensor, torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM

@@ -78,7 +78,7 @@ class IConETrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Pairs of one forward pass, if a process's share of the batch is too large for its memory: same "
-            "loss and gradients, about 4/3 of the time. Stages with frozen encoders need none and take none. "
+            "loss and gradients, about 4/3 of the time. Stages with frozen towers need none and take none. "
             "Default: the whole share at once."
         },
     )

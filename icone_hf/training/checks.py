@@ -83,7 +83,7 @@ def check_classifier(model: IConEModel, args: IConETrainingArguments, num_groups
     samples, arguments = model.config.instance_samples, args.to_dict()
     if not samples and not args.shard_classifier:
         return
-    # Sampled classes have sparse gradients, and shards differ between ranks: not everything can deal with either.
+    # Sampled classes have sparse gradients, and shards differ between ranks: some options work with neither.
     option = f"instance_samples={samples}" if samples else "shard_classifier=True"
     if samples and args.shard_classifier:
         raise ValueError(f"{option} scores a sample of the classes, shard_classifier=True all: choose one of them.")

@@ -139,10 +139,7 @@ class IConETrainer:
             self.model.shard_classifier(fresh)
 
     def _open_repository(self) -> None:
-        """Make the repository on the Hub.
-
-        So the Hub's refusal shows now and not after the run.
-        """
+        """Make the repository: the Hub's refusal shows now."""
         if not self.args.push_to_hub:
             return
         private, revision, token = self.args.hub_private_repo, self.args.hub_revision, self.args.hub_token
@@ -158,10 +155,7 @@ class IConETrainer:
             load_weights(self._trained_part(stage), best)
 
     def _finish(self, anew: bool) -> dict[str, Any]:
-        """Save model and metrics; return the metrics.
-
-        What an earlier call has saved is kept.
-        """
+        """Save model and metrics, unless saved before; return metrics."""
         results = [self.folder.read_stage(index) for index in range(len(self.stages))]
         anew = anew or self.folder.read_metrics() is None
         PartialState().wait_for_everyone()  # all have looked
@@ -176,10 +170,7 @@ class IConETrainer:
     # --- one stage ---
 
     def _run_stage(self, index: int, checkpoint: Path | None) -> None:
-        """Train one stage and record its best epoch.
-
-        It starts from a checkpoint, if one is given.
-        """
+        """Train one stage and record its best epoch."""
         stage = self.stages[index]
         self._announce(index)
         args = self._stage_arguments(index)
@@ -200,7 +191,7 @@ class IConETrainer:
         stage = self.stages[index]
         logger.warning(
             f"Stage {index + 1} of {len(self.stages)}, {stage.name!r}: {stage.num_train_epochs:g} epochs of "
-            f"{len(Captions.read(self.train_dataset))} pairs, encoders "
+            f"{len(Captions.read(self.train_dataset))} pairs, towers "
             f"{'trained' if stage.train_encoders else 'frozen'}, "
             f"loss = {stage.instance_weight:g} x instance + {stage.contrastive_weight:g} x contrastive."
         )
@@ -218,17 +209,14 @@ class IConETrainer:
         return args
 
     def _freeze(self, stage: Stage) -> None:
-        """Require gradients of what the stage trains alone.
-
-        DDP waits for every gradient that is required.
-        """
+        """Require gradients of what the stage trains alone."""
         self.model.set_encoders_trainable(stage.train_encoders)
         for parameters, weight in (
             (self.model.classifier, stage.instance_weight),
             (self.model.logit_scale, stage.contrastive_weight),
             (self.model.logit_bias, stage.contrastive_weight),
         ):
-            if parameters is not None:
+            if parameters is not None:  # DDP waits for every gradient that is required
                 parameters.requires_grad_(weight > 0)
 
     def _stage_data(self, stage: Stage) -> tuple[PairDataset | FeatureCache, Dataset | FeatureCache]:
