@@ -43,6 +43,7 @@ same_transformers = pytest.mark.skipif(transformers.__version__ != MADE_BY, reas
 def files(tmp_path, monkeypatch):
     """A copy to work in; paths in the files are relative."""
     shutil.copytree(FILES, tmp_path / "files")
+    shutil.unpack_archive(FILES / "finished_code.zip", tmp_path / "files" / "finished")
     monkeypatch.chdir(tmp_path / "files")
     return tmp_path / "files"
 
