@@ -1,1 +1,1 @@
-"""What the package is measured by: one file a claim, results/*.json what came out."""
+"""Measurements of the package: a file for each claim, and what came out in results/."""

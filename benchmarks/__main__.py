@@ -1,7 +1,7 @@
-"""Measures how fast the package is, one claim at a time, and writes the tables of docs/ and README.
+"""Measure how fast the package is, one claim at a time, and write the tables of docs/.
 
-    python -m benchmarks NAME [NAME ...]     # or all; runs NAME again and replaces results/performance/NAME.json
-    python -m benchmarks --report            # writes these pages' tables, runs nothing
+    python -m benchmarks NAME [NAME ...]     # or all; measures NAME again and replaces results/performance/NAME.json
+    python -m benchmarks --report            # writes the tables of these pages, measures nothing
 
 Every speed is a ratio to a bare loop that runs in turns with it, so that a noisy machine disturbs both alike.
 """
@@ -20,7 +20,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--report", action="store_true", help="Write the pages from the results that there are.")
+    parser.add_argument("--report", action="store_true", help="Write the tables from the results, measure nothing.")
     options = parser.parse_args()
     unknown = set(options.names) - {*claims, "all"}
     if unknown or not (options.names or options.report):

@@ -1,9 +1,9 @@
-"""Trains the recipes of end_to_end.yaml, both stages, on 1,500 scenes at 96 pixels, by the package's own trainer.
+"""Train the recipes of end_to_end.yaml in both stages by the package's own trainer.
 
     python -m benchmarks.end_to_end [--recipes infonce icone] [--batches 16] [--seeds 0 1 2]
 
-What results/end_to_end.json holds already is not run again; an interrupted run is resumed. `python -m
-benchmarks.recipes --report` writes the table.
+They train on 1,500 scenes at 96 pixels. Runs that results/end_to_end.json already holds are not run again; an
+interrupted run is resumed. `python -m benchmarks.recipes --report` writes the table.
 """
 
 import argparse
@@ -38,7 +38,11 @@ RATES = {"heads": 1e-3, "joint": 3e-4}
 
 
 def train(recipe: dict[str, Any], batch: int, seed: int, config: dict[str, Any]) -> dict[str, Any]:
-    """One run: its metrics on validation after each stage and on test, and its seconds."""
+    """Train one run; return its metrics and seconds.
+
+    Metrics are on validation after each stage, and on test at the end.
+    """
+    # The folder's name tells runs apart, so that an interrupted one is found again.
     weights = "-".join(f"{first:g}{second:g}" for first, second in recipe["stages"].values())
     arguments, rates = recipe.get("arguments", {}), recipe.get("rates", RATES)
     values = [f"{name}{value}" for name, value in {**config, **arguments}.items()]
@@ -60,7 +64,7 @@ def train(recipe: dict[str, Any], batch: int, seed: int, config: dict[str, Any])
         save_total_limit=1,
         report_to="none",
         disable_tqdm=True,
-        eval_strategy="steps",
+        eval_strategy="steps",  # in the middle and at the end of a stage
         eval_steps=0.5,
         save_strategy="steps",
         save_steps=0.5,

@@ -1,11 +1,11 @@
-"""What the paper leaves open, measured: one change each to its recipe, for the table of docs/fidelity.md.
+"""Measure what the paper leaves open: one change each to its recipe.
 
     python -m benchmarks.fidelity [--changes base constant] [--part 1/2]
     python -m benchmarks.fidelity --report
 
-Heads on frozen towers, 1,000 scenes, batches of 128, the paper's two stages in 5 and 3 epochs (25 and 15 there). Every
-change has its learning rate chosen on validation, from the same four. What results/fidelity.json holds already is not
-run again; `--report` writes the page's tables.
+Projections and classifier on frozen towers, 1,000 scenes, batches of 128, the paper's two stages in 5 and 3 epochs (25
+and 15 there). Each change has its learning rate chosen on validation, from the same four. Runs that
+results/fidelity.json already holds are not run again; `--report` writes the tables of docs/fidelity.md.
 """
 
 import argparse
@@ -41,7 +41,10 @@ WEIGHTS = ((1.0, 0.0), (1.0, 1.0))  # lambda_1 and lambda_2 of each stage
 
 
 class PrintedEquation6(IConEModel):
-    """IConE with equation (6) as printed: no temperature in the denominator. For pairs of different groups."""
+    """Compute equation (6) as printed, without temperature in its denominator.
+
+    All pairs of a batch must be of different groups.
+    """
 
     def forward(self, *args: Any, contrastive_weight: float = 1.0, **kwargs: Any) -> Any:
         output = super().forward(*args, contrastive_weight=0.0, **kwargs)
@@ -52,7 +55,9 @@ class PrintedEquation6(IConEModel):
 
 
 def printed_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Equation (8) with (6) and (7) as printed: (6) divides the matching pair alone by tau, (7) all pairs.
+    """Compute equation (8) with (6) and (7) as printed.
+
+    (6) divides only the matching pair by tau, (7) all pairs.
 
     Args:
         image_embeds, text_embeds: `(batch, dim)`, L2-normalised, all of different groups.
@@ -64,19 +69,22 @@ def printed_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, temperat
 
 
 class TwoLayers(nn.Sequential):
-    """Linear, GELU, linear: a projection head of depth two, without biases like the one it stands for."""
+    """Project by two layers: linear, GELU, linear.
+
+    It has no biases, like the projection in whose place it stands.
+    """
 
     def __init__(self, width: int, dim: int):
         super().__init__(nn.Linear(width, dim, bias=False), nn.GELU(), nn.Linear(dim, dim, bias=False))
 
     @property
     def weight(self) -> torch.Tensor:
-        """What `embed_cached` reads dtype and device from."""
+        """Return the weight that `embed_cached` reads dtype and device from."""
         return cast(nn.Linear, self[0]).weight
 
 
 def deepen(model: IConEModel) -> IConEModel:
-    """Replaces both projections by [`TwoLayers`]."""
+    """Replace both projections by [`TwoLayers`]."""
     for name in ("visual_projection", "text_projection"):
         linear = getattr(model, name)
         setattr(model, name, TwoLayers(linear.in_features, linear.out_features))
@@ -84,12 +92,13 @@ def deepen(model: IConEModel) -> IConEModel:
 
 
 def as_printed(model: IConEModel) -> IConEModel:
+    """Turn the model into a [`PrintedEquation6`]."""
     model.__class__ = PrintedEquation6
     return model
 
 
 def schedule_named(name: str, **specific: Any) -> recipes.Schedule:
-    """A schedule of transformers after the usual warm-up, anew in each stage."""
+    """Return a schedule of transformers, anew in each stage after a warm-up."""
 
     def make(optimizer: torch.optim.Optimizer, updates: int) -> LRScheduler:
         return get_scheduler(name, optimizer, recipes.warmup(updates), updates, scheduler_specific_kwargs=specific)
@@ -98,7 +107,12 @@ def schedule_named(name: str, **specific: Any) -> recipes.Schedule:
 
 
 def one_cosine(before: int, total: int) -> recipes.Schedule:
-    """The usual schedule over `total` updates, from the one after `before` on: one stage's part of it."""
+    """Return one stage's part of a schedule over all stages.
+
+    Args:
+        before: updates of the stages before this one.
+        total: updates of all stages.
+    """
 
     def make(optimizer: torch.optim.Optimizer, updates: int) -> LRScheduler:
         whole = cast(LambdaLR, recipes.cosine(torch.optim.SGD([torch.zeros(1)], lr=1.0), total))
@@ -109,7 +123,7 @@ def one_cosine(before: int, total: int) -> recipes.Schedule:
 
 @dataclass(frozen=True)
 class Change:
-    """One change to the base: a row of the table."""
+    """Describe one change to the base: a row of the table."""
 
     label: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -145,7 +159,7 @@ CHANGES = {
 
 
 def train(change: Change, point: dict[str, Any], groups: int, batch: int, seed: int) -> dict[str, Any]:
-    """One run: its metrics on validation and test, updates and seconds."""
+    """Train one run; return its metrics, updates and seconds."""
     set_seed(seed)
     model = change.build(recipes.towers_model(groups, change.config))
     caches = recipes.open_caches(groups, "plain")
@@ -168,6 +182,8 @@ def train(change: Change, point: dict[str, Any], groups: int, batch: int, seed: 
 
 
 def run_change(name: str) -> None:
+    """Choose a change's learning rate on validation, then train it with all seeds."""
+
     def run(rate: float, seed: int) -> dict[str, Any]:
         point = {"config": {}, "arguments": {}, "learning_rate": rate}
         settings = {"recipe": name, "groups": GROUPS, "batch": BATCH, "seed": seed, "point": point}
@@ -183,7 +199,10 @@ def run_change(name: str) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """A row for each change that was run, in the order of CHANGES; differences to the base are of the same seeds."""
+    """Write a row for each change that was run.
+
+    Differences to the base are between runs of the same seed.
+    """
     base = {run["seed"]: run["test"]["rsum"] for run in recipes_report.final_runs(runs, recipe="base")}
     lines = [
         "| change | rate | Rsum, validation | Rsum, test | to the base, by seed | seeds |",

@@ -1,9 +1,10 @@
-"""The pictures of docs/figures.md, and how often its heat maps hit; both of the quickstart's model.
+"""Draw docs/figures.md from the quickstart's model, and measure how often heat maps hit.
 
     make quickstart
     python -m benchmarks.figures
 
-A game that was measured before with the same weights is not measured again. `--report` writes the page's tables alone.
+A pointing game that was measured before with the same weights is not measured again. `--report` writes the page's
+tables and runs nothing.
 """
 
 import argparse
@@ -25,23 +26,27 @@ PAGE = HERE.parent / "docs" / "figures.md"
 RESULTS = Results(HERE / "results" / "figures.json", "python -m benchmarks.figures")
 PIXELS = 160
 QUERIES = [100, 200, 300, 400]  # by their place in the split, not by their result
-# (split, its first groups, method, zoom): the methods are compared on the test scenes, the zoom is chosen on others.
+# The pointing games: (split, its first groups, method, zoom). The methods are compared on test scenes, the zoom is
+# chosen on validation scenes.
 GAMES: list[tuple[str, int, str, float | None]] = [
     *(("validation", 250, "grad_cam", zoom) for zoom in (1.0, 1.5, 2.0, 3.0, 4.0)),
-    *(("test", 300, method, None) for method in METHODS if method != "occlusion"),  # which never enlarges
+    *(("test", 300, method, None) for method in METHODS if method != "occlusion"),  # occlusion never enlarges
     *(("test", 300, method, 1.0) for method in METHODS),
 ]
 
 
-def draw(model: IConEModel, processor: Any, folder: Path) -> None:
-    """The page's pictures into `folder`."""
+def draw(model: IConEModel, processor: IConEProcessor, folder: Path) -> None:
+    """Draw the page's figures into `folder`."""
+    # The common space before and after training. "Before" is random: its seed makes the figure the same every time.
     groups = load_groups("openmoji-scenes", "test", num_groups=500, image_size=PIXELS)
     set_seed(0)
     untrained = IConEModel.from_encoders(*TOWERS, projection_dim=512, text_pooling="mean")
     before, after = (encode_groups(one, processor, groups) for one in (untrained, model))
     embedding_map(before, after).savefig(folder / "embedding_map.png")
+    # What the trained model retrieves.
     for direction in ("text_to_image", "image_to_text"):
         retrieval_grid(groups, after, QUERIES, direction=direction).savefig(folder / f"{direction}.png")
+    # Heat maps of the objects that a caption names, with their boxes.
     scenes = [groups[row] for row in QUERIES]
     queries = [scene["captions"][0] for scene in scenes]
     boxes = [named_boxes(query, scene["objects"]) for query, scene in zip(queries, scenes, strict=True)]
@@ -49,8 +54,8 @@ def draw(model: IConEModel, processor: Any, folder: Path) -> None:
     heat_map_grid(model, processor, images, queries, words, boxes).savefig(folder / "heat_maps.png")
 
 
-def play(model: IConEModel, processor: Any, weights: str) -> None:
-    """The games that have not been measured with these weights."""
+def play(model: IConEModel, processor: IConEProcessor, weights: str) -> None:
+    """Measure the games that these weights lack."""
     for split, count, method, zoom in GAMES:
         game = {"weights": weights, "split": split, "scenes": count, "method": method, "zoom": zoom}
         if any(game.items() <= run.items() for run in RESULTS.read()):
@@ -60,7 +65,10 @@ def play(model: IConEModel, processor: Any, weights: str) -> None:
 
 
 def tables() -> dict[str, str]:
-    """The page's blocks by name, from the games of the weights that were measured last."""
+    """Write the page's tables, by name of the block.
+
+    The games of the weights that were measured last are shown.
+    """
     runs = RESULTS.read()
     rates: dict[Any, dict[str, Any]] = {
         (run["split"], run["method"], run["zoom"]): run for run in runs if run["weights"] == runs[-1]["weights"]
@@ -75,16 +83,16 @@ def tables() -> dict[str, str]:
     return {
         "methods": "\n".join(
             [
-                f"| {rates[any_test]['trials']} trials | hits | without the enlarged picture |",
+                f"| {rates[any_test]['trials']} trials | hits | without the enlarged image |",
                 "|---|---|---|",
                 *methods,
-                f"| chance: the box's share of the picture | {percent(*any_test, 'chance')} | |",
-                f"| the picture's centre | {percent(*any_test, 'centre')} | |",
+                f"| chance: the box's share of the image | {percent(*any_test, 'chance')} | |",
+                f"| the image's centre | {percent(*any_test, 'centre')} | |",
             ]
         ),
         "zoom": "\n".join(
             [
-                "| the picture enlarged to | " + " | ".join(f"{zoom:g}x" for zoom in zooms) + " |",
+                "| the image enlarged to | " + " | ".join(f"{zoom:g}x" for zoom in zooms) + " |",
                 "|---" * (len(zooms) + 1) + "|",
                 "| hits | " + " | ".join(percent("validation", "grad_cam", zoom) for zoom in zooms) + " |",
             ]
@@ -93,7 +101,7 @@ def tables() -> dict[str, str]:
 
 
 def marks(name: str) -> tuple[str, str]:
-    """Between which the page holds a block."""
+    """Return the two comments between which a block stands."""
     return f"<!-- {name}: python -m benchmarks.figures -->", f"<!-- end of {name} -->"
 
 

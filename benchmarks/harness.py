@@ -1,4 +1,4 @@
-"""What all measurements of speed share: timing in turns, memory of a fresh process, results, the page made of them."""
+"""Time runs in turns, measure memory, keep results and write them into pages."""
 
 import contextlib
 import datetime
@@ -30,23 +30,25 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "sentence-transfo
 
 
 def claims() -> dict[str, ModuleType]:
-    """Every module of benchmarks/performance, by name."""
+    """Import every module of benchmarks/performance; return them by name."""
     names = [module.name for module in pkgutil.iter_modules(performance.__path__)]
     return {name: importlib.import_module(f"benchmarks.performance.{name}") for name in names}
 
 
 def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int = 5, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each of `runs`, by name, one after the other `rounds` times; every second round goes backwards.
+    """Time runs in turns; return the seconds of each.
+
+    They run one after the other, `rounds` times; every second round goes backwards.
 
     Args:
-        runs: what to time. One that returns a number of seconds has timed itself, without what it had to prepare.
-        rounds: how often.
+        runs: what to time, by name. One that returns a float has timed itself, without what it had to prepare.
+        rounds: how often each is timed.
         warm_up: rounds before these, which are not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warm_up + rounds):
         for name in sorted(runs, key=list(runs).index, reverse=bool(number % 2)):
-            gc.collect()
+            gc.collect()  # one run's garbage must not be collected in the next one's time
             began = time.perf_counter()
             own = runs[name]()
             if number >= warm_up:
@@ -55,13 +57,16 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int = 5, warm_up:
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> float:
-    """The median over rounds of `name`'s seconds divided by those of `to` in the same round."""
+    """Return the median ratio of two runs.
+
+    It is the median over rounds of `name`'s seconds divided by those of `to` in the same round.
+    """
     return median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
 
 
 @contextlib.contextmanager
 def one_core_spared() -> Iterator[None]:
-    """A block in which torch gets all cores but one: that one decodes and tokenises."""
+    """Leave one core to decoding and tokenising, the others to torch."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
     try:
@@ -71,16 +76,21 @@ def one_core_spared() -> Iterator[None]:
 
 
 def peak_memory(function: Callable[..., Any], *args: Any) -> dict[str, float]:
-    """Runs `function(*args)` in a fresh process: `before` and `peak`, its resident memory in MiB.
+    """Run `function(*args)` in a fresh process and measure its memory.
 
-    `before` is taken when the function begins: what the imports cost. `function` must be importable, and its return
-    value is thrown away.
+    `function` must be importable; its return value is thrown away.
+
+    Returns:
+        `before` and `peak`, resident memory in MiB. `before` is taken when the function begins: what the imports cost.
+
+    Raises:
+        RuntimeError: if the process ends without an answer; the message has its exit code.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_watch, args=(sender, function, args))
     process.start()
-    sender.close()
+    sender.close()  # so that recv fails, and does not wait forever, if the process dies
     try:
         return receiver.recv()
     except EOFError:
@@ -98,13 +108,13 @@ def _watch(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> 
 
 
 def _memory(field: str) -> float:
-    """A field of this process's status, MiB."""
+    """Read a field of this process's status, in MiB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) / 1024
 
 
 def write_results(name: str, figures: dict[str, Any]) -> None:
-    """Puts figures into results/performance/NAME.json, with machine, versions and date."""
+    """Write results/performance/NAME.json, with machine, versions and date."""
     content = {
         "command": f"python -m benchmarks {name}",
         "date": datetime.date.today().isoformat(),
@@ -121,29 +131,32 @@ def _processor() -> str:
 
 
 def read_results(name: str) -> dict[str, Any]:
-    """What [`write_results`] wrote."""
+    """Read what [`write_results`] wrote."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (heads, ["---"] * len(heads), *rows)]
     return "\n".join(lines)
 
 
 def blocks() -> dict[str, str]:
-    """The tables by claim, for the claims that have results."""
+    """Return the tables of all claims that have results."""
     measured = {name: module for name, module in claims().items() if (RESULTS / f"{name}.json").is_file()}
     return {name: module.table(read_results(name)) for name, module in measured.items()}
 
 
 def page_of(name: str) -> Path:
-    """The page that shows a claim's table: its module's own, or docs/performance.md."""
+    """Return the page that shows a claim's table.
+
+    It is the module's `PAGE` or, without one, docs/performance.md.
+    """
     return getattr(claims()[name], "PAGE", PAGE)
 
 
 def write_pages() -> None:
-    """Puts every table between its marks in its page."""
+    """Put every table between its marks in its page."""
     for name, table in blocks().items():
         marks = f"<!-- {name}: python -m benchmarks --report -->", f"<!-- end of {name} -->"
         write_between(page_of(name), marks, table)

@@ -1,10 +1,11 @@
-"""Retrieval within one modality: a picture by another picture of the same content, a sentence by its group's others.
+"""Measure retrieval within one modality: image by image, caption by caption.
 
     python -m benchmarks.intra_modal [--groups 3000] [--batches 16 128] [--condition plain]
 
-The pictures that are looked for are the 1,000 test scenes, the queries the same scenes laid out anew: the same ground,
-objects, sizes and relation at other places. Recipes and their values are those that `python -m benchmarks.recipes` has
-chosen, trained again with the same seeds. What results/intra_modal.json holds already is not run again.
+An image looks for another image of the same scene: the gallery is the 1,000 test scenes, the queries are the same
+scenes laid out anew (the same ground, objects, sizes and relation at other places). A caption looks for the others of
+its group. Recipes and their values are those that `python -m benchmarks.recipes` has chosen, trained again with the
+same seeds. Runs that results/intra_modal.json already holds are not run again.
 """
 
 import argparse
@@ -29,7 +30,7 @@ RECIPES = ["infonce", "from_means", "neighbours", "max_hinge", "cosine_instance"
 
 @functools.cache
 def views_cache() -> FeatureCache:
-    """The test scenes laid out anew, encoded."""
+    """Encode the test scenes, laid out anew."""
     processor, model = IConEProcessor.from_encoders(*recipes.TOWERS), recipes.towers_model(0, {})
     processor.limit_text_length(model.config.text_config)
     views = draw_scenes("test", recipes.NUM_TEST, image_size=160, view=1)
@@ -37,15 +38,23 @@ def views_cache() -> FeatureCache:
 
 
 def measure(embeds: GroupEmbeddings, queries: torch.Tensor) -> dict[str, float]:
-    """`i2i_r1` and so on of the views' pictures, `queries`, among the scenes', and `t2t_r1` and so on of sentences."""
-    # One right answer a query: as sentences of which every picture has one.
+    """Rank images for other views of them, and captions for captions.
+
+    Args:
+        embeds: of the test scenes.
+        queries: `(images, dim)`, the embedded images of their other views.
+
+    Returns:
+        `i2i_r1` and so on of the images, `t2t_r1` and so on of the captions.
+    """
+    # Each query has one right answer. So the metrics are those of captions, one to each image.
     found = retrieval_metrics(embeds.image_embeds, queries, torch.arange(len(queries)))
-    by_picture = {name.replace("t2i", "i2i"): value for name, value in found.items() if name.startswith("t2i")}
-    return {**by_picture, **sentence_metrics(embeds.text_embeds, embeds.text_to_image)}
+    by_image = {name.replace("t2i", "i2i"): value for name, value in found.items() if name.startswith("t2i")}
+    return {**by_image, **sentence_metrics(embeds.text_embeds, embeds.text_to_image)}
 
 
 def measure_towers() -> None:
-    """What the towers' own outputs find, before any head is trained, into the results."""
+    """Measure the towers' own outputs, with nothing trained."""
     if any(run["recipe"] == TOWERS_ALONE for run in RESULTS.read()):
         return
     recipes.prepare(3000)
@@ -59,7 +68,10 @@ def measure_towers() -> None:
 def train(
     recipe: dict[str, Any], point: dict[str, Any], groups: int, batch: int, condition: str, seed: int
 ) -> dict[str, Any]:
-    """One run: the validation metrics that [`recipes.train`] has too, and those of this file on test."""
+    """Train one run; return its metrics, updates and seconds.
+
+    The validation metrics are those of [`recipes.train`], the test metrics those of this file.
+    """
     caches, began = recipes.open_caches(groups, condition), time.perf_counter()
     model, updates = recipes.train_model(recipe, point, caches, groups, batch, condition, seed)
     return {
@@ -85,6 +97,7 @@ def main() -> None:
         measure_towers()
         for groups in options.groups:
             recipes.prepare(groups)
+    # Train again what was chosen there, with the seeds that were tested there.
     for groups, batch, name in itertools.product(options.groups, options.batches, options.recipes):
         cell = {"recipe": name, "groups": groups, "batch": batch, "condition": options.condition}
         for run in recipes_report.final_runs(tuned, **cell):

@@ -1,4 +1,4 @@
-"""MODEL_CARD.md and its pictures, from the quickstart's run.
+"""Write MODEL_CARD.md and its figures from the quickstart's run.
 
 python -m benchmarks.model_card [outputs/quickstart]
 """
@@ -15,7 +15,7 @@ IN_DOCS = {EPOCHS_PICTURE: "validation_rsum.png", EXAMPLES_PICTURE: "quickstart.
 
 
 def main() -> None:
-    """Copies the card and pictures that a push of the run would upload."""
+    """Copy the card and figures that a push of the run would upload."""
     run = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/quickstart")
     write_card(run, REPOSITORY)
     card = (run / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Parameters of the configurations that the paper's "225M" could mean, counted on torch's meta device."""
+"""Count the parameters of all configurations that the paper's "225M" could mean."""
 
 import functools
 from typing import Any
@@ -10,18 +10,20 @@ from icone_hf import IConEConfig, IConEModel
 
 STATED = 225.0  # million, for Flickr30k and for MS-COCO alike
 GROUPS = {"without": 0, "Flickr30k": 29_783, "MS-COCO": 113_287}
-# Layers of each projection head; the first widens the tower's 768 to the common dimensions.
+# Layers of each projection; the first widens the tower's 768 to the common dimensions.
 DEPTHS = (1, 2, 3, 4)
 DIMS = (512, 2048)
 
 
 @functools.cache
 def count(dim: int, depth: int, num_groups: int) -> float:
-    """Millions of parameters of IConE with CLIP ViT-B/32 and BERT-base.
+    """Count the millions of parameters of IConE.
+
+    The towers are CLIP ViT-B/32 and BERT-base. Nothing is allocated: the model is built on torch's meta device.
 
     Args:
         dim: common dimensions.
-        depth: linear layers, with biases if there are several, of each projection head.
+        depth: linear layers, with biases if there are several, of each projection.
         num_groups: classes of the shared classifier; 0: no classifier.
     """
     with torch.device("meta"):
@@ -34,9 +36,12 @@ def count(dim: int, depth: int, num_groups: int) -> float:
 
 
 def table() -> str:
-    """Millions of parameters, a row for each kind of head; bold where they are within 1% of the stated number."""
+    """Write the counts, a row for each kind of projection.
+
+    Counts within 1% of the stated number are bold.
+    """
     lines = [
-        "| common dimensions | linear layers of each head | " + " | ".join(f"{name}" for name in GROUPS) + " |",
+        "| common dimensions | linear layers of each projection | " + " | ".join(f"{name}" for name in GROUPS) + " |",
         "|---|---|" + "---|" * len(GROUPS),
     ]
     for dim in DIMS:

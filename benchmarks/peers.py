@@ -1,10 +1,10 @@
-"""The same heads, on the same features, trained by other packages' own trainers and losses.
+"""Train the same projections on the same features by other packages' trainers and losses.
 
     python -m benchmarks.peers [--recipes dual_encoder] [--groups 3000] [--batches 16 128] [--part 1/2]
 
-By the protocol of docs/recipes.md, from the grids of peers.yaml into results/peers.json. The peers' towers would run
-anew in every epoch; here small stand-ins give the cached outputs of ours. `--report` writes the tables of
-docs/recipes.md, the recipes' rows included.
+The protocol is that of docs/recipes.md, the grids are in peers.yaml, the runs go into results/peers.json. The peers
+would run their towers anew in every epoch; small stand-ins return the cached outputs of the same towers instead.
+`--report` writes the tables of docs/recipes.md, the recipes' rows included.
 """
 
 import logging
@@ -53,7 +53,7 @@ DIM = 512
 
 
 class BestEpoch(TrainerCallback):
-    """Measures the validation Rsum after each epoch, and can bring the best epoch's heads back.
+    """Measure validation Rsum after each epoch; restore the best.
 
     Args:
         heads: has `visual_projection` and `text_projection`.
@@ -78,7 +78,12 @@ class BestEpoch(TrainerCallback):
 
 
 class CachedRows(InputModule):
-    """Stands for a frozen tower: gives its cached pooled outputs for row numbers, which begin at `first`."""
+    """Return cached pooled outputs in place of a frozen tower.
+
+    Args:
+        rows: `(rows, width)`, the cached outputs.
+        first: the number of the first row; inputs are row numbers.
+    """
 
     def __init__(self, rows: np.ndarray, first: int = 0):
         super().__init__()
@@ -95,10 +100,10 @@ class CachedRows(InputModule):
 
 
 def two_towers(image: np.ndarray, text: np.ndarray, dim: int = DIM) -> tuple[SentenceTransformer, nn.ModuleDict]:
-    """A SentenceTransformer of two routes, each a stand-in tower and a Dense head without bias; and its heads.
+    """Build a SentenceTransformer of two routes; return its projections too.
 
-    Row numbers of sentences follow those of pictures: their batch sampler takes equal values for duplicates, in
-    whichever columns they stand.
+    Each route is a stand-in tower and a Dense layer without bias. Row numbers of captions follow those of images: the
+    batch sampler of sentence-transformers takes equal values for duplicates, whatever their columns.
     """
     heads = nn.ModuleDict()
     routes: dict[str, list[Any]] = {}
@@ -113,7 +118,13 @@ def two_towers(image: np.ndarray, text: np.ndarray, dim: int = DIM) -> tuple[Sen
 
 
 def ranking_loss(model: SentenceTransformer, temperature: float, symmetric: bool) -> MultipleNegativesRankingLoss:
-    """Their loss: from picture to sentence, its default, or the mean of both directions."""
+    """Build the loss of sentence-transformers.
+
+    Args:
+        model: whose embeddings it compares.
+        temperature: divides the cosines.
+        symmetric: `False` ranks captions for an image, the loss's default; `True` takes the mean of both directions.
+    """
     if not symmetric:
         return MultipleNegativesRankingLoss(model, scale=1 / temperature)
     return MultipleNegativesRankingLoss(
@@ -127,7 +138,7 @@ def ranking_loss(model: SentenceTransformer, temperature: float, symmetric: bool
 def train_sentence_transformers(
     point: dict[str, Any], caches: dict[str, FeatureCache], epochs: float, batch: int, seed: int
 ) -> tuple[nn.Module, int]:
-    """The heads of the best epoch, and the updates of the run."""
+    """Train one run; return the best epoch's projections and the updates."""
     train, config = caches["train"], point["config"]
     model, heads = two_towers(train.image, train.text)
     best = BestEpoch(heads, caches["validation"])
@@ -156,7 +167,7 @@ def train_sentence_transformers(
 
 
 class PooledTower(PreTrainedModel):
-    """Stands for a frozen tower: its input is the cached pooled output already."""
+    """Pass a frozen tower's cached pooled output on."""
 
     config_class = PreTrainedConfig
 
@@ -172,8 +183,11 @@ class PooledTower(PreTrainedModel):
 
 
 def dual_encoder(image_width: int, text_width: int, dim: int = DIM) -> VisionTextDualEncoderModel:
-    """transformers' VisionTextDualEncoderModel, its own projections and loss, over stand-in towers."""
-    # Of these configs a stand-in uses the width alone; one head, since any width must do.
+    """Build transformers' VisionTextDualEncoderModel over stand-in towers.
+
+    Projections and loss are its own.
+    """
+    # A stand-in uses only the width of its config. One attention head divides any width.
     vision = CLIPVisionConfig(hidden_size=image_width, num_attention_heads=1)
     text = BertConfig(hidden_size=text_width, num_attention_heads=1)
     config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=dim)
@@ -181,7 +195,7 @@ def dual_encoder(image_width: int, text_width: int, dim: int = DIM) -> VisionTex
 
 
 class PairRows(torch.utils.data.Dataset):
-    """All pairs of a cache, as a dual encoder over stand-in towers takes them."""
+    """Read batches of pairs as the dual encoder takes them."""
 
     def __init__(self, cache: FeatureCache):
         self.cache, self.group_of = cache, cache.text_to_image.numpy()
@@ -194,14 +208,15 @@ class PairRows(torch.utils.data.Dataset):
         return {"pixel_values": torch.from_numpy(image), "input_ids": torch.from_numpy(text), "return_loss": True}
 
 
-def as_it_is(batch: Any) -> Any:
+def unchanged(batch: Any) -> Any:
+    """Return the batch: `PairRows` has collated it."""
     return batch
 
 
 def train_dual_encoder(
     point: dict[str, Any], caches: dict[str, FeatureCache], epochs: float, batch: int, seed: int
 ) -> tuple[nn.Module, int]:
-    """The model of the best epoch, and the updates of the run."""
+    """Train one run; return the best epoch's model and the updates."""
     train = caches["train"]
     model = dual_encoder(train.image.shape[1], train.text.shape[1])
     best = BestEpoch(model, caches["validation"])
@@ -209,7 +224,7 @@ def train_dual_encoder(
         trainer = Trainer(
             model,
             TrainingArguments(**common_arguments(folder, point, epochs, batch, seed), remove_unused_columns=False),
-            data_collator=as_it_is,
+            data_collator=unchanged,
             train_dataset=PairRows(train),
             callbacks=[best],
         )
@@ -222,7 +237,10 @@ def train_dual_encoder(
 
 
 def common_arguments(folder: str, point: dict[str, Any], epochs: float, batch: int, seed: int) -> dict[str, Any]:
-    """What the protocol sets. Optimizer, schedule, clipping and the like are the trainers' own defaults."""
+    """Return the arguments that the protocol sets.
+
+    Optimizer, schedule, clipping and the like stay the trainers' own defaults.
+    """
     return {
         "output_dir": folder,
         "learning_rate": point["learning_rate"],
@@ -243,7 +261,7 @@ TRAINERS = {"sentence_transformers": train_sentence_transformers, "dual_encoder"
 def train(
     peer: dict[str, Any], point: dict[str, Any], groups: int, batch: int, condition: str, seed: int
 ) -> dict[str, Any]:
-    """One run: its metrics on validation and test, updates and seconds."""
+    """Train one run; return its metrics, updates and seconds."""
     set_seed(seed)
     caches = recipes.open_caches(groups, condition)
     began = time.perf_counter()

@@ -1,11 +1,11 @@
-"""Trains the recipes of recipes.yaml on equal terms, by the protocol of docs/recipes.md.
+"""Train the recipes of recipes.yaml on equal terms, by the protocol of docs/recipes.md.
 
     python -m benchmarks.recipes [--recipes infonce both] [--groups 3000] [--batches 16 128] [--condition noisy]
     python -m benchmarks.recipes --report
 
-Heads on frozen towers. What results/recipes.json holds already is not run again. `--part i/n` takes every n-th cell, so
-that n processes can share the work; `--condition` changes the budget or the data for all recipes; `--report` writes the
-tables of docs/recipes.md.
+Projections and classifier on frozen towers. Runs that results/recipes.json already holds are not run again. `--part
+i/n` takes every n-th cell, so that n processes can share the work; `--condition` changes the budget or the data for all
+recipes; `--report` writes the tables of docs/recipes.md.
 """
 
 import argparse
@@ -52,7 +52,7 @@ CONDITIONS: dict[str, dict[str, float]] = {  # what differs from the plain proto
     "plain": {},
     "few_updates": {"epochs": 1},
     "long": {"epochs": 48},  # of 3,000 scenes and batches of 16: the seconds that the instance loss takes with 8
-    "noisy": {"exchanged": 0.3},  # share of the training sentences that stand with another group's picture
+    "noisy": {"exchanged": 0.3},  # share of the training captions that get another group's image
 }
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
@@ -62,10 +62,14 @@ Schedule = Callable[[torch.optim.Optimizer, int], LRScheduler]  # from an optimi
 
 
 def expand(recipe: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every point of a recipe's grid: the recipe with one value in the place of each list."""
+    """Yield every point of a recipe's grid.
+
+    A point is the recipe with one value in the place of each list.
+    """
     config, arguments = recipe.get("config", {}), recipe.get("arguments", {})
     names = [("config", name) for name in config] + [("arguments", name) for name in arguments]
     values = [*config.values(), *arguments.values(), recipe["learning_rate"]]
+    # Cross all lists; a value that is no list is the same in every point.
     for chosen in itertools.product(*(value if isinstance(value, list) else [value] for value in values)):
         point: dict[str, Any] = {"config": {}, "arguments": {}, "learning_rate": float(chosen[-1])}
         for (kind, name), value in zip(names, chosen[:-1], strict=True):
@@ -87,7 +91,7 @@ def towers_model(num_groups: int, config: dict[str, Any]) -> IConEModel:
 
 
 def prepare(groups: int) -> None:
-    """Fills the feature caches that all runs of a size read."""
+    """Fill the feature caches that all runs of a size read."""
     processor, model = IConEProcessor.from_encoders(*TOWERS), towers_model(0, {})
     processor.limit_text_length(model.config.text_config)
     for split, count in (("train", groups), ("validation", NUM_VALIDATION), ("test", NUM_TEST)):
@@ -99,19 +103,22 @@ def epochs_of(groups: int, condition: str) -> int:
 
 
 def open_caches(groups: int, condition: str) -> dict[str, FeatureCache]:
-    """The caches that `prepare` has filled, read into memory, by split."""
+    """Read the caches that `prepare` has filled into memory, by split."""
     caches = {}
     for split in ("train", "validation", "test"):
         folder = cache_folder(groups) / split
         cache = FeatureCache(folder, [5] * len(np.load(folder / "image.npy", mmap_mode="r")))
         cache.image, cache.text = np.array(cache.image), np.array(cache.text)
         caches[split] = cache
-    exchange_sentences(caches["train"].text, CONDITIONS[condition].get("exchanged", 0.0))
+    exchange_captions(caches["train"].text, CONDITIONS[condition].get("exchanged", 0.0))
     return caches
 
 
-def exchange_sentences(text: np.ndarray, share: float) -> None:
-    """Shuffles this share of the rows among themselves, in place; it is the data's, so the same rows for every seed."""
+def exchange_captions(text: np.ndarray, share: float) -> None:
+    """Shuffle this share of the rows among themselves, in place.
+
+    The noise belongs to the data: it is the same for every seed of a run.
+    """
     rng = np.random.default_rng(0)
     rows = rng.choice(len(text), round(share * len(text)), replace=False)
     text[rows] = text[rng.permutation(rows)]
@@ -141,10 +148,15 @@ def train_heads(
     schedule: Schedule = cosine,
     max_grad_norm: float = 1.0,
 ) -> int:
-    """One stage, as `StageTrainer` runs it (a test compares their weights) without what a Trainer costs at each step.
+    """Train one stage as `StageTrainer` does, but faster.
 
-    The model is left with the weights of its best epoch.
+    It leaves out what a Trainer costs at each step; a test compares the weights of both. The model keeps the weights of
+    its best epoch.
+
+    Returns:
+        The number of updates.
     """
+    # Batches, trained parameters and optimizer are those of the package's own trainer.
     classifier = model.classifier
     sampler = GroupBatchSampler(
         caches["train"].captions_per_group,
@@ -161,6 +173,7 @@ def train_heads(
     optimizer = torch.optim.AdamW(heads.values(), lr=stage.learning_rate, weight_decay=0.0, fused=True)
     rates = schedule(optimizer, updates)
     best_rsum, best_heads, done, epoch = -1.0, {}, 0, 0
+    # The last epoch may be a part of one: a stage's epochs may be a fraction.
     while done < updates:
         sampler.set_epoch(epoch)
         epoch += 1
@@ -176,6 +189,7 @@ def train_heads(
             rates.step()
             optimizer.zero_grad()
             done += 1
+        # Remember the epoch that does best on validation.
         rsum = rsum_of(model, caches["validation"])["rsum"]
         if rsum > best_rsum:
             best_rsum, best_heads = rsum, {name: parameter.detach().clone() for name, parameter in heads.items()}
@@ -192,7 +206,7 @@ def train_model(
     condition: str,
     seed: int,
 ) -> tuple[IConEModel, int]:
-    """The model after all stages of a recipe, and its updates."""
+    """Train all stages of a recipe; return the model and its updates."""
     set_seed(seed)
     model = towers_model(groups, point["config"])
     arguments, updates = point["arguments"], 0
@@ -200,6 +214,7 @@ def train_model(
         values = dict(values)
         epochs = epochs_of(groups, condition) * values.pop("share")
         stage = Stage(f"stage{i}", epochs, point["learning_rate"], train_encoders=False, **values)
+        # Class vectors can start from the groups' means once there is something to average: before their first use.
         is_first_use = stage.instance_weight and not any(s["instance_weight"] for s in recipe["stages"][:i])
         if is_first_use and arguments.get("class_vectors") == "group_means":
             with torch.no_grad():
@@ -212,7 +227,7 @@ def train_model(
 def train(
     recipe: dict[str, Any], point: dict[str, Any], groups: int, batch: int, condition: str, seed: int
 ) -> dict[str, Any]:
-    """One run: its metrics on validation and test, updates and seconds."""
+    """Train one run; return its metrics, updates and seconds."""
     caches = open_caches(groups, condition)
     began = time.perf_counter()
     model, updates = train_model(recipe, point, caches, groups, batch, condition, seed)
@@ -220,7 +235,7 @@ def train(
 
 
 def measure(model: IConEModel, caches: dict[str, FeatureCache], updates: int, seconds: float) -> dict[str, Any]:
-    """What is kept of a run."""
+    """Return what is kept of a run."""
     embeds = embed_cached(model, caches["test"])
     return {
         "validation": rsum_of(model, caches["validation"]),
@@ -232,11 +247,12 @@ def measure(model: IConEModel, caches: dict[str, FeatureCache], updates: int, se
 
 @dataclass(frozen=True)
 class Results:
-    """A file of runs.
+    """Keep runs in a JSON file.
 
     Args:
         path: of the JSON file; it need not exist yet.
-        command: that made it, and the packages whose versions it names.
+        command: that makes the runs.
+        packages: whose versions the file names.
     """
 
     path: Path
@@ -247,6 +263,7 @@ class Results:
         return json.loads(self.path.read_text())["runs"] if self.path.is_file() else []
 
     def add(self, run: dict[str, Any]) -> None:
+        # Several processes add runs (`--part`): one at a time reads, adds and replaces the file.
         WORK.mkdir(parents=True, exist_ok=True)
         with FileLock(str(WORK / "results.lock")):
             content = {
@@ -267,7 +284,7 @@ RESULTS = Results(HERE / "results" / "recipes.json", "python -m benchmarks.recip
 def run_once(
     train_one: Callable[..., dict[str, Any]], settings: dict[str, Any], recipe: Any, results: Results
 ) -> dict[str, Any]:
-    """The run with these settings, from the results if it is there.
+    """Return the run with these settings; train it if the results lack it.
 
     Args:
         train_one: called as [`train`] is.
@@ -275,13 +292,14 @@ def run_once(
         recipe: `train_one`'s first argument.
         results: where to look, and where the run is added.
     """
+    # A run that is there already is not trained again.
     for run in results.read():
         if all(run[key] == value for key, value in settings.items()):
             return run
     of_run = {name: value for name, value in settings.items() if name != "recipe"}
     run = {**settings, **train_one(recipe, **of_run)}
     if settings["seed"] == TUNING_SEED:
-        del run["test"]  # looked at for the chosen values alone
+        del run["test"]  # the test split is looked at for the chosen values alone
     results.add(run)
     print(f"{settings}: {run['validation']['rsum']:.1f} ({run['seconds']} s)", flush=True)
     return run
@@ -290,7 +308,10 @@ def run_once(
 def run_command(
     description: str, recipes_file: Path, results: Results, train_one: Callable[..., dict[str, Any]]
 ) -> None:
-    """The command line of this benchmark and of the peers', which share its protocol."""
+    """Parse the command line and run what is asked for.
+
+    This benchmark and the peers' share it, as they share the protocol.
+    """
     recipes = yaml.safe_load(recipes_file.read_text())
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=list(recipes), choices=list(recipes))
@@ -306,9 +327,11 @@ def run_command(
     WORK.mkdir(parents=True, exist_ok=True)  # for the lock of the features
     part, parts = map(int, options.part.split("/"))
     torch.set_num_threads(1)
+    # The first process fills the caches, the others wait for it.
     for groups in options.groups:
         with FileLock(str(WORK / "features.lock")):
             prepare(groups)
+    # Every cell of this part: tune with one seed, then train the best point with the others.
     cells = list(itertools.product(options.groups, options.recipes, options.batches))
     for groups, name, batch in cells[part - 1 :: parts]:
 

@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md and the README's, made from the files in results/."""
+"""The tables of docs/recipes.md, made from the files in results/."""
 
 import itertools
 import json
@@ -16,9 +16,9 @@ CONDITIONS = {
     "plain": "",
     "few_updates": ", one epoch",
     "long": ", 48 epochs",
-    "noisy": ", 3 of 10 sentences exchanged",
+    "noisy": ", 3 of 10 captions exchanged",
 }
-IN_README: dict[str, list[Any]] = {  # rows and columns of the README's table
+HEADLINE: dict[str, list[Any]] = {  # rows and columns of the page's first table
     "recipes": ["neighbours", "from_means", "max_hinge", "infonce", "sentence_transformers", "dual_encoder", "paper"],
     "cells": [
         ("plain", 1000, 16),
@@ -33,7 +33,7 @@ IN_README: dict[str, list[Any]] = {  # rows and columns of the README's table
 
 
 def read_all() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The recipes and the peers by name, and the runs of both that there are."""
+    """Read the recipes and the peers by name, and all runs of both."""
     recipes: dict[str, Any] = {}
     runs: list[dict[str, Any]] = []
     for name in ("recipes", "peers"):
@@ -45,13 +45,15 @@ def read_all() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def spread(values: list[float]) -> str:
+    """Write the mean and, in brackets, the lowest and the highest."""
     return f"{mean(values):.1f} ({min(values):.1f}-{max(values):.1f})"
 
 
 def final_runs(runs: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
-    """The runs of a recipe's point with the best validation Rsum; those of the tuning seed are left out.
+    """Pick the runs of a recipe's best point.
 
-    A grid that was widened can have moved the choice: the runs of the point that was chosen before are left out too.
+    The best point has the highest validation Rsum of the tuning seed, whose own runs are left out. Where a grid was
+    widened later, another point may have been best before: its runs are left out too.
     """
     runs = [run for run in runs if all(run[key] == value for key, value in settings.items())]
     tuned = [run for run in runs if run["seed"] == TUNING_SEED]
@@ -62,14 +64,17 @@ def final_runs(runs: list[dict[str, Any]], **settings: Any) -> list[dict[str, An
 
 
 def describe(config: dict[str, Any]) -> list[str]:
-    """The values of a loss that are tuned, in short."""
+    """Write the tuned values of a loss in short."""
     names = {"temperature": "tau", "instance_temperature": "tau_ins", "margin": "margin"}
     values = [f"{names[name]} {value:g}" for name, value in config.items() if name in names]
     return [*values, "both directions"] if config.get("symmetric") else values
 
 
 def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """One table for each condition, number of groups and batch size that was run, best recipe first."""
+    """Write one table for each cell, the best recipe first.
+
+    A cell is a condition, a number of groups and a batch size. Cells without runs are left out.
+    """
     blocks = []
     sizes = sorted({(r["groups"], r["batch"]) for r in runs})
     for condition, (groups, batch) in itertools.product(CONDITIONS, sizes):
@@ -96,8 +101,8 @@ def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
             updates = next(r["updates"] for r in runs if cell.items() <= r.items())
             blocks += [
                 f"### {groups:,} groups, batch {batch}{CONDITIONS[condition]} ({updates:,} updates)\n",
-                "| recipe | chosen on validation | Rsum, validation | Rsum, test | t2i R@1 | i2t R@1 | sentence to "
-                "sentence R@1 | seeds | s |",
+                "| recipe | chosen on validation | Rsum, validation | Rsum, test | t2i R@1 | i2t R@1 | caption to "
+                "caption R@1 | seeds | s |",
                 "|---|---|---|---|---|---|---|---|---|",
                 *(row for _, row in sorted(rows, reverse=True)),
                 "",
@@ -108,7 +113,11 @@ def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
 def overview(
     recipes: dict[str, Any], runs: list[dict[str, Any]], names: Iterable[str], cells: Iterable[tuple[str, int, int]]
 ) -> str:
-    """Mean test Rsum of recipes in cells (condition, number of groups, batch size), the best of each cell in bold."""
+    """Write the mean test Rsum of recipes in cells.
+
+    A cell is `(condition, number of groups, batch size)`; its best recipe is in bold.
+    """
+    # One column for each cell: the mean by recipe, where there are runs.
     columns = []
     for condition, groups, batch in cells:
         column = {}
@@ -119,19 +128,23 @@ def overview(
         columns.append(column)
     heads = [f"{groups:,} / {batch}{CONDITIONS[condition]}" for condition, groups, batch in cells]
     lines = ["| " + " | ".join(["training groups / batch", *heads]) + " |", "|---" * (len(columns) + 1) + "|"]
+    # The cell in which most recipes were run gives the order of the rows.
     fullest = max(columns, key=len)
     for name in sorted(names, key=lambda name: -fullest.get(name, 0)):
         row = [recipes[name]["label"]]
         for column in columns:
             value = f"{column[name]:.1f}" if name in column else "-"
-            best = len(column) > 1 and column.get(name) == max(column.values())
+            best = len(column) > 1 and column.get(name) == max(column.values())  # of one recipe, none is best
             row.append(f"**{value}**" if best else value)
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
 def end_to_end_table() -> str:
-    """The recipes that were run through both stages: Rsum after each, best first for each batch."""
+    """Write the table of the recipes that train both stages.
+
+    It has Rsum after each stage, and the best recipe first for each batch.
+    """
     recipes = yaml.safe_load((HERE / "end_to_end.yaml").read_text())
     runs = json.loads((HERE / "results" / "end_to_end.json").read_text())["runs"]
     lines = []
@@ -155,18 +168,22 @@ def end_to_end_table() -> str:
                 rows.append((mean(tests), "| " + " | ".join(cells) + " |"))
         lines += [row for _, row in sorted(rows, reverse=True)]
     header = (
-        "| batch | recipe | values | validation, frozen towers | validation, end to end | test | sentence to sentence "
+        "| batch | recipe | values | validation, frozen towers | validation, end to end | test | caption to caption "
         "R@1 | seeds | s |\n|---|---|---|---|---|---|---|---|---|"
     )
     return "\n".join([header, *lines])
 
 
 def intra_modal_table() -> str:
-    """Pictures found by other views of them and sentences by their group's others, for each cell the best first."""
+    """Write the table of retrieval within one modality.
+
+    Images are found by other views of the same scene, captions by the others of their group. For each cell the best
+    recipe stands first.
+    """
     recipes = yaml.safe_load((HERE / "recipes.yaml").read_text())
     runs = json.loads((HERE / "results" / "intra_modal.json").read_text())["runs"]
-    names = {"i2i_r1": "picture by picture R@1", "i2i_r5": "R@5", "i2i_mnr": "MnR"}
-    names |= {"t2t_r1": "sentence by sentence R@1", "t2t_r5": "R@5", "t2t_mnr": "MnR"}
+    names = {"i2i_r1": "image by image R@1", "i2i_r5": "R@5", "i2i_mnr": "MnR"}
+    names |= {"t2t_r1": "caption by caption R@1", "t2t_r5": "R@5", "t2t_mnr": "MnR"}
     lines = [
         "| groups / batch | recipe | " + " | ".join(names.values()) + " | seeds |",
         "|---" * (len(names) + 3) + "|",
@@ -190,33 +207,34 @@ def intra_modal_table() -> str:
 
 
 def blocks() -> list[tuple[Path, str, str]]:
-    """Page, name of the block in it and the block, for all that the results fill."""
+    """List all tables: page, name of the block, text."""
     measured = recipes, runs = read_all()
     page = ROOT / "docs" / "recipes.md"
     cells = sorted(
         {(r["condition"], r["groups"], r["batch"]) for r in runs}, key=lambda cell: (cell[0] != "plain", cell)
     )
     return [
+        (page, "headline", overview(*measured, HEADLINE["recipes"], HEADLINE["cells"])),
         (page, "overview", overview(*measured, recipes, cells)),
         (page, "tables", tables(*measured)),
         (page, "intra-modal", intra_modal_table()),
         (page, "end to end", end_to_end_table()),
-        (ROOT / "README.md", "recipes", overview(*measured, IN_README["recipes"], IN_README["cells"])),
     ]
 
 
 def write() -> None:
+    """Put every table into its page."""
     for page, name, text in blocks():
         write_between(page, marks(name), text)
 
 
 def marks(name: str) -> tuple[str, str]:
-    """Between which a page holds the block."""
+    """Return the two comments between which a block stands."""
     return f"<!-- {name}: python -m benchmarks.recipes --report -->", f"<!-- end of {name} -->"
 
 
 def write_between(page: Path, marks: tuple[str, str], text: str) -> None:
-    """Puts `text` between its marks in the page."""
+    """Put `text` between its marks in the page."""
     before, rest = page.read_text(encoding="utf-8").split(marks[0])
     _, after = rest.split(marks[1])
     page.write_text(f"{before}{marks[0]}\n\n{text.rstrip()}\n\n{marks[1]}{after}", encoding="utf-8")

@@ -1,1 +1,4 @@
-"""One file a claim of docs/performance.md: `measure()` gives the figures, `table(results)` the page's table of them."""
+"""The claims of docs/performance.md, one a file.
+
+`measure()` returns the figures, `table(results)` formats them for the page.
+"""

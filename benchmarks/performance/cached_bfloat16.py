@@ -1,6 +1,7 @@
-"""Features cached in bfloat16 cost no Rsum: heads trained and tested on either, the same seeds.
+"""Features cached in bfloat16 cost no Rsum.
 
-As docs/recipes.md trains them: cosine instance loss at 0.1, InfoNCE at 0.05, batches of 128, the best of eight epochs.
+Projections and classifier are trained and tested on float32 and on bfloat16 features with the same seeds, as
+docs/recipes.md trains them: cosine instance loss at 0.1, InfoNCE at 0.05, batches of 128, the best of eight epochs.
 """
 
 from statistics import mean
@@ -32,12 +33,12 @@ def measure() -> dict[str, Any]:
 
 
 def round_to_bfloat16(features: np.ndarray) -> np.ndarray:
-    """What a cache of this type gives back."""
+    """Return features as a bfloat16 cache gives them back."""
     return torch.from_numpy(features).bfloat16().float().numpy()
 
 
 def train(caches: dict[str, FeatureCache], seed: int) -> IConEModel:
-    """Heads on the frozen towers' features."""
+    """Train projections and classifier on frozen towers' features."""
     set_seed(seed)
     model = recipes.towers_model(GROUPS, CONFIG)
     recipes.train_heads(model, STAGE, caches, 128, seed)

@@ -1,8 +1,8 @@
-"""A step with sampled classes costs the same for a thousand groups and for a million; with all classes it grows.
+"""A step with sampled classes costs the same for a thousand groups and a million.
 
-Heads alone, on random pooled features: forward with both losses, backward, clipping and Adam, as a stage with frozen
-towers runs them. Each cell is a process of its own, the two of a size one after the other. The moments of all rows are
-written to before memory is read: a run touches every row sooner or later.
+With all classes it grows. Projections and classifier on random pooled features: forward with both losses, backward,
+clipping and Adam, as a stage with frozen towers runs them. Each cell is a process of its own, the two of a size one
+after the other. The moments of all rows are written to before memory is read: a run touches every row sooner or later.
 """
 
 import json
@@ -48,7 +48,8 @@ def measure() -> dict[str, Any]:
 
 
 def train(groups: int, samples: int, seconds_file: str) -> None:
-    """A few steps; their seconds go to a file."""
+    """Run a few steps and write their seconds to a file."""
+    # Towers as small as can be: only the width of their outputs counts.
     torch.set_num_threads(1)
     tower: dict[str, Any] = {
         "hidden_size": WIDTH,
@@ -80,7 +81,7 @@ def train(groups: int, samples: int, seconds_file: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
-        if step == 0:
+        if step == 0:  # Adam has made its moments; touch all their rows, so that they count as memory
             for state in optimizer.state.values():
                 state["exp_avg"].add_(0.0)
                 state["exp_avg_sq"].add_(0.0)
@@ -88,7 +89,7 @@ def train(groups: int, samples: int, seconds_file: str) -> None:
 
 
 def make_optimizer(model: IConEModel) -> torch.optim.Optimizer:
-    """As `StageTrainer` builds it."""
+    """Build the optimizer as `StageTrainer` does."""
     rows = model.classifier.weight if model.config.instance_samples and model.classifier is not None else None
     others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter is not rows]
     dense = torch.optim.AdamW(others, lr=1e-3, weight_decay=0.0, fused=True)
@@ -98,6 +99,7 @@ def make_optimizer(model: IConEModel) -> torch.optim.Optimizer:
 def table(results: dict[str, Any]) -> str:
     cells = {(cell["groups"], cell["samples"]): cell for cell in results["cells"]}
     rows = []
+    # One row for each number of groups: memory by the formula, memory measured, milliseconds of a step.
     for groups in sorted({groups for groups, _ in cells}):
         exact, sampled = cells[groups, 0], cells[groups, results["samples"]]
         slow, fast = median(exact["seconds"]), median(sampled["seconds"])

@@ -1,7 +1,7 @@
-"""What bf16, compiling, attention, memory layout and int8 do to speed and Rsum, on this machine's CPU.
+"""What bf16, compiling, attention, memory layout and int8 do to speed and Rsum.
 
-Encoding: every option on the same tensors, in turns, and the test Rsum of one trained model encoded so. Training: steps
-of Stage II through `IConETrainer`, in turns, and the test Rsum of a short run of each.
+All on the CPU. Encoding: every option on the same tensors, in turns, and the test Rsum of one trained model. Training:
+steps of Stage II by `IConETrainer`, in turns, and the test Rsum of a short run of each.
 """
 
 import copy
@@ -39,12 +39,12 @@ TRAINED = 320  # groups of the short runs of Stage II
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run the towers.
+    """Describe one way to run the towers.
 
     Args:
         prepare: changes a copy of the model, in place or by returning another.
         autocast: dtype of `torch.autocast`.
-        layout: of the pictures.
+        layout: of the images in memory.
     """
 
     prepare: Callable[[IConEModel], nn.Module] = lambda model: model
@@ -53,6 +53,7 @@ class Option:
 
 
 def compiled(model: Any) -> nn.Module:
+    # Captions differ in length from batch to batch; images don't.
     model.vision_model.compile()
     model.text_model.compile(dynamic=True)
     return model
@@ -72,10 +73,14 @@ def in_channels_last(model: IConEModel) -> nn.Module:
 
 
 def quantised(model: IConEModel) -> IConEModel:
-    """Linear layers with int8 weights; their inputs are quantised as they come."""
+    """Quantise the weights of linear layers to int8.
+
+    Their inputs are quantised at each call.
+    """
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
+# Names in the results; `label` writes them as the page does.
 DEFAULT = "float32, sdpa, channels_last pictures (the default)"
 OPTIONS = {
     DEFAULT: Option(),
@@ -97,14 +102,14 @@ TRAINING: dict[str, dict[str, Any]] = {
 
 
 class Encoder:
-    """A trained model under one option, and what it encodes."""
+    """Encode the same tensors with a trained model under one option."""
 
-    def __init__(self, model: IConEModel, option: Option, pictures: list[torch.Tensor], sentences: list[Any]):
+    def __init__(self, model: IConEModel, option: Option, images: list[torch.Tensor], captions: list[Any]):
         self.option = option
         self.model = cast(IConEModel, option.prepare(copy.deepcopy(model)))
         dtype = torch.bfloat16 if self.model.vision_model.dtype == torch.bfloat16 else torch.float32
-        self.pictures = [batch.to(dtype).contiguous(memory_format=option.layout) for batch in pictures]
-        self.sentences = sentences
+        self.image_batches = [batch.to(dtype).contiguous(memory_format=option.layout) for batch in images]
+        self.caption_batches = captions
 
     @torch.no_grad()
     def _run(self, embed: Callable[[Any], torch.Tensor], batches: list[Any]) -> torch.Tensor:
@@ -113,34 +118,38 @@ class Encoder:
             return torch.cat([F.normalize(embed(batch).float(), dim=-1) for batch in batches])
 
     def images(self) -> torch.Tensor:
-        return self._run(lambda pixels: self.model.get_image_features(pixels).pooler_output, self.pictures)
+        return self._run(lambda pixels: self.model.get_image_features(pixels).pooler_output, self.image_batches)
 
     def texts(self) -> torch.Tensor:
-        return self._run(lambda inputs: self.model.get_text_features(**inputs).pooler_output, self.sentences)
+        return self._run(lambda inputs: self.model.get_text_features(**inputs).pooler_output, self.caption_batches)
 
 
 def prepared() -> tuple[IConEModel, list[torch.Tensor], list[Any], torch.Tensor]:
-    """A trained model, the test scenes' pictures and sentences in batches, and each sentence's picture."""
+    """Train a model and prepare the test scenes.
+
+    Returns:
+        The model, the images and the captions in batches, and each caption's image.
+    """
     recipes.prepare(cached_bfloat16.GROUPS)
     model = cached_bfloat16.train(recipes.open_caches(cached_bfloat16.GROUPS, "plain"), seed=0)
     processor = IConEProcessor.from_encoders(*recipes.TOWERS)
     groups = recipes.scenes("test", TESTED)
-    captions, text_to_image = Captions.read(groups).flat, Captions.read(groups).text_to_image
-    order = by_length(processor, captions)
-    pictures = [
+    captions = Captions.read(groups)
+    order = by_length(processor, captions.flat)
+    images = [
         processor(images=groups[rows]["image"], return_tensors="pt")["pixel_values"]
         for rows in in_batches(range(TESTED), BATCH_SIZE)
     ]
-    sentences = [
-        processor(text=[captions[row] for row in rows], return_tensors="pt")
+    texts = [
+        processor(text=[captions.flat[row] for row in rows], return_tensors="pt")
         for rows in in_batches(order.tolist(), BATCH_SIZE)
     ]
-    return model, pictures, sentences, text_to_image[torch.from_numpy(order)]
+    return model, images, texts, captions.text_to_image[torch.from_numpy(order)]
 
 
 def measure_encoding() -> dict[str, Any]:
-    model, pictures, sentences, rows = prepared()
-    encoders = {name: Encoder(model, option, pictures, sentences) for name, option in OPTIONS.items()}
+    model, images, captions, rows = prepared()
+    encoders = {name: Encoder(model, option, images, captions) for name, option in OPTIONS.items()}
     rsum = {name: retrieval_metrics(e.images(), e.texts(), rows)["rsum"] for name, e in encoders.items()}
     return {
         "pictures": TESTED,
@@ -152,7 +161,7 @@ def measure_encoding() -> dict[str, Any]:
 
 
 def train_once(groups: Dataset, tested: Dataset, arguments: dict[str, Any]) -> float:
-    """The test Rsum of a model that a short Stage II has trained, encoded in float32."""
+    """Train a short Stage II; return the test Rsum, encoded in float32."""
     set_seed(0)
     model = recipes.towers_model(len(groups), CONFIG)
     processor = IConEProcessor.from_encoders(*recipes.TOWERS)
@@ -176,7 +185,7 @@ def measure_training() -> dict[str, Any]:
     rsum = {name: train_once(groups, tested, arguments) for name, arguments in TRAINING.items()}
 
     def steps(arguments: dict[str, Any]) -> Callable[[], float]:
-        return lambda: stage_two.ours(few, **arguments)
+        return lambda: stage_two.package(few, **arguments)
 
     runs = {name: steps(arguments) for name, arguments in TRAINING.items()}
     return {"groups": TRAINED, "rsum": rsum, "seconds": harness.interleaved(runs)}
@@ -187,11 +196,15 @@ def measure() -> dict[str, Any]:
     return {"encoding": measure_encoding(), "training": measure_training()}
 
 
+def label(option: str) -> str:
+    return option.replace("pictures", "images")
+
+
 def table(results: dict[str, Any]) -> str:
     encoding, training = results["encoding"], results["training"]
     rows = [
         [
-            name,
+            label(name),
             *(f"{harness.ratio(encoding[what], DEFAULT, to=name):.2f}" for what in ("image_seconds", "text_seconds")),
             f"{rsum:.1f}",
         ]
@@ -202,10 +215,10 @@ def table(results: dict[str, Any]) -> str:
         [name, f"{harness.ratio(training['seconds'], base, to=name):.2f}", f"{rsum:.1f}"]
         for name, rsum in training["rsum"].items()
     ]
-    encoded = f"encoding {encoding['pictures']} pictures, {encoding['sentences']} sentences"
+    encoded = f"encoding {encoding['pictures']} images, {encoding['sentences']} captions"
     return "\n\n".join(
         (
-            harness.markdown([encoded, "speed, pictures", "speed, sentences", "test Rsum"], rows),
+            harness.markdown([encoded, "speed, images", "speed, captions", "test Rsum"], rows),
             harness.markdown(
                 [f"Stage II, batch {stage_two.BATCH}, {training['groups']} groups", "speed", "test Rsum"], steps
             ),

@@ -1,7 +1,7 @@
 """The feature cache fills at 0.95 of the bare towers' speed or more.
 
-The bare loop has its tensors ready: pictures decoded, sentences tokenised and batched by length. torch gets all cores
-but one, which decodes and tokenises; on a machine that has no core to spare that work is added to the towers' own.
+The bare loop has its tensors ready: images decoded, captions tokenised and batched by length. torch gets all cores
+but one, which decodes and tokenises; on a machine without a core to spare that work is added to the towers' own.
 """
 
 import itertools
@@ -21,24 +21,24 @@ from icone_hf.embedding.encoding import by_length, in_batches, pool_images, pool
 GROUPS = 512
 BATCH_SIZE = 64
 ROUNDS = 3
-LABELS = {
-    "bare pictures": "pictures, bare tower",
-    "pictures, thread": "pictures, decoded by a thread (no workers)",
-    "pictures, worker": "pictures, decoded by one worker process",
-    "bare sentences": "sentences, bare tower",
-    "sentences": "sentences, sorted and tokenised",
+LABELS = {  # by key in the results
+    "bare pictures": "images, bare tower",
+    "pictures, thread": "images, decoded by a thread (no workers)",
+    "pictures, worker": "images, decoded by one worker process",
+    "bare sentences": "captions, bare tower",
+    "sentences": "captions, sorted and tokenised",
     "build": "the whole cache: digests, both towers, written to disk",
 }
 
 
 @torch.no_grad()
-def run_pictures(model: IConEModel, batches: Iterable[torch.Tensor]) -> None:
+def run_images(model: IConEModel, batches: Iterable[torch.Tensor]) -> None:
     for pixel_values in batches:
         model.pool_image(model.run_vision_tower(pixel_values))
 
 
 @torch.no_grad()
-def run_sentences(model: IConEModel, batches: Iterable[Any]) -> None:
+def run_captions(model: IConEModel, batches: Iterable[Any]) -> None:
     for inputs in batches:
         model.pool_text(model.text_model(**inputs, return_dict=True), inputs["attention_mask"])
 
@@ -49,6 +49,7 @@ def measure() -> dict[str, Any]:
     groups = load_groups("openmoji-scenes", "test", num_groups=GROUPS)
     captions = Captions.read(groups).flat
     rows = in_batches(range(GROUPS), BATCH_SIZE)
+    # What the bare towers get: tensors that are ready.
     images = [processor(images=groups[batch]["image"], return_tensors="pt")["pixel_values"] for batch in rows]
     images = [batch.contiguous(memory_format=torch.channels_last) for batch in images]
 
@@ -56,13 +57,14 @@ def measure() -> dict[str, Any]:
         return in_batches([captions[row] for row in by_length(processor, captions)], BATCH_SIZE)
 
     texts = [processor(text=batch, return_tensors="pt") for batch in sorted_batches()]
+    # In turns: each tower bare and through the package, and the whole cache, in a new folder each time.
     with tempfile.TemporaryDirectory() as folder:
         number = itertools.count()
         runs = {
-            "bare pictures": lambda: run_pictures(model, images),
+            "bare pictures": lambda: run_images(model, images),
             "pictures, thread": lambda: list(pool_images(model, processor, groups, rows)),
             "pictures, worker": lambda: list(pool_images(model, processor, groups, rows, num_workers=1)),
-            "bare sentences": lambda: run_sentences(model, texts),
+            "bare sentences": lambda: run_captions(model, texts),
             "sentences": lambda: list(pool_texts(model, processor, sorted_batches())),
             "build": lambda: FeatureCache.build(f"{folder}/{next(number)}", model, processor, groups, BATCH_SIZE),
         }
@@ -81,13 +83,14 @@ def measure() -> dict[str, Any]:
     }
 
 
-def _padded(processor: Any, captions: list[str]) -> int:
-    """Tokens of all batches, padding included."""
+def _padded(processor: IConEProcessor, captions: list[str]) -> int:
+    """Count the tokens of all batches, padding included."""
     batches = in_batches(captions, BATCH_SIZE)
     return sum(processor(text=batch, return_tensors="pt")["input_ids"].numel() for batch in batches)
 
 
 def table(results: dict[str, Any]) -> str:
+    # Filling the cache is compared with both bare towers together, the rest with the tower of its kind.
     seconds = dict(results["seconds"])
     bare = [sum(both) for both in zip(seconds["bare pictures"], seconds["bare sentences"], strict=True)]
     seconds["bare"] = bare
@@ -104,5 +107,5 @@ def table(results: dict[str, Any]) -> str:
     padding = ", ".join(
         f"{100 * count / results['tokens'] - 100:.0f}% {order}" for order, count in results["padded_tokens"].items()
     )
-    heads = (f"{results['pictures']} pictures, {results['sentences']} sentences", "s", "speed, bare towers = 1")
-    return f"{harness.markdown(heads, rows)}\n\nPadding of the sentences' batches, beside their tokens: {padding}."
+    heads = (f"{results['pictures']} images, {results['sentences']} captions", "s", "speed, bare towers = 1")
+    return f"{harness.markdown(heads, rows)}\n\nPadding of the captions' batches, relative to their tokens: {padding}."

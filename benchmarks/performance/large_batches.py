@@ -1,6 +1,7 @@
-"""A batch in chunks takes at most 1.1 times the memory of a plain batch of the chunk's size, and 1.4 times its time.
+"""A batch in chunks takes at most 1.1 times the memory of one chunk.
 
-Both towers are trained, by both losses. The bare loop goes over the same pairs in batches of the chunk's size.
+It takes at most 1.4 times the time of plain batches of the chunk's size. Both towers are trained, by both losses. The
+bare loop goes over the same pairs in batches of the chunk's size.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,11 @@ STAGE = Stage("joint", 1, 1e-5, instance_weight=1, contrastive_weight=1, train_e
 
 
 class Training:
-    """Towers, groups and the ways to train on `pairs` pairs, the same ones in each."""
+    """Train on the same pairs in plain batches or in chunks.
+
+    Args:
+        pairs: the number of pairs of an update.
+    """
 
     def __init__(self, pairs: int):
         torch.manual_seed(0)
@@ -33,7 +38,10 @@ class Training:
         self.model = towers_model(len(self.groups), {}).train()
 
     def plain(self, batch: int) -> Callable[[], None]:
-        """The bare loop: forward, backward and Adam's step for every `batch` of the pairs."""
+        """Return the bare loop.
+
+        It runs forward, backward and Adam's step for every `batch` of the pairs.
+        """
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=STAGE.learning_rate, weight_decay=0)
         pairs = next(iter(GroupBatchSampler(self.dataset.captions_per_group, self.pairs)))
         collate = PairCollator(self.processor)
@@ -48,7 +56,7 @@ class Training:
         return run
 
     def chunks(self) -> Callable[[], None]:
-        """The package: one update of all the pairs, in chunks."""
+        """Return the package's update of all the pairs, in chunks."""
         args = IConETrainingArguments(
             "outputs/large_batches",
             global_batch_size=self.pairs,
@@ -70,7 +78,10 @@ class Training:
 
 
 def run_twice(way: str, pairs: int, *batch: int) -> None:
-    """From the second update on Adam's moments are there, and in chunks the gradients beside them."""
+    """Run two updates.
+
+    From the second on Adam's moments are in memory, and in chunks the gradients beside them.
+    """
     run = getattr(Training(pairs), way)(*batch)
     run()
     run()

@@ -1,4 +1,4 @@
-"""What ONNX Runtime gains over torch on a CPU, and what int8 weights cost in Rsum."""
+"""What ONNX Runtime gains over torch on a CPU, and what Rsum int8 weights cost."""
 
 import tempfile
 from pathlib import Path
@@ -16,33 +16,35 @@ CONTENDERS = {"torch": "torch, float32", "onnx": "ONNX Runtime, float32", "int8"
 
 
 def measure() -> dict[str, Any]:
-    model, pictures, sentences, rows = compute_options.prepared()
+    # One trained model: in torch, and as graphs in float32 and with int8 weights.
+    model, images, captions, rows = compute_options.prepared()
     processor = IConEProcessor.from_encoders(*recipes.TOWERS)
-    in_torch = compute_options.Encoder(model, compute_options.Option(), pictures, sentences)
+    in_torch = compute_options.Encoder(model, compute_options.Option(), images, captions)
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(model, processor, folder, int8=True)
         files = {file.stem: file.stat().st_size / 2**20 for file in Path(folder, "onnx").iterdir()}
         graphs = {name: session(Path(folder, "onnx", f"{name}.onnx")) for name in files}
 
-    def images(graph: str) -> torch.Tensor:
-        outputs = [graphs[graph].run(None, {"pixel_values": batch.numpy()})[0] for batch in pictures]
+    def embed_images(graph: str) -> torch.Tensor:
+        outputs = [graphs[graph].run(None, {"pixel_values": batch.numpy()})[0] for batch in images]
         return torch.cat([torch.from_numpy(output) for output in outputs])
 
-    def texts(graph: str) -> torch.Tensor:
+    def embed_captions(graph: str) -> torch.Tensor:
         names = ("input_ids", "attention_mask")
-        outputs = [graphs[graph].run(None, {key: batch[key].numpy() for key in names})[0] for batch in sentences]
+        outputs = [graphs[graph].run(None, {key: batch[key].numpy() for key in names})[0] for batch in captions]
         return torch.cat([torch.from_numpy(output) for output in outputs])
 
     image_runs = {
         "torch": in_torch.images,
-        "onnx": lambda: images("vision_model"),
-        "int8": lambda: images("vision_model_quantized"),
+        "onnx": lambda: embed_images("vision_model"),
+        "int8": lambda: embed_images("vision_model_quantized"),
     }
     text_runs = {
         "torch": in_torch.texts,
-        "onnx": lambda: texts("text_model"),
-        "int8": lambda: texts("text_model_quantized"),
+        "onnx": lambda: embed_captions("text_model"),
+        "int8": lambda: embed_captions("text_model_quantized"),
     }
+    # The Rsum of each, then the seconds in turns.
     normalize = torch.nn.functional.normalize
     rsum = {
         name: retrieval_metrics(normalize(image_runs[name]()), normalize(text_runs[name]()), rows)["rsum"]
@@ -73,5 +75,5 @@ def table(results: dict[str, Any]) -> str:
         ]
         for name, label in CONTENDERS.items()
     ]
-    heads = ["what", "pictures/s", "torch = 1", "sentences/s", "torch = 1", "test Rsum", "MiB, pictures + sentences"]
+    heads = ["what", "images/s", "torch = 1", "captions/s", "torch = 1", "test Rsum", "MiB, images + captions"]
     return harness.markdown(heads, rows)

@@ -1,4 +1,7 @@
-"""Ranking COCO's 5k test costs little more than its two matrix products, its 1k folds included."""
+"""Ranking COCO's test split costs little more than its two matrix products.
+
+The five folds of 1,000 images are included.
+"""
 
 import time
 from typing import Any
@@ -9,22 +12,25 @@ import torch
 from benchmarks.harness import interleaved, markdown, peak_memory, ratio
 from icone_hf.evaluation.metrics import fold_ranks, mean_over_folds, metrics_of_ranks, retrieval_metrics
 
-IMAGES, SENTENCES_EACH, DIM, FOLDS = 5000, 5, 2048, 5
-BLOCK = 2**24  # scores held at once, by the products as by ours
-LOOP_QUERIES = 100  # of the loop; it costs the same for each
+IMAGES, CAPTIONS_EACH, DIM, FOLDS = 5000, 5, 2048, 5
+BLOCK = 2**24  # scores held at once, by the products as by `retrieval_metrics`
+LOOP_QUERIES = 100  # of the loop, which costs the same for each query
 
 
 def gallery() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unit vectors that look like a trained model's: a sentence lies nearer to its image than to most."""
+    """Draw unit vectors that look like a trained model's.
+
+    A caption lies nearer to its image than to most.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(IMAGES, DIM, generator=generator)
-    owner = torch.arange(IMAGES * SENTENCES_EACH) // SENTENCES_EACH
+    owner = torch.arange(IMAGES * CAPTIONS_EACH) // CAPTIONS_EACH
     texts = images[owner] + 6 * torch.randn(len(owner), DIM, generator=generator)
     return torch.nn.functional.normalize(images), torch.nn.functional.normalize(texts), owner
 
 
 def products(images: torch.Tensor, texts: torch.Tensor) -> None:
-    """The limit: both directions' scores, block by block, looked at by nobody."""
+    """Compute both directions' scores block by block: the limit."""
     for queries, items in ((texts, images), (images, texts)):
         size = BLOCK // len(items)
         for start in range(0, len(queries), size):
@@ -32,14 +38,17 @@ def products(images: torch.Tensor, texts: torch.Tensor) -> None:
 
 
 def vse_loop(images: np.ndarray, texts: np.ndarray, count: int) -> None:
-    """As VSE++'s public evaluation ranks: one image after the other, all items sorted; `count` images of each way."""
+    """Rank `count` images and their captions as VSE++'s public evaluation does.
+
+    It takes one query after the other and sorts all items.
+    """
     for row in range(count):
-        own = range(SENTENCES_EACH * row, SENTENCES_EACH * (row + 1))
+        own = range(CAPTIONS_EACH * row, CAPTIONS_EACH * (row + 1))
         order = np.argsort(images[row] @ texts.T)[::-1]
         min(np.where(order == text)[0][0] for text in own)
         scores = texts[own.start : own.stop] @ images.T
-        for sentence in scores:
-            np.where(np.argsort(sentence)[::-1] == row)[0][0]
+        for caption in scores:
+            np.where(np.argsort(caption)[::-1] == row)[0][0]
 
 
 def both(images: torch.Tensor, texts: torch.Tensor, owner: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
-"""A sample of the classes costs no Rsum at 3,000 groups: test Rsum by the number that is sampled.
+"""A sample of the classes costs no Rsum at 3,000 groups.
 
-Heads on the frozen towers' features of 3,000 scenes, as docs/recipes.md trains them: cosine instance loss at 0.1 and
-InfoNCE at 0.05, batches of 128, eight epochs, the weights of the last. Run through `StageTrainer`.
+Projections and classifier on frozen towers' features of 3,000 scenes, as docs/recipes.md trains them: cosine instance
+loss at 0.1 and InfoNCE at 0.05, batches of 128, eight epochs, the weights of the last. `StageTrainer` runs them.
 """
 
 import tempfile
@@ -28,7 +28,7 @@ def measure() -> dict[str, Any]:
 
 
 def train(caches: dict[str, Any], samples: int, seed: int) -> dict[str, Any]:
-    """One run: the test Rsum of its last epoch, and the seconds of an update."""
+    """Train one run; return its test Rsum and seconds an update."""
     set_seed(seed)
     model = recipes.towers_model(GROUPS, {**CONFIG, "instance_samples": samples})
     model.set_encoders_trainable(False)

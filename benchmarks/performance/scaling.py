@@ -1,4 +1,7 @@
-"""The formulas of docs/scaling.md, fitted here, predict runs that they were not fitted on within 20%."""
+"""The formulas of docs/scaling.md predict other runs within 20%.
+
+Their constants are fitted here, on runs of other sizes.
+"""
 
 import itertools
 import os
@@ -25,7 +28,7 @@ from icone_hf.embedding.encoding import by_length, in_batches, pool_images, pool
 from icone_hf.training.stage_trainer import StageTrainer
 
 PAGE = harness.PAGE.parent / "scaling.md"
-PIXELS, SENTENCES = 96, 5
+PIXELS, CAPTIONS = 96, 5
 WIDTHS = 1280, 384  # of the towers' pooled outputs
 VALIDATION = 20  # groups
 REPEATS = 3
@@ -57,66 +60,81 @@ PLANNED_RANKS, PLANNED_BATCH, PLANNED_SAMPLES = 64, 8192, 8192
 
 
 def head_parameters(groups: int, dim: int) -> int:
-    """Elements of both projections and the classifier."""
+    """Count the elements of both projections and the classifier."""
     return dim * (groups + sum(WIDTHS))
 
 
 def head_products(groups: int, batch: int, dim: int) -> int:
-    """Multiplications and additions of a step: two products for the projections, three for each modality's logits."""
+    """Count the multiplications and additions of a step.
+
+    There are two products for the projections and three for each modality's logits.
+    """
     return 4 * batch * dim * sum(WIDTHS) + 12 * batch * groups * dim
 
 
 def logits_bytes(groups: int, batch: int) -> int:
-    """Logits, softmax and gradient of both modalities over all classes, float32."""
+    """Count the bytes of logits, softmax and gradient.
+
+    They are those of both modalities over all classes, in float32.
+    """
     return 3 * 4 * 2 * batch * groups
 
 
 def head_terms(groups: int, batch: int, dim: int, epochs: int) -> list[float]:
-    """What the constants of a stage with frozen towers are multiplied by, in the order of [`Constants`]."""
-    steps = epochs * -(-groups * SENTENCES // batch)
+    """Return the factors of a frozen stage's constants, in the order of [`Constants`]."""
+    steps = epochs * -(-groups * CAPTIONS // batch)
     parameters = head_parameters(groups, dim)
     return [1, epochs, epochs * parameters, steps, steps * head_products(groups, batch, dim), steps * parameters]
 
 
 @dataclass(frozen=True)
 class Constants:
-    """Seconds, but for what says MiB."""
+    """Hold the constants, in seconds unless the name says MiB."""
 
     stage: float  # a Trainer's start and end
     epoch: float  # validation of VALIDATION groups, a checkpoint
     stored: float  # a trained parameter in a checkpoint, with its moments
-    step: float  # of heads
-    operation: float  # a multiplication or addition of the heads' products
+    step: float  # of projections and classifier
+    operation: float  # a multiplication or addition of their products
     updated: float  # a trained parameter: clipping, AdamW
-    picture: float  # one, through the frozen tower
-    sentence: float
-    joint_step: float  # of towers and heads
+    picture: float  # an image through the frozen tower; the name is a key of the results
+    sentence: float  # a caption
+    joint_step: float  # of everything
     pair: float  # forward and backward through both towers
     process_mib: float  # Python, libraries, the towers' buffers
     pair_mib: float  # activations
 
     def stage_one(self, groups: int, batch: int, dim: int, epochs: int) -> float:
-        """Seconds of a whole stage with frozen towers."""
-        encoded = (groups + VALIDATION) * (self.picture + SENTENCES * self.sentence)
+        """Predict the seconds of a whole stage with frozen towers."""
+        encoded = (groups + VALIDATION) * (self.picture + CAPTIONS * self.sentence)
         values = self.stage, self.epoch, self.stored, self.step, self.operation, self.updated
         return encoded + float(np.dot(values, head_terms(groups, batch, dim, epochs)))
 
     def stage_two(self, groups: int, batch: int, dim: int, towers: int) -> float:
-        """Seconds of a step that trains towers of so many parameters, and heads."""
+        """Predict the seconds of a step that trains everything.
+
+        Args:
+            groups, batch, dim: groups, pairs of a batch, common dimensions.
+            towers: parameters of both towers.
+        """
         of_heads = self.operation * head_products(groups, batch, dim)
         updated = self.updated * (towers + head_parameters(groups, dim))
         return self.joint_step + batch * self.pair + of_heads + updated
 
     def stage_two_mib(self, groups: int, batch: int, dim: int, towers: int) -> float:
-        """Peak memory: weights, gradients and two moments; activations; logits, their softmax and gradient."""
+        """Predict the peak memory of such a step.
+
+        It is weights, gradients and two moments; activations; logits, their softmax and gradient.
+        """
         weights = 16 * (towers + head_parameters(groups, dim)) / 2**20
         return self.process_mib + weights + batch * self.pair_mib + logits_bytes(groups, batch) / 2**20
 
 
 def traffic(ranks: int, share: int, dim: int, parameters: int) -> float:
-    """Bytes that all ranks together send in a step of DDP with both losses.
+    """Predict the bytes that all ranks send in a step of DDP.
 
-    A ring's all-reduce of the gradients, and of both modalities' embeddings, with the gradient that comes back to them.
+    Both losses are computed. A ring's all-reduce takes the gradients, and both modalities' embeddings with the gradient
+    that comes back to them.
     """
     gradients = 2 * (ranks - 1) * 4 * parameters
     embeddings = 2 * (ranks - 1) * ranks * 4 * share * dim
@@ -124,12 +142,15 @@ def traffic(ranks: int, share: int, dim: int, parameters: int) -> float:
 
 
 def plan() -> str:
-    """What the classifier and the feature cache take where there are many groups: arithmetic, nothing measured."""
+    """Write what classifier and cache take for many groups.
+
+    This is arithmetic, nothing measured.
+    """
     rows = []
     for groups, dim in PLANNED:
         whole = 16 * groups * dim
         sampled = 12 * groups * dim + 4 * dim * (PLANNED_BATCH + PLANNED_SAMPLES)
-        cache = groups * (1 + SENTENCES) * 768 * 2
+        cache = groups * (1 + CAPTIONS) * 768 * 2
         sizes = whole, sampled, whole / PLANNED_RANKS, logits_bytes(groups, PLANNED_BATCH) / PLANNED_RANKS, cache
         rows.append([f"{groups:,}", f"{dim:,}", *map(readable, sizes)])
     heads = [
@@ -145,7 +166,7 @@ def plan() -> str:
 
 
 def readable(size: float) -> str:
-    """A number of bytes, in powers of 1,000 as disks and GPUs are sold."""
+    """Write a number of bytes in powers of 1,000, as disks are sold."""
     unit, name = next((unit, name) for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if size >= unit)
     return f"{size / unit:.3g} {name}"
 
@@ -154,30 +175,33 @@ def readable(size: float) -> str:
 
 
 def encoding_seconds() -> tuple[float, float]:
-    """Of a picture and of a sentence."""
+    """Time an image and a caption through their towers."""
     model, processor = towers_model(0, {}), IConEProcessor.from_encoders(*TOWERS)
     processor.limit_text_length(model.config.text_config)
     groups = load_groups("openmoji-scenes", "train", num_groups=ENCODED, image_size=PIXELS)
     captions = Captions.read(groups).flat
-    sentences = [[captions[row] for row in rows] for rows in in_batches(by_length(processor, captions).tolist(), 64)]
+    texts = [[captions[row] for row in rows] for rows in in_batches(by_length(processor, captions).tolist(), 64)]
     rows = in_batches(range(ENCODED), 64)
     runs: dict[str, Callable[[], Any]] = {
-        "pictures": lambda: list(pool_images(model, processor, groups, rows)),
-        "sentences": lambda: list(pool_texts(model, processor, sentences)),
+        "images": lambda: list(pool_images(model, processor, groups, rows)),
+        "captions": lambda: list(pool_texts(model, processor, texts)),
     }
     seconds = harness.interleaved(runs, REPEATS)
-    return median(seconds["pictures"]) / ENCODED, median(seconds["sentences"]) / len(captions)
+    return median(seconds["images"]) / ENCODED, median(seconds["captions"]) / len(captions)
 
 
 def random_cache(folder: Path, groups: int) -> FeatureCache:
     folder.mkdir()
-    for name, rows, width in zip(("image", "text"), (groups, groups * SENTENCES), WIDTHS, strict=True):
+    for name, rows, width in zip(("image", "text"), (groups, groups * CAPTIONS), WIDTHS, strict=True):
         np.save(folder / f"{name}.npy", np.random.default_rng(0).standard_normal((rows, width), dtype=np.float32))
-    return FeatureCache(folder, [SENTENCES] * groups)
+    return FeatureCache(folder, [CAPTIONS] * groups)
 
 
 def train_heads(groups: int, batch: int, dim: int, epochs: int) -> float:
-    """Seconds of StageTrainer on random features, validation and checkpoints included."""
+    """Time StageTrainer on random features.
+
+    Validation and checkpoints are included.
+    """
     stage = Stage("instance", epochs, 1e-4, instance_weight=1, contrastive_weight=0, train_encoders=False)
     model = towers_model(groups, {"projection_dim": dim})
     model.set_encoders_trainable(False)
@@ -198,7 +222,7 @@ def train_heads(groups: int, batch: int, dim: int, epochs: int) -> float:
 
 
 def train_stages(stage: Stage, groups: int, batch: int, dim: int, steps: int = -1) -> tuple[float, Clock]:
-    """Seconds of a run of IConETrainer, and the clock of its steps."""
+    """Time a run of IConETrainer; return its seconds and the clock of its steps."""
     model = towers_model(groups, {"projection_dim": dim, "temperature": 0.1})
     train, validation = (
         load_groups("openmoji-scenes", split, num_groups=count, image_size=PIXELS)
@@ -219,7 +243,7 @@ def train_stages(stage: Stage, groups: int, batch: int, dim: int, steps: int = -
 
 
 def train_joint(groups: int, batch: int, dim: int) -> float:
-    """Seconds of a step of Stage II."""
+    """Time a step of Stage II."""
     stage = Stage("joint", 1, 1e-5, instance_weight=1, contrastive_weight=1, train_encoders=True)
     return train_stages(stage, groups, batch, dim, JOINT_STEPS + 1)[1].seconds / JOINT_STEPS
 
@@ -229,12 +253,12 @@ def joint_mib(groups: int, batch: int, dim: int) -> float:
 
 
 def bytes_sent() -> int:
-    """What has gone through the loopback interface, over which the processes of one machine talk."""
+    """Read what the loopback interface has sent: processes of one machine talk over it."""
     return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
 
 
 def step_together(rank: int, port: int, groups: int, dim: int, result: str) -> None:
-    """One of RANKS processes: DDP steps with both losses, and what they send."""
+    """Run DDP steps as one of RANKS processes; write the bytes a step sends."""
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     torch.set_num_threads(1)
     torch.manual_seed(rank)
@@ -255,7 +279,7 @@ def step_together(rank: int, port: int, groups: int, dim: int, result: str) -> N
         sent.append(bytes_sent() - before)
     if rank == 0:
         Path(result).write_text(str(median(sent[1:])))
-    del wrapped  # while the group is there: see tests/test_distributed.py
+    del wrapped  # before the process group goes: see tests/training/test_distributed.py
     torch.distributed.destroy_process_group()
 
 
@@ -271,14 +295,16 @@ def sent_in_a_step(groups: int, dim: int) -> float:
 
 
 def fit(towers: int) -> tuple[Constants, dict[str, Any]]:
-    """The constants, and the seconds and MiB that they come from."""
+    """Fit the constants; return them and what they are fitted on."""
     picture, sentence = encoding_seconds()
     heads = [median(train_heads(*sizes) for _ in range(REPEATS)) for sizes in HEADS]
     terms = np.array([head_terms(*sizes) for sizes in HEADS], dtype=float)
-    # Relative errors count; columns of like size, or the solver takes the small ones for 0.
+    # A stage with frozen towers: least squares of the relative error, no constant below 0. Columns are scaled to like
+    # sizes, or the solver takes the small ones for 0.
     scale = terms.max(axis=0)
     solved = nnls(terms / scale / np.array(heads)[:, None], np.ones(len(heads)))[0] / scale
     stage, epoch, stored, step, operation, updated = map(float, solved)
+    # Stage II: two batch sizes give what a step and what a pair costs, beyond what is known already.
     joint = [median(train_joint(JOINT_GROUPS, batch, JOINT_DIM) for _ in range(REPEATS)) for batch in JOINT]
     mib = [joint_mib(JOINT_GROUPS, batch, JOINT_DIM) for batch in JOINT]
     known = Constants(stage, epoch, stored, step, operation, updated, picture, sentence, 0.0, 0.0, 0.0, 0.0)
@@ -333,8 +359,8 @@ def measure() -> dict[str, Any]:
 
 
 UNITS: Sequence[tuple[str, str, float, str]] = (
-    ("picture", "`t_v`, a picture through the frozen tower", 1e3, "ms"),
-    ("sentence", "`t_t`, a sentence", 1e3, "ms"),
+    ("picture", "`t_v`, an image through the frozen tower", 1e3, "ms"),
+    ("sentence", "`t_t`, a caption", 1e3, "ms"),
     ("stage", "`c_stage`, a stage's start and end", 1, "s"),
     ("epoch", "`c_epoch`, an epoch's validation and checkpoint", 1, "s"),
     ("stored", "`a_store`, a trained parameter in a checkpoint", 1e9, "ns"),

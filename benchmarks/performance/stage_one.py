@@ -1,4 +1,7 @@
-"""Stage I costs one pass of the towers and the heads' own time, however many epochs it has."""
+"""Stage I costs one pass of the towers and the projections' and classifier's own time.
+
+The towers run once, however many epochs it has.
+"""
 
 import tempfile
 import time
@@ -45,35 +48,36 @@ def build_model() -> tuple[IConEModel, Any]:
     return model, IConEProcessor.from_encoders(*TOWERS)
 
 
-# --- the limit: towers on tensors that are ready, heads on features that are in memory ---
+# --- the limit: towers on tensors that are ready, projections and classifier on features in memory ---
 
 
-def ready_inputs(groups: Dataset, processor: Any) -> tuple[list[torch.Tensor], list[Any]]:
-    """All pictures and, sorted by length, all sentences, as batches of tensors."""
+def ready_inputs(groups: Dataset, processor: IConEProcessor) -> tuple[list[torch.Tensor], list[Any]]:
+    """Prepare all images and, sorted by length, all captions as batches of tensors."""
     captions = Captions.read(groups).flat
     captions = [captions[row] for row in by_length(processor, captions)]
     starts = range(0, len(groups), ENCODED_AT_ONCE)
-    pictures = [processor(images=groups["image"][s : s + ENCODED_AT_ONCE], return_tensors="pt") for s in starts]
-    sentences = [
+    images = [processor(images=groups["image"][s : s + ENCODED_AT_ONCE], return_tensors="pt") for s in starts]
+    texts = [
         processor(text=captions[s : s + ENCODED_AT_ONCE], return_tensors="pt")
         for s in range(0, len(captions), ENCODED_AT_ONCE)
     ]
-    channels_last = [p["pixel_values"].contiguous(memory_format=torch.channels_last) for p in pictures]
-    return channels_last, sentences
+    channels_last = [p["pixel_values"].contiguous(memory_format=torch.channels_last) for p in images]
+    return channels_last, texts
 
 
 @torch.no_grad()
-def encode(pictures: list[torch.Tensor], sentences: list[Any]) -> None:
+def encode(images: list[torch.Tensor], texts: list[Any]) -> None:
+    """Run the bare towers once, plain PyTorch."""
     vision, text = (AutoModel.from_pretrained(tower).eval() for tower in TOWERS)
-    for pixel_values in pictures:
+    for pixel_values in images:
         vision(pixel_values)
-    for inputs in sentences:
+    for inputs in texts:
         mask = inputs["attention_mask"][..., None]
         (text(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
 
 
 def train_heads(image: torch.Tensor, text: torch.Tensor) -> None:
-    """The paper's Stage I on features: 25 epochs of the instance loss, plain PyTorch."""
+    """Run the paper's Stage I on features: 25 epochs, plain PyTorch."""
     image_head, text_head = nn.Linear(image.shape[1], DIM, bias=False), nn.Linear(text.shape[1], DIM, bias=False)
     class_vectors = nn.Parameter(0.02 * torch.randn(GROUPS, DIM))
     parameters = [image_head.weight, text_head.weight, class_vectors]
@@ -90,16 +94,19 @@ def train_heads(image: torch.Tensor, text: torch.Tensor) -> None:
             optimizer.zero_grad()
 
 
-# --- ours ---
+# --- the package ---
 
 
-def fill(model: IConEModel, processor: Any, groups: Dataset) -> None:
+def fill(model: IConEModel, processor: IConEProcessor, groups: Dataset) -> None:
     with tempfile.TemporaryDirectory() as folder:
         FeatureCache.build(folder, model, processor, groups, ENCODED_AT_ONCE)
 
 
-def train(data: dict[str, Dataset], model: IConEModel, processor: Any) -> tuple[float, float]:
-    """Seconds of the whole stage, cache, checkpoints and validation included, and of its steps alone."""
+def train(data: dict[str, Dataset], model: IConEModel, processor: IConEProcessor) -> tuple[float, float]:
+    """Train the stage; return its seconds and those of its steps.
+
+    The first number includes cache, checkpoints and validation.
+    """
     stage, clock = Stage("instance", EPOCHS, 1e-4, 1, 0, train_encoders=False), Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = IConETrainingArguments(folder, disable_tqdm=True, report_to="none", use_cpu=True)
@@ -110,8 +117,11 @@ def train(data: dict[str, Dataset], model: IConEModel, processor: Any) -> tuple[
 
 
 @torch.no_grad()
-def uncached(model: IConEModel, processor: Any, groups: Dataset) -> float:
-    """Seconds of a pair if the towers run for it in every epoch, as they do in a Trainer without a cache."""
+def uncached(model: IConEModel, processor: IConEProcessor, groups: Dataset) -> float:
+    """Time a pair without a cache; return its seconds.
+
+    The towers then run for it in every epoch, as they do in any Trainer.
+    """
     pairs = PairDataset(groups)
     collator = PairCollator(processor)
     batch = [Pair(row % GROUPS, row // GROUPS) for row in range(UNCACHED_PAIRS)]
@@ -126,18 +136,20 @@ def measure() -> dict[str, Any]:
     data = splits()
     model, processor = build_model()
     processor.limit_text_length(model.config.text_config)
-    pictures, sentences = ready_inputs(data["train"], processor)
+    # What the bare loops get: tensors for the towers, features for projections and classifier.
+    images, texts = ready_inputs(data["train"], processor)
     with tempfile.TemporaryDirectory() as folder:
         cache = FeatureCache.build(Path(folder) / "train", model, processor, data["train"], ENCODED_AT_ONCE)
         image, text = torch.from_numpy(np.array(cache.image)), torch.from_numpy(np.array(cache.text))
     seconds = interleaved(
         {
-            "bare encoding": lambda: encode(pictures, sentences),
+            "bare encoding": lambda: encode(images, texts),
             "bare heads": lambda: train_heads(image, text),
             "fill": lambda: fill(model, processor, data["train"]),
             "stage": lambda: train(data, model, processor)[0],
         }
     )
+    # The limit is the sum of both, round by round.
     seconds["bare"] = [a + b for a, b in zip(seconds["bare encoding"], seconds["bare heads"], strict=True)]
     pair = [uncached(model, processor, data["train"]) for _ in range(3)]
     return {

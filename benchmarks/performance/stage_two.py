@@ -1,4 +1,4 @@
-"""Stage II trains as fast as a bare loop over the towers, and faster than the peers' trainers."""
+"""Stage II trains as fast as a bare loop, and faster than other packages' trainers."""
 
 import itertools
 import logging
@@ -44,7 +44,10 @@ STEPS, NOT_COUNTED = 6, 1  # the first step allocates
 
 
 class Clock(TrainerCallback):
-    """The seconds of a Trainer's steps, what lies between them included, the first ones left out."""
+    """Time a Trainer's steps.
+
+    What lies between steps counts, the first steps don't.
+    """
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -61,7 +64,7 @@ class Clock(TrainerCallback):
 
 
 def common(folder: str) -> dict[str, Any]:
-    """Arguments of every Trainer here."""
+    """Return the arguments of every Trainer here."""
     return {
         "output_dir": folder,
         "per_device_train_batch_size": BATCH,
@@ -79,7 +82,7 @@ def common(folder: str) -> dict[str, Any]:
 
 
 def ready_batches(groups: Dataset) -> list[dict[str, torch.Tensor]]:
-    """Batches as our collator makes them, in memory before the clock starts."""
+    """Collate the batches before the clock starts."""
     pairs, processor = PairDataset(groups), IConEProcessor.from_encoders(*TOWERS)
     sampler = GroupBatchSampler(pairs.captions_per_group, BATCH)
     batches = itertools.islice(itertools.cycle(sampler), STEPS + NOT_COUNTED)
@@ -87,12 +90,13 @@ def ready_batches(groups: Dataset) -> list[dict[str, torch.Tensor]]:
 
 
 def bare_loop(batches: Sequence[dict[str, torch.Tensor]], losses: bool) -> float:
-    """Towers, two projections, InfoNCE and the instance loss, AdamW: plain PyTorch on tensors that are ready.
+    """Train in plain PyTorch on tensors that are ready; return the seconds.
 
-    Without `losses` the towers' outputs are summed: what encoding alone costs, forward and backward.
+    Towers, two projections, InfoNCE and the instance loss, AdamW. Without `losses` the towers' outputs are summed: that
+    is what the towers alone cost, forward and backward.
     """
     vision, text = (AutoModel.from_pretrained(tower).train() for tower in TOWERS)
-    for module in vision.modules():
+    for module in vision.modules():  # as in IConEModel, whose batch normalisation stays in eval mode
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     image_head, text_head = nn.Linear(1280, DIM, bias=False), nn.Linear(384, DIM, bias=False)
@@ -105,15 +109,15 @@ def bare_loop(batches: Sequence[dict[str, torch.Tensor]], losses: bool) -> float
         mask = batch["attention_mask"]
         image = vision(batch["pixel_values"]).pooler_output.flatten(1)
         words = text(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-        sentence = (words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        text_features = (words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         if losses:
-            image, sentence = (F.normalize(head(x)) for head, x in ((image_head, image), (text_head, sentence)))
-            scores, own = image @ sentence.T / 0.1, torch.arange(len(image))
+            image, caption = (F.normalize(head(x)) for head, x in ((image_head, image), (text_head, text_features)))
+            scores, own = image @ caption.T / 0.1, torch.arange(len(image))
             loss = F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)
             classes = F.normalize(class_vectors).T / 0.1
-            loss = loss + sum(F.cross_entropy(x @ classes, batch["group_ids"]) for x in (image, sentence))
+            loss = loss + sum(F.cross_entropy(x @ classes, batch["group_ids"]) for x in (image, caption))
         else:
-            loss = image.sum() + sentence.sum()
+            loss = image.sum() + text_features.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -122,11 +126,16 @@ def bare_loop(batches: Sequence[dict[str, torch.Tensor]], losses: bool) -> float
     return ends[-1] - ends[NOT_COUNTED - 1]
 
 
-# --- ours ---
+# --- the package ---
 
 
-def ours(groups: Dataset, **changed: Any) -> float:
-    """Our trainer, with these of its arguments `changed`."""
+def package(groups: Dataset, **changed: Any) -> float:
+    """Train by `IConETrainer`; return the seconds.
+
+    Args:
+        groups: to train on.
+        changed: training arguments in place of the usual ones.
+    """
     model = IConEModel.from_encoders(
         *TOWERS, num_groups=GROUPS, projection_dim=DIM, text_pooling="mean", temperature=0.1, instance_logits="cosine"
     )
@@ -142,13 +151,16 @@ def ours(groups: Dataset, **changed: Any) -> float:
     return clock.seconds
 
 
-# --- peers ---
+# --- other packages ---
 
 
 class Pairs(torch.utils.data.Dataset):
-    """What transformers' contrastive-image-text example feeds its Trainer: sentences tokenised once, to one length."""
+    """Read pairs as transformers' contrastive-image-text example does.
 
-    def __init__(self, groups: Dataset, processor: Any):
+    It tokenises all captions at once, to one length.
+    """
+
+    def __init__(self, groups: Dataset, processor: IConEProcessor):
         captions = [caption for group in groups["captions"] for caption in group]
         tokens = processor.tokenizer(captions, padding="max_length", max_length=32, truncation=True)
         self.ids, self.masks = tokens["input_ids"], tokens["attention_mask"]
@@ -159,8 +171,8 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        picture = self.groups[int(self.rows[index])]["image"]
-        pixel_values = self.processor(images=[picture], return_tensors="pt")["pixel_values"][0]
+        image = self.groups[int(self.rows[index])]["image"]
+        pixel_values = self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixel_values, "input_ids": self.ids[index], "attention_mask": self.masks[index]}
 
 
@@ -171,7 +183,10 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def transformers_example(groups: Dataset) -> float:
-    """VisionTextDualEncoderModel in transformers' Trainer, as in examples/pytorch/contrastive-image-text."""
+    """Train VisionTextDualEncoderModel; return the seconds.
+
+    transformers' Trainer runs it, as in its examples/pytorch/contrastive-image-text.
+    """
     vision, text = (AutoModel.from_pretrained(tower) for tower in TOWERS)
     config = VisionTextDualEncoderConfig.from_vision_text_configs(vision.config, text.config, projection_dim=DIM)
     model = VisionTextDualEncoderModel(config, vision, text)
@@ -184,9 +199,12 @@ def transformers_example(groups: Dataset) -> float:
 
 
 class Tower(InputModule):
-    """One of our two towers as a sentence-transformers module: pictures or sentences in, pooled outputs out."""
+    """Wrap one tower as a sentence-transformers module.
 
-    def __init__(self, tower: nn.Module, processor: Any):
+    Images or captions go in, pooled outputs come out.
+    """
+
+    def __init__(self, tower: nn.Module, processor: IConEProcessor):
         super().__init__()
         self.tower, self.processor = tower, processor
 
@@ -213,7 +231,10 @@ class Tower(InputModule):
 
 
 def sentence_transformers(groups: Dataset) -> float:
-    """SentenceTransformerTrainer with MultipleNegativesRankingLoss over both towers."""
+    """Train both towers by sentence-transformers; return the seconds.
+
+    SentenceTransformerTrainer runs them with MultipleNegativesRankingLoss.
+    """
     processor = IConEProcessor.from_encoders(*TOWERS)
     vision, text = (Tower(AutoModel.from_pretrained(tower), processor) for tower in TOWERS)
     heads = [Dense(width, DIM, bias=False, activation_function=nn.Identity()) for width in (1280, 384)]
@@ -239,11 +260,12 @@ def sentence_transformers(groups: Dataset) -> float:
 
 
 def contenders() -> Iterator[tuple[str, Any]]:
+    """Yield what is timed, by key in the results."""
     groups = load_groups("openmoji-scenes", "train", num_groups=GROUPS, image_size=PIXELS)
     batches = ready_batches(groups)
     yield "encoders alone", lambda: bare_loop(batches, losses=False)
     yield "bare loop", lambda: bare_loop(batches, losses=True)
-    yield "icone_hf", lambda: ours(groups)
+    yield "icone_hf", lambda: package(groups)
     yield "transformers, contrastive-image-text", lambda: transformers_example(groups)
     yield "sentence-transformers", lambda: sentence_transformers(groups)
 
@@ -255,8 +277,13 @@ def measure() -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     seconds = results["seconds"]
+    labels = {"encoders alone": "towers alone"}
     rows = [
-        [name, f"{results['pairs'] / float(np.median(times)):.1f}", f"{ratio(seconds, 'bare loop', to=name):.2f}"]
+        [
+            labels.get(name, name),
+            f"{results['pairs'] / float(np.median(times)):.1f}",
+            f"{ratio(seconds, 'bare loop', to=name):.2f}",
+        ]
         for name, times in seconds.items()
     ]
     heads = [f"Stage II, batch {results['batch']}, {results['pixels']} pixels", "pairs/s", "to the bare loop"]

@@ -52,5 +52,7 @@ def test_the_pages_show_what_was_measured():
         assert table in harness.page_of(name).read_text(encoding="utf-8"), f"{name}: python -m benchmarks --report"
 
 
-def test_the_readme_shows_what_was_measured():
-    assert summary.table() in summary.README.read_text(encoding="utf-8"), "python -m benchmarks --report"
+def test_the_page_of_speed_begins_with_its_sum():
+    page = harness.PAGE.read_text(encoding="utf-8")
+    assert summary.table() in page, "python -m benchmarks --report"
+    assert page.index(summary.MARKS[0]) < page.index("\n## ")

@@ -22,11 +22,11 @@ PEERS = yaml.safe_load((ROOT / "benchmarks" / "peers.yaml").read_text())
 
 @pytest.mark.parametrize("arguments", [{}, {"neighbour_run": 4}, {"pairs_per_group": 2}])
 def test_the_benchmarks_loop_trains_as_the_trainer_does(make_model, processor, tmp_path, arguments):
-    """The comparison of recipes does without a Trainer's cost a step; it must not do without its numbers."""
+    """The comparison of recipes saves a Trainer's cost at each step, and must get the same numbers."""
     groups = {"train": make_groups(12), "validation": make_groups(8, start=12)}
     stage = Stage("heads", 2.5, 1e-2, instance_weight=1, contrastive_weight=1, train_encoders=False)
     config = {"several_positives": "pairs_per_group" in arguments, "text_pooling": "mean"}
-    theirs, ours = make_model(num_groups=12, **config), make_model(num_groups=12, **config)
+    by_trainer, by_loop = make_model(num_groups=12, **config), make_model(num_groups=12, **config)
     args = IConETrainingArguments(
         str(tmp_path / "run"),
         per_device_train_batch_size=8,
@@ -37,11 +37,11 @@ def test_the_benchmarks_loop_trains_as_the_trainer_does(make_model, processor, t
         seed=3,
         **arguments,
     )
-    IConETrainer(theirs, args, *groups.values(), processor, [stage]).train()
-    caches = {name: FeatureCache.build(tmp_path / "cache" / name, ours, processor, groups[name]) for name in groups}
-    recipes.train_heads(ours, stage, caches, batch=8, seed=3, **arguments)
+    IConETrainer(by_trainer, args, *groups.values(), processor, [stage]).train()
+    caches = {name: FeatureCache.build(tmp_path / "cache" / name, by_loop, processor, groups[name]) for name in groups}
+    recipes.train_heads(by_loop, stage, caches, batch=8, seed=3, **arguments)
     for name in ("visual_projection", "text_projection", "classifier"):
-        assert torch.allclose(getattr(ours, name).weight, getattr(theirs, name).weight, atol=1e-5), name
+        assert torch.allclose(getattr(by_loop, name).weight, getattr(by_trainer, name).weight, atol=1e-5), name
 
 
 def test_every_recipe_is_a_grid_of_valid_points():
@@ -67,7 +67,7 @@ def test_every_peer_has_a_trainer_and_no_larger_a_grid_than_infonce():
 
 @pytest.fixture
 def rows():
-    """Pooled features of six pictures and of six sentences."""
+    """Pooled features of six images and of six captions."""
     rng = np.random.default_rng(0)
     return rng.standard_normal((6, 10), dtype=np.float32), rng.standard_normal((6, 8), dtype=np.float32)
 
@@ -83,27 +83,27 @@ def test_sentence_transformers_loss_is_infonce_in_one_direction_or_the_mean_of_b
     columns = [model.preprocess([0, 1, 2, 3, 4, 5], task="image"), model.preprocess([6, 7, 8, 9, 10, 11], task="text")]
     for column, task in zip(columns, ("image", "text"), strict=True):
         column["task"] = task
-    theirs = peers.ranking_loss(model, 0.1, symmetric)(columns, torch.empty(0))
+    loss = peers.ranking_loss(model, 0.1, symmetric)(columns, torch.empty(0))
     image, text = embed(heads, *rows)
     scores = (image @ text.T).detach().numpy() / 0.1
     one_direction = np.mean(np.log(np.exp(scores).sum(axis=1)) - scores.diagonal())
-    assert theirs.item() == pytest.approx(
+    assert loss.item() == pytest.approx(
         contrastive_loss(image, text, 0.1).item() / 2 if symmetric else one_direction, rel=1e-5
     )
 
 
 def test_the_dual_encoders_loss_is_the_mean_of_both_directions_from_clips_temperature_on(rows):
     model = peers.dual_encoder(10, 8, dim=4)
-    theirs = model(pixel_values=torch.tensor(rows[0]), input_ids=torch.tensor(rows[1]), return_loss=True).loss
+    loss = model(pixel_values=torch.tensor(rows[0]), input_ids=torch.tensor(rows[1]), return_loss=True).loss
     heads = {"visual_projection": model.visual_projection, "text_projection": model.text_projection}
-    ours = contrastive_loss(*embed(heads, *rows), temperature=float(np.exp(-2.6592)))
-    assert theirs.item() == pytest.approx(ours.item() / 2, rel=1e-5)
+    expected = contrastive_loss(*embed(heads, *rows), temperature=float(np.exp(-2.6592)))
+    assert loss.item() == pytest.approx(expected.item() / 2, rel=1e-5)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"visual_projection.weight", "text_projection.weight", "logit_scale"}
 
 
 class Features:
-    """Of a cache, what the peers read: sentences that say what their pictures show, five to each."""
+    """What the peers read of a cache: five captions to an image, each close to it."""
 
     def __init__(self, groups, seed):
         rng = np.random.default_rng(seed)
@@ -132,12 +132,12 @@ def test_a_peer_trains_for_the_protocols_updates_and_gives_its_best_epoch_back(n
     assert max(seen) > 300
 
 
-def test_sentence_transformers_batches_hold_a_picture_once(monkeypatch):
+def test_sentence_transformers_batches_hold_an_image_once(monkeypatch):
     batches = []
 
     class Watch(peers.CachedRows):
         def preprocess(self, inputs, prompt=None, **kwargs):
-            if self.first == 0:  # pictures
+            if self.first == 0:  # images
                 batches.append(list(inputs))
             return super().preprocess(inputs, prompt, **kwargs)
 
@@ -166,16 +166,16 @@ def test_the_report_takes_no_tuning_run_nor_a_point_that_was_overtaken_and_sorts
 
 
 @settings(max_examples=20, deadline=None)
-@given(share=st.floats(0, 1), sentences=st.integers(2, 60))
-def test_noisy_pairs_keep_every_sentence_and_move_no_more_than_the_share(share, sentences):
-    text = np.arange(sentences, dtype=float)[:, None].repeat(3, axis=1)
+@given(share=st.floats(0, 1), captions=st.integers(2, 60))
+def test_noisy_pairs_keep_every_caption_and_move_no_more_than_the_share(share, captions):
+    text = np.arange(captions, dtype=float)[:, None].repeat(3, axis=1)
     noisy = text.copy()
-    recipes.exchange_sentences(noisy, share)
+    recipes.exchange_captions(noisy, share)
     assert sorted(noisy[:, 0]) == sorted(text[:, 0])
-    assert (noisy != text).any(axis=1).sum() <= round(share * sentences)
+    assert (noisy != text).any(axis=1).sum() <= round(share * captions)
 
 
-def test_pictures_look_for_pictures_and_sentences_for_the_others_of_their_group():
+def test_images_look_for_images_and_captions_for_the_others_of_their_group():
     rng = np.random.default_rng(0)
     scenes, texts = rng.standard_normal((20, 4)), rng.standard_normal((60, 4))
     views, owner = scenes + rng.standard_normal((20, 4)), np.arange(60) // 3
