@@ -1,7 +1,8 @@
-"""A small Hub on this machine: enough of the real one's HTTP interface for huggingface_hub to push and to load.
+"""A small Hub on this machine, for huggingface_hub to push to and to load from.
 
-Repositories of models and data sets with branches and commits, private ones, tokens that may write or only read, files
-by LFS or in the commit, ranges; and faults on demand. Everything is in memory.
+It has enough of the real one's HTTP interface: repositories of models and data sets with branches and commits, private
+ones, tokens that may write or only read, files by LFS or in the commit, ranges; and faults on demand. Everything is in
+memory.
 """
 
 import base64
@@ -23,7 +24,10 @@ def describe(path, content):
 
 
 class Repository:
-    """Branches name commits; a commit is all files of the repository, by path."""
+    """Hold a repository's commits and branches.
+
+    Branches name commits; a commit is all files of the repository, by path.
+    """
 
     def __init__(self, private):
         self.private = private
@@ -36,17 +40,17 @@ class Repository:
         return sha
 
     def resolve(self, revision):
-        """The commit that a branch or a hash names, or None."""
+        """Find the commit that a branch or a hash names, or None."""
         sha = self.branches.get(revision, revision)
         return sha if sha in self.commits else None
 
 
 class Hub(ThreadingHTTPServer):
-    """`with Hub() as hub:` serves at `hub.endpoint`; `hub.faults` holds `(method, pattern, fault)`, each taken once.
+    """Serve repositories: `with Hub() as hub:` serves at `hub.endpoint`.
 
-    `hub.seen` holds methods and paths, `hub.resumed` the files of which only the rest was asked for.
-
-    A fault is a status code (429 comes with Retry-After: 1), or `"cut"`: the connection breaks in mid-body.
+    `hub.seen` holds methods and paths, `hub.resumed` the files of which only the rest was asked for. `hub.faults` holds
+    `(method, pattern, fault)`, each taken once. A fault is a status code (429 comes with Retry-After: 1), or `"cut"`:
+    the connection breaks in mid-body.
     """
 
     daemon_threads = True
@@ -66,12 +70,13 @@ class Hub(ThreadingHTTPServer):
         self.server_close()
 
     def add(self, name, folder):
-        """Puts a folder's files into a new public repository."""
+        """Put a folder's files into a new public repository."""
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         repository = self.repositories[name] = Repository(private=False)
         repository.branches["main"] = repository.commit(files)
 
     def take_fault(self, method, path):
+        """Find the fault for a request, if there is one, and remove it from the list."""
         with self.lock:
             for fault in self.faults:
                 if fault[0] == method and re.search(fault[1], path):
@@ -80,10 +85,12 @@ class Hub(ThreadingHTTPServer):
         return None
 
     def handle_error(self, request, client_address):
-        pass  # a client that hangs up is no news
+        pass  # clients may hang up: tests cut their connections
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Answer one client's requests."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments):
@@ -104,10 +111,12 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
 
     def do_any(self):
+        """Answer a request of any method, or fail on demand."""
         path = unquote(urlsplit(self.path).path)
         self.server.seen.append((self.command, path))
         fault = self.server.take_fault(self.command, path)
         length = int(self.headers.get("Content-Length") or 0)
+        # An upload is cut while it is read, a download while it is sent (see resolve).
         if fault == "cut" and self.command in ("PUT", "POST"):
             self.rfile.read(length // 2)
             self.hang_up()
@@ -138,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
     # --- who may do what ---
 
     def repository(self, name, writes=False):
-        """The repository, or None after a refusal, as the real Hub words it."""
+        """Find a repository, or refuse as the real Hub does and return None."""
         found = self.server.repositories.get(name)
         if found is None or (found.private and self.user is None):
             self.refuse(404 if self.user else 401, "RepoNotFound", "Repository not found")
@@ -149,6 +158,7 @@ class Handler(BaseHTTPRequestHandler):
         return found
 
     def commit_of(self, name, revision):
+        """Find a commit's hash and files, or refuse and return None twice."""
         repository = self.repository(name)
         if repository is None:
             return None, None

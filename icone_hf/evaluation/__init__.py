@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "heat_maps": ("heat_map", "heat_maps", "pointing_game"),
         "measure": ("measure_embeddings",),
         "metrics": (
+            "Ranks",
             "fold_metrics",
             "fold_ranks",
             "metrics_table",

@@ -4,15 +4,23 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 
 from ..embedding.encoding import GroupEmbeddings
-from .metrics import fold_ranks, mean_over_folds, metrics_of_ranks
+from .metrics import Ranks, fold_ranks, mean_over_folds, metrics_of_ranks
 
 
 def measure_embeddings(
     embeds: GroupEmbeddings, folds: int | None = None, chunk_size: int | None = None
 ) -> tuple[dict[str, float], dict[str, float] | None]:
-    """[`retrieval_metrics`] and, with `folds`, [`fold_metrics`] from the same products.
+    """Measure retrieval on this process's device.
 
-    Ranks on this process's device. Under several processes each ranks its share, and every process returns the whole.
+    Under several processes each ranks its share of the queries, and every process returns the whole.
+
+    Args:
+        embeds: the embeddings of a split, the same in every process.
+        folds: number of folds. `None`: no metrics over folds.
+        chunk_size: see [`retrieval_ranks`].
+
+    Returns:
+        [`retrieval_metrics`] and, with `folds`, [`fold_metrics`] from the same products.
 
     Raises:
         ValueError: as [`fold_ranks`].
@@ -21,6 +29,9 @@ def measure_embeddings(
     images, texts, text_to_image = (tensor.to(state.device) for tensor in embeds)
     share = state.process_index, state.num_processes
     ranks = fold_ranks(images, texts, text_to_image, folds or 1, chunk_size, share)
-    text_ranks, image_ranks = (reduce(rank, "sum").cpu() for rank in ranks)  # the others' are 0
-    whole = metrics_of_ranks(text_ranks[0], image_ranks[0])
-    return whole, mean_over_folds(text_ranks[1], image_ranks[1], embeds.text_to_image, folds) if folds else None
+    # Ranks outside a process's share are 0, so the sum over all processes has every query's rank.
+    ranks = Ranks(*(reduce(of_direction, "sum").cpu() for of_direction in ranks))
+    whole = metrics_of_ranks(ranks.text_to_image[0], ranks.image_to_text[0])
+    if not folds:
+        return whole, None
+    return whole, mean_over_folds(ranks.text_to_image[1], ranks.image_to_text[1], embeds.text_to_image, folds)

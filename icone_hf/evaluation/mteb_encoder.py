@@ -1,6 +1,7 @@
-"""An IConE checkpoint as MTEB wants a model: `mteb.evaluate(IConEEncoder(...), tasks)`. The package mteb is needed."""
+"""A model for MTEB: `mteb.evaluate(IConEEncoder(...), tasks)`. The package mteb is needed."""
 
 import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from ..modeling.processing_icone import IConEProcessor
 
 
 class IConEEncoder(AbsEncoder):
-    """Embeds what MTEB's image-text retrieval tasks hold: `Flickr30kT2IRetrieval`, `Flickr30kI2TRetrieval`, their kin.
+    """Embed the images and texts of MTEB's tasks.
 
-    Of the scores that MTEB reports, `hit_rate_at_k` is the R@K of papers and of [`retrieval_metrics`], as a share; its
-    `recall_at_k` counts how many of a picture's five sentences are found. No instruction is put before a sentence.
+    These are image-text retrieval tasks like `Flickr30kT2IRetrieval` and `Flickr30kI2TRetrieval`. MTEB reports several
+    scores: `hit_rate_at_k` is the R@K of papers and of [`retrieval_metrics`], as a share; `recall_at_k` counts how many
+    of an image's five captions are found. No instruction is put before a caption.
 
     Args:
         checkpoint: Hub id or folder.
@@ -29,8 +31,10 @@ class IConEEncoder(AbsEncoder):
     def __init__(self, checkpoint: str | os.PathLike, revision: str | None = None, device: str | None = None):
         options: dict[str, Any] = {} if revision is None else {"revision": revision}
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        # Retrieval needs no classifier, so it is not loaded.
         self.model = IConEModel.from_pretrained(checkpoint, num_groups=0, **options).to(device).eval()
         self.processor = IConEProcessor.from_pretrained(checkpoint, **options)
+        # MTEB wants names like OWNER/MODEL: a folder gets this package as its owner.
         name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else str(checkpoint)
         facts = {
             "name": name if "/" in name else f"icone_hf/{name}",
@@ -44,8 +48,15 @@ class IConEEncoder(AbsEncoder):
         self.mteb_model_meta = mteb_model_meta(facts)
 
     @torch.no_grad()
-    def encode(self, inputs: Any, **kwargs: Any) -> torch.Tensor:
-        """`(rows, projection_dim)`, L2-normalised, of batches with an `image` or a `text`.
+    def encode(self, inputs: Iterable[Mapping[str, Any]], **kwargs: Any) -> torch.Tensor:
+        """Embed batches of images or of texts.
+
+        Args:
+            inputs: batches with a column `image` or a column `text`.
+            kwargs: what else MTEB passes, such as the task; not used.
+
+        Returns:
+            `(rows, projection_dim)`, L2-normalised, on the CPU.
 
         Raises:
             ValueError: for rows of both, which have no embedding here.
@@ -53,7 +64,7 @@ class IConEEncoder(AbsEncoder):
         parts = []
         for batch in inputs:
             if "image" in batch and "text" in batch:
-                raise ValueError("IConE embeds pictures or sentences, but these rows have both.")
+                raise ValueError("IConE embeds images or captions, but these rows have both.")
             if "image" in batch:
                 features = self._features(self.model.get_image_features, images=list(batch["image"]))
             else:
@@ -61,5 +72,6 @@ class IConEEncoder(AbsEncoder):
             parts.append(F.normalize(features.float(), dim=-1).cpu())
         return torch.cat(parts)
 
-    def _features(self, embed: Any, **items: Any) -> torch.Tensor:
-        return embed(**self.processor(**items, return_tensors="pt").to(self.model.device)).pooler_output
+    def _features(self, project: Callable[..., Any], **items: Any) -> torch.Tensor:
+        """Process items, and project them into the common space."""
+        return project(**self.processor(**items, return_tensors="pt").to(self.model.device)).pooler_output

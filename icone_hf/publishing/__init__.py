@@ -1,6 +1,6 @@
 """How others get a model.
 
-The model card made from a run's folder, uploads to the Hub, a description of any checkpoint, and ONNX graphs.
+Here are the model card made from a run's folder, uploads to the Hub, a description of any checkpoint, and ONNX graphs.
 `onnx_export` needs onnxruntime: import it by its own name.
 """
 

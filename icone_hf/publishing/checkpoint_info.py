@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from its small files and the heads of its weights: `icone info`."""
+"""Descriptions of checkpoints for `icone info`, from small files and the weights' headers."""
 
 import json
 import math
@@ -17,11 +17,14 @@ PARTS = ("vision_model", "text_model", "visual_projection", "text_projection", "
 
 
 def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
-    """Towers, parameters, groups, recipe, metrics and size of a checkpoint: what `icone info --json` prints.
+    """Describe a checkpoint, as `icone info --json` prints it.
 
     Args:
-        checkpoint: a folder, or the id of a repository on the Hub, of whose weights the heads alone are downloaded.
+        checkpoint: a folder, or the id of a repository on the Hub. Of its weights only the headers are downloaded.
         revision: of that repository: a branch, a tag or a commit.
+
+    Returns:
+        The towers, parameters, groups, recipe, metrics and size.
 
     Raises:
         ValueError: if it is no checkpoint of IConE.
@@ -34,6 +37,7 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
     config = _read(folder / "config.json")
     if config.get("model_type") != "icone":
         raise ValueError(f"{checkpoint} is no checkpoint of IConE: its config.json has no model_type icone.")
+    # The first part of a weight's name says which part of the model it belongs to.
     parameters, size = dict.fromkeys((*PARTS, "other"), 0), 0
     for name, dtype, shape in _local_tensors(folder) if is_local else _remote_tensors(str(checkpoint), revision):
         part = name.partition(".")[0]
@@ -62,7 +66,7 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
 
 
 def as_text(info: Mapping[str, Any]) -> str:
-    """The same for a person to read."""
+    """Format what [`describe`] returns for people to read."""
     parameters = info["parameters"]
     lines = [
         f"{info['checkpoint']}: {count(parameters['all'])} parameters, {info['weight_bytes'] / 2**20:,.0f} MiB "
@@ -79,7 +83,7 @@ def as_text(info: Mapping[str, Any]) -> str:
     for stage in info["stages"]:
         lines.append(
             f"  stage {stage['name']}: {stage['num_train_epochs']:g} epochs at {stage['learning_rate']:g}, "
-            f"{stage['instance_weight']:g} x instance + {stage['contrastive_weight']:g} x contrastive, encoders "
+            f"{stage['instance_weight']:g} x instance + {stage['contrastive_weight']:g} x contrastive, towers "
             f"{'trained' if stage['train_encoders'] else 'frozen'}"
         )
     for split, values in info["metrics"].items():
@@ -90,11 +94,12 @@ def as_text(info: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Read a JSON file, or nothing if it's missing."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _local_tensors(folder: Path) -> Iterator[tuple[str, str, Sequence[int]]]:
-    """Name, dtype and shape of every weight."""
+    """Yield every weight's name, dtype and shape."""
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="np") as stored:
             for name in stored.keys():  # noqa: SIM118  (safe_open is no dict)
@@ -103,7 +108,7 @@ def _local_tensors(folder: Path) -> Iterator[tuple[str, str, Sequence[int]]]:
 
 
 def _remote_tensors(repo_id: str, revision: str | None) -> Iterator[tuple[str, str, Sequence[int]]]:
-    """The same of a repository on the Hub."""
+    """Yield the same for a repository on the Hub."""
     for file in get_safetensors_metadata(repo_id, revision=revision).files_metadata.values():
         for name, tensor in file.tensors.items():
             yield name, tensor.dtype, tensor.shape
@@ -114,5 +119,5 @@ def _tower(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count(number: int) -> str:
-    """A number of parameters for a person to read."""
+    """Format a number of parameters for people to read."""
     return f"{number / 1e6:,.1f}M" if number >= 1e5 else f"{number:,}"

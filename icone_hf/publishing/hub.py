@@ -1,4 +1,4 @@
-"""A model card made from what a run has left in its folder, and the folder's way to the Hub."""
+"""Model cards made from a run's folder, and its uploads to the Hub."""
 
 import csv
 import importlib.util
@@ -12,9 +12,9 @@ from .checkpoint_info import count, describe
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CARD = "README.md"
-MADE_BY_US = "<!-- Made by icone_hf."
+MADE_BY_US = "<!-- Made by icone_hf."  # marks a card that may be written over
 UPLOAD_FOLDER = "upload"  # what is being uploaded while a run goes on
-# What a run needs to go on is nobody else's concern, and many times as large as the model.
+# Only the run itself needs these files to go on, and they are many times as large as the model.
 LEFT_BEHIND = ["stages/**", "feature_cache/**", "runs/**", f"{UPLOAD_FOLDER}/**", "emissions.csv"]
 EPOCHS_PICTURE, EXAMPLES_PICTURE = "validation_rsum.png", "retrieval.png"
 PICTURES = {EPOCHS_PICTURE: "Validation Rsum after each epoch", EXAMPLES_PICTURE: "What the model retrieves"}
@@ -30,12 +30,14 @@ METRICS = {
 
 
 def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: str | None = None) -> ModelCard:
-    """The card of a checkpoint: from its config, weights, `recipe.json`, `metrics.json`, epochs and pictures.
+    """Make a checkpoint's model card.
+
+    It tells what the config, the weights, `recipe.json`, `metrics.json`, the epochs and the figures say.
 
     Args:
         folder: of the checkpoint.
         repo_id: what the examples load. Default: the folder's name.
-        license: of the model, by the Hub's name for it. Default: `other`: the towers' have a say in it.
+        license: of the model, by the Hub's name for it. Default: `other`, since the towers' licences hold too.
 
     Raises:
         ValueError: if the folder holds no checkpoint of IConE.
@@ -45,6 +47,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
     name = (repo_id or folder.resolve().name).rsplit("/", 1)[-1]
     towers, splits = (info["vision_tower"]["name"], info["text_tower"]["name"]), info["metrics"]
     data, carbon = info["data"] or "training data", carbon_of(folder)
+    # The Hub reads the metrics, the data and the towers from the card's header.
     results = [
         EvalResult(
             task_type="image-text-retrieval",
@@ -71,6 +74,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
     )
     if carbon is not None:
         card_data["co2_eq_emissions"] = {"emissions": 1000 * carbon, "source": "codecarbon"}  # grams
+    # People read the same from the template's text.
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
@@ -78,7 +82,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
         repo_id=repo_id or name,
         info=info,
         splits=splits,
-        pictures=[{"file": file, "what": what} for file, what in PICTURES.items() if (folder / file).is_file()],
+        figures=[{"file": file, "what": what} for file, what in PICTURES.items() if (folder / file).is_file()],
         carbon=carbon,
         licences={side: licence_of(info[f"{side}_tower"]["name"]) for side in ("vision", "text")},
         count=count,
@@ -86,7 +90,9 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
 
 
 def write_card(folder: str | os.PathLike, repo_id: str | None = None, license: str | None = None) -> None:
-    """Saves a checkpoint's card as its README.md, and the picture of its epochs. A card that somebody wrote is kept.
+    """Save a checkpoint's card as its README.md.
+
+    The figure of its epochs is saved too, where matplotlib is installed. A card that somebody has written is kept.
 
     Raises:
         ValueError: as [`model_card`].
@@ -110,12 +116,14 @@ def push(
     revision: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Uploads a checkpoint with its card, without stages and cache. A card that somebody has written is kept.
+    """Upload a checkpoint with its model card.
+
+    The folders of the stages and the feature cache stay behind. A card that somebody has written is kept.
 
     Args:
         folder: of the checkpoint.
         repo_id: made if it does not exist.
-        private: of a repository that is made.
+        private: whether a repository that is made is private.
         license: see [`model_card`].
         revision: branch to commit to; made if it does not exist.
         token: default: the one that `hf auth login` has left.
@@ -127,7 +135,7 @@ def push(
         ValueError: if the folder holds no checkpoint of IConE.
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
     """
-    write_card(folder, repo_id, license)  # what is no checkpoint is refused here
+    write_card(folder, repo_id, license)  # refuses a folder that is no checkpoint, before anything is made on the Hub
     repo_id = make_repository(repo_id, private, revision, token)
     commit = HfApi(token=token).upload_folder(
         repo_id=repo_id,
@@ -142,10 +150,18 @@ def push(
 def make_repository(
     repo_id: str, private: bool | None = None, revision: str | None = None, token: str | None = None
 ) -> str:
-    """Makes it and a branch, if they do not exist; so a wrong token or name shows before a long run.
+    """Make a repository and a branch, unless they exist.
+
+    A training run does this first, so that a wrong token or name shows before the work.
+
+    Args:
+        repo_id: of the repository. Without an owner it is the token's user's.
+        private: whether a repository that is made is private.
+        revision: the branch. `None`: no branch is made.
+        token: default: the one that `hf auth login` has left.
 
     Returns:
-        Its whole name, which has an owner.
+        The repository's whole name, with its owner.
 
     Raises:
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
@@ -158,14 +174,20 @@ def make_repository(
 
 
 def _is_id(tower: str | None) -> bool:
-    """Whether a tower's name is one on the Hub, and not a folder of whoever trained the model."""
+    """Tell whether a name is one on the Hub.
+
+    The other names are folders of whoever trained the model.
+    """
     return tower is not None and tower.count("/") == 1 and not tower.startswith((".", "/")) and not Path(tower).exists()
 
 
 def rsum_of_epochs(folder: str | os.PathLike) -> dict[str, dict[float, float]]:
-    """The validation Rsum by epoch of every stage of a run that was measured more than once."""
+    """Read each stage's validation Rsum by epoch.
+
+    Stages that were measured only once are left out.
+    """
     stages = {}
-    for file in sorted(Path(folder).glob("stages/*/stage.json")):
+    for file in sorted(Path(folder).glob("stages/*/stage.json")):  # folders are named NUMBER-STAGE
         logs = json.loads(file.read_text())["log_history"]
         stages[file.parent.name.partition("-")[2]] = {
             round(entry["epoch"], 2): entry["eval_rsum"] for entry in logs if "eval_rsum" in entry
@@ -174,7 +196,10 @@ def rsum_of_epochs(folder: str | os.PathLike) -> dict[str, dict[float, float]]:
 
 
 def carbon_of(folder: str | os.PathLike) -> float | None:
-    """Kilograms of CO2 of all stages, if the run was one with `report_to=codecarbon`."""
+    """Sum up the kilograms of CO2 of all stages.
+
+    It is `None` for a run without `report_to=codecarbon`.
+    """
     files = [*Path(folder).glob("emissions.csv"), *Path(folder).glob("stages/*/emissions.csv")]
     if not files:
         return None
@@ -183,12 +208,16 @@ def carbon_of(folder: str | os.PathLike) -> float | None:
 
 
 def licence_of(tower: str | None) -> str | None:
-    """The licence on a tower's own card, in its folder or on the Hub; `None` if nothing says so from here."""
+    """Read the licence on a tower's own card.
+
+    The card is in the tower's folder or on the Hub. `None`: there is no card, it can't be reached, or it states no
+    licence.
+    """
     if tower is None or not (_is_id(tower) or Path(tower, CARD).is_file()):
         return None
     try:
-        # Of a folder its README.md; an id is downloaded, or found in the cache.
+        # A folder has its README.md; the card of an id is downloaded, or found in the cache.
         data = ModelCard.load(str(Path(tower, CARD)) if Path(tower).is_dir() else tower).data
-    except (OSError, ValueError):  # no such card, no connection; a card that is none
+    except (OSError, ValueError):  # no such card or no connection; a file that is no card
         return None
     return data.get("license_name") if data.license == "other" else data.license

@@ -1,4 +1,6 @@
-"""A checkpoint as two ONNX graphs, pictures and sentences, in the folder layout that transformers.js reads.
+"""Export of a checkpoint as two ONNX graphs: images and captions.
+
+The folder is laid out as transformers.js reads it:
 
 OUT/
   config.json, tokenizer.json, tokenizer_config.json, preprocessor_config.json
@@ -20,16 +22,20 @@ from typing import Any
 import onnxruntime
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from ..modeling.modeling_icone import IConEModel
+from ..modeling.processing_icone import IConEProcessor
 
 VISION, TEXT = "vision_model", "text_model"  # transformers.js's names for the graphs of CLIP
 TOLERANCE = 1e-4  # between a graph's embeddings and the model's
 
 
-class _Pictures(nn.Module):
+class _ImageGraph(nn.Module):
+    """Embed images: what the vision graph computes."""
+
     def __init__(self, model: IConEModel):
         super().__init__()
         self.model = model
@@ -38,7 +44,9 @@ class _Pictures(nn.Module):
         return F.normalize(self.model.get_image_features(pixel_values).pooler_output, dim=-1)
 
 
-class _Sentences(nn.Module):
+class _CaptionGraph(nn.Module):
+    """Embed captions: what the text graph computes."""
+
     def __init__(self, model: IConEModel):
         super().__init__()
         self.model = model
@@ -47,14 +55,19 @@ class _Sentences(nn.Module):
         return F.normalize(self.model.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)
 
 
-def export_onnx(model: IConEModel, processor: Any, folder: str | os.PathLike, int8: bool = False) -> Path:
-    """Writes both graphs with all that their inputs are made by, and compares them with the model.
+def export_onnx(model: IConEModel, processor: IConEProcessor, folder: str | os.PathLike, int8: bool = False) -> Path:
+    """Write both graphs and compare them with the model.
+
+    The files of the processor, which make the graphs' inputs, are written too.
 
     Args:
-        model: an [`IConEModel`], which is put into eval mode.
-        processor: its [`IConEProcessor`].
+        model: is put into eval mode.
+        processor: of the model.
         folder: to write to.
         int8: also writes graphs whose matrix products have int8 weights (dynamic quantisation).
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: if a graph's embeddings are not the model's.
@@ -62,17 +75,19 @@ def export_onnx(model: IConEModel, processor: Any, folder: str | os.PathLike, in
     folder = Path(folder)
     (folder / "onnx").mkdir(parents=True, exist_ok=True)
     model.eval()
-    pictures = processor(images=list(_pictures()), return_tensors="pt")["pixel_values"]
-    # Of two lengths, so that there is padding; never one row or token alone, which the exporter takes for a constant.
+    # Example inputs for the exporter, which takes a dimension of size 1 for a constant: so there are two of each, and
+    # the captions differ in length, so that there is padding.
+    pixel_values = processor(images=_example_images(), return_tensors="pt")["pixel_values"]
     tokens = processor(text=["a cat", "two dogs and a bird on a red ground"], return_tensors="pt", padding="longest")
     mask = tokens.get("attention_mask", torch.ones_like(tokens["input_ids"]))
+    # For each graph: the file's name, the module, its inputs, the dimensions that may vary, and the output's name.
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=1)
     sides: dict[int, Any] = {0: batch}
     graphs: list[tuple[str, nn.Module, dict[str, torch.Tensor], dict[str, Any], str]] = [
-        (VISION, _Pictures(model), {"pixel_values": pictures}, {"pixel_values": sides}, "image_embeds"),
+        (VISION, _ImageGraph(model), {"pixel_values": pixel_values}, {"pixel_values": sides}, "image_embeds"),
         (
             TEXT,
-            _Sentences(model),
+            _CaptionGraph(model),
             {"input_ids": tokens["input_ids"], "attention_mask": mask},
             {key: {0: batch, 1: length} for key in ("input_ids", "attention_mask")},
             "text_embeds",
@@ -88,13 +103,13 @@ def export_onnx(model: IConEModel, processor: Any, folder: str | os.PathLike, in
                 input_names=list(inputs),
                 output_names=[output],
                 dynamic_shapes=shapes,
-                external_data=False,  # one file; graphs of 2 GB and more cannot be
+                external_data=False,  # one file, which limits a graph to 2 GB
                 dynamo=True,
                 verbose=False,
             )
         _compare(file, module, inputs)
         if int8:
-            # Convolutions stay as they are: int8 ones are slower on CPUs.
+            # Convolutions keep their float weights: int8 ones are slower on CPUs.
             quantized = str(file.with_name(f"{name}_quantized.onnx"))
             quantize_dynamic(str(file), quantized, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
     model.config.save_pretrained(folder)
@@ -104,7 +119,10 @@ def export_onnx(model: IConEModel, processor: Any, folder: str | os.PathLike, in
 
 
 def session(file: str | os.PathLike, threads: int = 0) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on the CPU, without its hints on stderr. `threads=0`: all cores."""
+    """Load a graph into ONNX Runtime on the CPU.
+
+    Its hints on stderr are silenced. `threads=0`: all cores.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -113,7 +131,12 @@ def session(file: str | os.PathLike, threads: int = 0) -> onnxruntime.InferenceS
 
 @torch.no_grad()
 def _compare(file: Path, module: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
-    """On other sizes than it was exported with, where they can differ."""
+    """Refuse a graph whose embeddings aren't the model's.
+
+    Raises:
+        ValueError: naming the file and the difference.
+    """
+    # The batch has another size than the graph was exported with, so a size that became a constant is found.
     other = {name: torch.cat((value, value[:1])) for name, value in inputs.items()}
     (found,) = session(file).run(None, {name: value.numpy() for name, value in other.items()})
     difference = float((torch.from_numpy(found) - module(**other)).abs().max())
@@ -121,16 +144,14 @@ def _compare(file: Path, module: nn.Module, inputs: dict[str, torch.Tensor]) -> 
         raise ValueError(f"The embeddings of {file} differ by {difference:.1g} from the model's: it is of no use.")
 
 
-def _pictures() -> Iterator[Any]:
-    from PIL import Image
-
-    for color in ("red", "blue"):
-        yield Image.new("RGB", (300, 200), color)
+def _example_images() -> list[Image.Image]:
+    """Make two images for the exporter to trace."""
+    return [Image.new("RGB", (300, 200), color) for color in ("red", "blue")]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on what other models would need."""
+    """Silence the exporter's remarks, which concern other models."""
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:

@@ -28,12 +28,12 @@ def gallery():
     groups = make_groups(8, captions=2)
     images = torch.eye(8)
     texts = images.repeat_interleave(2, 0).clone()
-    texts[4:6] = torch.eye(8)[7] + 0.9 * torch.eye(8)[2]  # the sentences of picture 2 find picture 7 first
+    texts[4:6] = torch.eye(8)[7] + 0.9 * torch.eye(8)[2]  # the captions of image 2 find image 7 first
     return groups, GroupEmbeddings(images, texts, torch.arange(16) // 2)
 
 
 def frames(figure):
-    """The frame colours of every retrieved picture, line by line."""
+    """List the frame colours of every retrieved image, line by line."""
     axes = [a for a in figure.subfigs[0].get_axes() if a.images]
     return [to_rgb(a.spines["left"].get_edgecolor()) for a in axes]
 
@@ -52,10 +52,10 @@ def test_a_legend_says_what_the_colours_mean(gallery):
     }
 
 
-def test_sentences_are_coloured_likewise(gallery):
+def test_captions_are_coloured_likewise(gallery):
     figure = retrieval_grid(*gallery, queries=[7], top=3)
     colors = [to_rgb(text.get_color()) for axes in figure.subfigs[1].get_axes() for text in axes.texts]
-    assert colors == [to_rgb(c) for c in (HIT, MISS, MISS)]  # sentences 4 and 5 of picture 2 come next
+    assert colors == [to_rgb(c) for c in (HIT, MISS, MISS)]  # captions 4 and 5 of image 2 come next
 
 
 def test_six_queries_are_shown_by_default_and_fewer_from_a_small_gallery(gallery):
@@ -72,21 +72,21 @@ def test_it_can_be_saved(gallery, file_format):
     assert len(buffer.getvalue()) > 5000
 
 
-def test_the_retrieved_pictures_are_those_of_the_scores(gallery):
+def test_the_retrieved_images_are_those_of_the_scores(gallery):
     groups, embeds = gallery
     figure = retrieval_grid(groups, embeds, queries=[2], top=2)
     shown = [a.images[0].get_array() for a in figure.subfigs[0].get_axes() if a.images]
-    for picture, row in zip(shown, (7, 2), strict=True):
-        assert np.array_equal(np.asarray(picture), np.asarray(groups[row]["image"]))
+    for image, row in zip(shown, (7, 2), strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(groups[row]["image"]))
 
 
 def test_each_direction_can_be_had_alone(gallery):
     both = retrieval_grid(*gallery, queries=[0, 2], top=3)
     alone = retrieval_grid(*gallery, queries=[0, 2], top=3, direction="text_to_image")
     assert [to_rgb(a.spines["left"].get_edgecolor()) for a in alone.axes if a.images] == frames(both)
-    sentences = retrieval_grid(*gallery, queries=[0, 2], top=3, direction="image_to_text")
+    captions = retrieval_grid(*gallery, queries=[0, 2], top=3, direction="image_to_text")
     shown = [
-        [text.get_text() for a in axes for text in a.texts] for axes in (sentences.axes, both.subfigs[1].get_axes())
+        [text.get_text() for a in axes for text in a.texts] for axes in (captions.axes, both.subfigs[1].get_axes())
     ]
     assert shown[0] == shown[1]
     assert len(shown[0]) == 2 * 3
@@ -143,7 +143,7 @@ def test_other_sweeps():
 
 
 def random_embeddings(spread, groups=5):
-    """Pictures and three sentences each around their group's own direction."""
+    """Make images with three captions each, around their group's own direction."""
     generator = torch.Generator().manual_seed(0)
     owner = torch.arange(groups * 3) // 3
     images = torch.eye(groups, 8) + spread * torch.randn(groups, 8, generator=generator)
@@ -152,7 +152,7 @@ def random_embeddings(spread, groups=5):
 
 
 def numbers_by_hand(embeds, rows):
-    """The share of sentences next to their own picture, and the mean of (b - a) / max(a, b) over all points."""
+    """Compute the share of captions next to their own image, and the mean of (b - a) / max(a, b) over all points."""
     images, texts, owner = (x.numpy() for x in embeds)
     shown = np.isin(owner, rows)
     nearest = [rows[np.argmax(images[rows] @ text)] for text in texts[shown]]
@@ -174,22 +174,22 @@ def test_both_panels_show_the_same_groups_in_the_same_colours_with_numbers_of_th
     figure = embedding_map(before, after, rows)
     assert [axes.get_title() for axes in figure.axes] == ["(a) before training", "(b) after training"]
     for axes, embeds in zip(figure.axes, (before, after), strict=True):
-        sentences, pictures = axes.collections
-        assert [to_hex(c) for c in pictures.get_facecolor()] == list(COLORS[:3])
-        # The first three sentences are group 0's, the second of `rows`.
-        assert [to_hex(c) for c in sentences.get_facecolor()[:, :3]] == [COLORS[i] for i in (1, 1, 1, 2, 2, 2, 0, 0, 0)]
+        captions, images = axes.collections
+        assert [to_hex(c) for c in images.get_facecolor()] == list(COLORS[:3])
+        # The first three captions are group 0's, the second of `rows`.
+        assert [to_hex(c) for c in captions.get_facecolor()[:, :3]] == [COLORS[i] for i in (1, 1, 1, 2, 2, 2, 0, 0, 0)]
         own, silhouette = numbers_by_hand(embeds, rows)
-        expected = f"own picture nearest: {own:.0%} of sentences\nsilhouette of groups: {silhouette:.2f}"
+        expected = f"own image nearest: {own:.0%} of captions\nsilhouette of groups: {silhouette:.2f}"
         assert axes.get_xlabel() == expected
         assert [text.get_text() for text in axes.texts] == ["1", "2", "3"]
-        assert np.allclose([text.xy for text in axes.texts], pictures.get_offsets())
+        assert np.allclose([text.xy for text in axes.texts], images.get_offsets())
     assert figure.axes[0].get_xlabel() != figure.axes[1].get_xlabel()
 
 
 def test_the_legends_name_shapes_and_groups():
     embeds = random_embeddings(0.1)
     names = [[text.get_text() for text in legend.get_texts()] for legend in embedding_map(embeds, embeds).legends]
-    assert names == [[f"group {i}" for i in range(1, 6)], ["picture", "sentence"]]
+    assert names == [[f"group {i}" for i in range(1, 6)], ["image", "caption"]]
     named = embedding_map(embeds, embeds, [0, 3], ["a dog", "a cat " * 20]).legends[0].get_texts()
     assert named[0].get_text() == "1  a dog"
     assert named[1].get_text().endswith("cat...")
@@ -207,14 +207,14 @@ def test_groups_that_do_not_fit_are_refused():
 # --- heat maps ---
 
 
-def test_heat_maps_are_laid_over_their_pictures(make_model, processor):
+def test_heat_maps_are_laid_over_their_images(make_model, processor):
     model, query, words = make_model(), "a red, square thing on a green ground", ["red", "green ground"]
     image, box = draw("green", "red"), (10, 10, 30, 30)
     figure = heat_map_grid(
         model, processor, [image, image], [query, "a square"], [words, ["square"]], [{"red": box}, {}], method="dot"
     )
-    sentence, picture, first, second, *_ = figure.axes
-    assert np.array_equal(picture.images[0].get_array(), np.asarray(image))
+    caption, original, first, second, *_ = figure.axes
+    assert np.array_equal(original.images[0].get_array(), np.asarray(image))
     assert [first.get_title(), second.get_title()] == words
     for axes, heat in zip((first, second), heat_maps(model, processor, image, query, words, "dot"), strict=True):
         shown = axes.images[1].get_array()
@@ -223,7 +223,7 @@ def test_heat_maps_are_laid_over_their_pictures(make_model, processor):
         assert axes.lines[0].get_xydata().tolist() == [list(peak(heat))]
     assert first.patches[0].get_bbox().extents.tolist() == list(box)
     assert not second.patches
-    blue = {area.get_text() for area in text_areas(sentence) if area._text.get_color() == KEY_WORD}
+    blue = {area.get_text() for area in text_areas(caption) if area._text.get_color() == KEY_WORD}
     assert blue == {"red", "green", "ground"}  # not the comma, nor "square"
     assert [label.get_text() for label in figure.axes[-1].get_yticklabels()] == ["least", "most"]
 
@@ -233,6 +233,6 @@ def text_areas(axes):
     return box.findobj(TextArea)
 
 
-def test_heat_map_grids_need_one_entry_for_each_picture(make_model, processor):
-    with pytest.raises(ValueError, match="one entry for each picture"):
+def test_heat_map_grids_need_one_entry_for_each_image(make_model, processor):
+    with pytest.raises(ValueError, match="one entry for each image"):
         heat_map_grid(make_model(), processor, [draw("green", "red")], ["a", "b"], [["a"], ["b"]])

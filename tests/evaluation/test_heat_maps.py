@@ -25,7 +25,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 
 @pytest.fixture
 def convolutional(towers):
-    """A ResNet, whose pooled output is the mean of its feature map of 4 x 4 at 32 pixels."""
+    """Make a ResNet, whose pooled output is the mean of its feature map of 4 x 4 at 32 pixels."""
     torch.manual_seed(0)
     vision = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
     return IConEModel.from_encoders(vision, towers[1], projection_dim=16).eval()
@@ -36,7 +36,7 @@ def unit(x):
 
 
 def by_hand(model, processor, image):
-    """The feature map in the common space (16, 4, 4), the pooled feature, and what "red" adds to the query."""
+    """Compute the feature map in the common space (16, 4, 4), the pooled feature, and what "red" adds to the query."""
     pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
     weight = model.visual_projection.weight.detach().numpy()
     with torch.no_grad():
@@ -49,7 +49,7 @@ def by_hand(model, processor, image):
 
 
 def compare(heat, expected):
-    """A map of 32 x 32 against 4 x 4 cells, through scipy's interpolation: linear, mirrored at the outer centres."""
+    """Check a map of 32 x 32 on 4 x 4 cells by scipy's interpolation: linear, mirrored at the outer centres."""
     from scipy.ndimage import map_coordinates
 
     place = (np.arange(32) + 0.5) / 8 - 0.5
@@ -84,15 +84,15 @@ def test_grad_cam_follows_the_formula(convolutional, processor):
 
 
 def test_grad_cam_leaves_no_gradient_and_the_mode_as_it_was(convolutional, processor):
-    convolutional.set_encoders_trainable(False)  # no parameter records a graph: the pictures must
+    convolutional.set_encoders_trainable(False)  # no parameter records a graph: the pixels must
     convolutional.train()
     assert heat_map(convolutional, processor, draw("green", "red"), QUERY, "red").any()
     assert convolutional.training
     assert all(parameter.grad is None for parameter in convolutional.parameters())
 
 
-def test_occlusion_falls_where_the_score_depends_on_the_picture(convolutional, processor, monkeypatch):
-    """With a tower that sees the upper left quarter alone, the rest of the map is 0."""
+def test_occlusion_falls_where_the_score_depends_on_the_image(convolutional, processor, monkeypatch):
+    """The tower sees only the upper left quarter, so the rest of the map is 0."""
     tower, quarter = convolutional.vision_model.forward, torch.zeros(1, 1, 32, 32)
     quarter[..., :16, :16] = 1
     monkeypatch.setattr(
@@ -104,7 +104,7 @@ def test_occlusion_falls_where_the_score_depends_on_the_picture(convolutional, p
     assert np.allclose(heat[:, 22:], 0, atol=1e-7)
 
 
-def test_a_convolutional_tower_sees_its_picture_enlarged(convolutional, processor):
+def test_a_convolutional_tower_sees_its_image_enlarged(convolutional, processor):
     image = draw("green", "red", side=32)
     twice = heat_map(convolutional, processor, image, QUERY, "red", "dot")
     assert np.array_equal(twice, heat_map(convolutional, processor, image, QUERY, "red", "dot", zoom=2))
@@ -204,7 +204,7 @@ def test_several_words_are_as_each_alone(convolutional, processor):
         (CLIPImageProcessorPil(), (400, 640), (0, 120, 400, 520)),
         # shortest edge to 256, the middle 224 of it
         (ConvNextImageProcessorPil(size={"shortest_edge": 224}), (512, 512), (32, 32, 480, 480)),
-        # 100 pixels in a frame of 150: a quarter of the picture is padded on each side
+        # 100 pixels in a frame of 150: a quarter of the image is padded on each side
         (
             CLIPImageProcessorPil(size={"height": 100, "width": 100}, crop_size={"height": 150, "width": 150}),
             (200, 200),
@@ -271,7 +271,7 @@ def test_hits_trials_chance_and_centre_by_hand(make_model, processor, monkeypatc
     monkeypatch.setattr(
         "icone_hf.evaluation.heat_maps._grids", lambda m, p, i, q, words, *rest: np.stack([corner] * len(words))
     )
-    # Row 0 asks its first sentence, for red (a hit) and blue; row 1 its second, for "blue square".
+    # Row 0 asks its first caption, for red (a hit) and blue; row 1 its second, for "blue square".
     assert pointing_game(make_model(), processor, scenes) == {
         "hit_rate": pytest.approx(1 / 3),
         "trials": 3,

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icone_hf.evaluation import Ranks
 from icone_hf.evaluation.metrics import (
     fold_metrics,
     fold_ranks,
@@ -20,7 +21,7 @@ KEYS = {f"{d}_{m}" for d in ("t2i", "i2t") for m in ("r1", "r5", "r10", "medr", 
 
 
 def numpy_ranks(images, texts, owner):
-    """By the definition: count every other item that scores at least as much; own sentences are no rivals."""
+    """Rank by the definition: count every other item that scores at least as much; own captions are no rivals."""
     scores = images @ texts.T
     t2i = [
         sum(scores[i, j] >= scores[owner[j], j] for i in range(len(images)) if i != owner[j]) + 1
@@ -45,7 +46,7 @@ def numpy_metrics(images, texts, owner):
 
 @st.composite
 def galleries(draw_value):
-    """Integer embeddings, so that scores are exact and ties are many; unsorted, uneven sentences."""
+    """Draw integer embeddings, so that scores are exact and ties are many; unsorted captions, uneven in number."""
     rng = np.random.default_rng(draw_value(st.integers(0, 10**6)))
     num_images, dim = draw_value(st.integers(1, 12)), draw_value(st.integers(1, 3))
     counts = rng.integers(1, 5, num_images)
@@ -60,18 +61,18 @@ def tensors(gallery):
 @given(galleries(), st.integers(1, 15))
 @settings(max_examples=150, deadline=None)
 def test_ranks_are_those_of_the_definition_with_ties_and_any_chunk(gallery, chunk_size):
-    ours = retrieval_ranks(*tensors(gallery), chunk_size=chunk_size)
-    for mine, reference in zip(ours, numpy_ranks(*gallery), strict=True):
-        assert mine.tolist() == reference.tolist()
+    found = retrieval_ranks(*tensors(gallery), chunk_size=chunk_size)
+    for ranks, expected in zip(found, numpy_ranks(*gallery), strict=True):
+        assert ranks.tolist() == expected.tolist()
 
 
 @given(galleries())
 @settings(max_examples=50, deadline=None)
 def test_metrics_are_those_of_ten_lines_of_numpy(gallery):
-    ours = retrieval_metrics(*tensors(gallery))
-    assert set(ours) == KEYS
-    assert all(type(value) is float for value in ours.values())
-    assert ours == pytest.approx(numpy_metrics(*gallery))
+    metrics = retrieval_metrics(*tensors(gallery))
+    assert set(metrics) == KEYS
+    assert all(type(value) is float for value in metrics.values())
+    assert metrics == pytest.approx(numpy_metrics(*gallery))
 
 
 @given(galleries(), st.integers(-8, 8))
@@ -85,7 +86,7 @@ def test_scaling_all_embeddings_changes_no_rank(gallery, exponent):
 
 @given(galleries(), st.integers(0, 1000))
 @settings(max_examples=50, deadline=None)
-def test_the_order_of_images_and_sentences_changes_no_metric(gallery, seed):
+def test_the_order_of_images_and_captions_changes_no_metric(gallery, seed):
     images, texts, owner = tensors(gallery)
     rng = np.random.default_rng(seed)
     image_order, text_order = torch.tensor(rng.permutation(len(images))), torch.tensor(rng.permutation(len(texts)))
@@ -98,14 +99,14 @@ def test_a_model_that_says_the_same_of_everything_scores_last():
     images, texts = torch.ones(4, 3), torch.ones(8, 3)
     t2i, i2t = retrieval_ranks(images, texts, torch.arange(8) // 2)
     assert t2i.tolist() == [4] * 8
-    assert i2t.tolist() == [7] * 4  # six sentences of others tie, its own second one does not count
+    assert i2t.tolist() == [7] * 4  # six captions of others tie, its own second one does not count
 
 
-def test_identical_captions_of_two_pictures_tie_against_us():
+def test_identical_captions_of_two_images_tie_against_the_model():
     torch.manual_seed(1)
     images = torch.nn.functional.normalize(torch.randn(50, 384), dim=1)
     texts = images[:, :].clone()
-    texts[31] = texts[30]  # the same caption under two pictures
+    texts[31] = texts[30]  # two images have the same caption
     _, i2t = retrieval_ranks(images, texts, torch.arange(50), chunk_size=7)
     assert i2t[30] == 2
 
@@ -123,8 +124,8 @@ def test_folds_are_the_mean_over_consecutive_images():
         numpy_metrics(images[f * 5 : f * 5 + 5], texts[f * 15 : f * 15 + 15], np.repeat(np.arange(5), 3))
         for f in range(4)
     ]
-    ours = fold_metrics(torch.tensor(images), torch.tensor(texts), torch.tensor(owner), folds=4)
-    assert ours == pytest.approx({name: np.mean([fold[name] for fold in folds]) for name in folds[0]})
+    metrics = fold_metrics(torch.tensor(images), torch.tensor(texts), torch.tensor(owner), folds=4)
+    assert metrics == pytest.approx({name: np.mean([fold[name] for fold in folds]) for name in folds[0]})
 
 
 @given(galleries(), st.integers(1, 4), st.integers(1, 15))
@@ -143,6 +144,18 @@ def test_ranks_within_folds_are_those_of_each_fold_alone(gallery, folds, chunk_s
     back = np.argsort(shuffle)
     assert t2i[:, back].tolist() == [whole[0].tolist(), np.concatenate([ranks[0] for ranks in within]).tolist()]
     assert i2t.tolist() == [whole[1].tolist(), np.concatenate([ranks[1] for ranks in within]).tolist()]
+
+
+def test_ranks_have_names():
+    args = torch.eye(4), torch.eye(4)[[0, 0, 2, 1, 3]], torch.tensor([0, 0, 1, 2, 3])
+    ranks = retrieval_ranks(*args)
+    assert isinstance(ranks, Ranks)
+    assert ranks.text_to_image.tolist() == [1, 1, 4, 4, 1]
+    assert ranks.image_to_text.tolist() == [1, 5, 5, 1]
+    among_all_and_within = fold_ranks(*args, folds=2)
+    assert isinstance(among_all_and_within, Ranks)
+    assert among_all_and_within.text_to_image.tolist() == [[1, 1, 4, 4, 1], [1, 1, 2, 2, 1]]
+    assert among_all_and_within.image_to_text.tolist() == [[1, 5, 5, 1], [1, 3, 2, 1]]
 
 
 @given(galleries(), st.integers(1, 15), st.integers(1, 5))
@@ -186,8 +199,8 @@ def test_folds_must_be_equal():
         (torch.eye(3), torch.eye(3), torch.tensor([0, 1, 3]), r"text_to_image\[2\] is 3, but image rows are 0\.\.2"),
         (torch.eye(3), torch.eye(3), torch.tensor([0, -1, 2]), r"text_to_image\[1\] is -1"),
         (torch.eye(3), torch.eye(3), torch.tensor([0.0, 1, 2]), "integers"),
-        (torch.eye(3), torch.eye(3)[:2], torch.tensor([0, 2]), r"1 of 3 images have no sentence \(rows 1\)"),
-        (torch.eye(3), torch.eye(3)[:0], torch.arange(0), "no sentences"),
+        (torch.eye(3), torch.eye(3)[:2], torch.tensor([0, 2]), r"1 of 3 images have no caption \(rows 1\)"),
+        (torch.eye(3), torch.eye(3)[:0], torch.arange(0), "no captions"),
         (torch.tensor([[1.0], [math.nan]]), torch.ones(2, 1), torch.arange(2), "image_embeds holds NaN .* row 1"),
         (torch.ones(2, 1), torch.tensor([[math.inf], [1.0]]), torch.arange(2), "text_embeds holds NaN .* row 0"),
     ],
@@ -228,7 +241,7 @@ def test_table_shows_every_metric():
 
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=8).filter(lambda c: max(c) > 1), st.integers(0, 1000))
 @settings(max_examples=50, deadline=None)
-def test_sentences_find_the_others_of_their_group(counts, seed):
+def test_captions_find_the_others_of_their_group(counts, seed):
     rng = np.random.default_rng(seed)
     group = rng.permutation(np.repeat(np.arange(len(counts)), counts))
     embeds = rng.integers(-1, 2, (len(group), 3)).astype(np.float32)  # many ties
@@ -238,11 +251,11 @@ def test_sentences_find_the_others_of_their_group(counts, seed):
         if own:
             best = max(scores[i, own])
             ranks.append(1 + sum(scores[i, j] >= best for j in range(len(group)) if group[j] != group[i]))
-    ours = sentence_metrics(torch.tensor(embeds), torch.tensor(group), chunk_size=3)
-    assert ours["t2t_mnr"] == pytest.approx(np.mean(ranks))
-    assert ours["t2t_r1"] == pytest.approx(100 * np.mean(np.array(ranks) == 1))
+    metrics = sentence_metrics(torch.tensor(embeds), torch.tensor(group), chunk_size=3)
+    assert metrics["t2t_mnr"] == pytest.approx(np.mean(ranks))
+    assert metrics["t2t_r1"] == pytest.approx(100 * np.mean(np.array(ranks) == 1))
 
 
-def test_single_sentences_have_nothing_to_find():
-    with pytest.raises(ValueError, match="two sentences"):
+def test_single_captions_have_nothing_to_find():
+    with pytest.raises(ValueError, match="two captions"):
         sentence_metrics(torch.eye(3), torch.arange(3))

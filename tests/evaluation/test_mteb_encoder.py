@@ -1,4 +1,4 @@
-"""MTEB's own code on tasks made of groups, beside our metrics."""
+"""MTEB's own code on tasks made of groups, beside the metrics of icone_hf."""
 
 import mteb
 import pytest
@@ -15,16 +15,16 @@ from icone_hf.paper.offline_towers import write_minilm
 
 
 def task_of(groups, category):
-    """A retrieval task like Flickr30kT2IRetrieval or Flickr30kI2TRetrieval, of these groups."""
-    captions, rows = Captions.read(groups).flat, Captions.read(groups).text_to_image
-    pictures = Dataset.from_dict({"id": [f"i{row}" for row in range(len(groups))]})
-    pictures = pictures.add_column("image", groups.data.column("image").to_pylist(), feature=groups.features["image"])
-    sentences = Dataset.from_dict({"id": [f"t{row}" for row in range(len(captions))], "text": captions})
+    """Make a retrieval task like Flickr30kT2IRetrieval or Flickr30kI2TRetrieval of groups."""
+    flat, rows = Captions.read(groups).flat, Captions.read(groups).text_to_image
+    images = Dataset.from_dict({"id": [f"i{row}" for row in range(len(groups))]})
+    images = images.add_column("image", groups.data.column("image").to_pylist(), feature=groups.features["image"])
+    captions = Dataset.from_dict({"id": [f"t{row}" for row in range(len(flat))], "text": flat})
     relevant = {}
-    for sentence, picture in enumerate(rows.tolist()):
-        query, document = (f"t{sentence}", f"i{picture}") if category == "t2i" else (f"i{picture}", f"t{sentence}")
+    for caption, image in enumerate(rows.tolist()):
+        query, document = (f"t{caption}", f"i{image}") if category == "t2i" else (f"i{image}", f"t{caption}")
         relevant.setdefault(query, {})[document] = 1
-    queries, corpus = (sentences, pictures) if category == "t2i" else (pictures, sentences)
+    queries, corpus = (captions, images) if category == "t2i" else (images, captions)
 
     class Scenes(AbsTaskRetrieval):
         metadata = TaskMetadata(
@@ -66,7 +66,7 @@ def checkpoint(make_model, processor, tmp_path):
 
 @pytest.fixture
 def scenes_checkpoint(towers, tmp_path):
-    """With MiniLM as its text tower: the words of tests' tiny ones would make many sentences of scenes the same."""
+    """Make one with MiniLM as its text tower: to the tests' tiny ones many captions of scenes would be the same."""
     write_minilm(tmp_path / "minilm")
     pair = towers[0], str(tmp_path / "minilm")
     IConEModel.from_encoders(*pair, projection_dim=32).save_pretrained(tmp_path / "model")
@@ -74,10 +74,10 @@ def scenes_checkpoint(towers, tmp_path):
     return tmp_path / "model"
 
 
-def test_mtebs_hit_rates_are_our_recalls(scenes_checkpoint):
+def test_mtebs_hit_rates_are_the_recalls_of_retrieval_metrics(scenes_checkpoint):
     groups = load_groups("openmoji-scenes", "test", num_groups=30, image_size=64)
-    sentences = [caption for captions in groups["captions"] for caption in captions]
-    assert len(set(sentences)) == len(sentences)  # MTEB does not count ties against the model; we do
+    captions = Captions.read(groups).flat
+    assert len(set(captions)) == len(captions)  # MTEB does not count ties against the model; retrieval_metrics does
     encoder = IConEEncoder(scenes_checkpoint, device="cpu")
     tasks = [task_of(groups, category) for category in ("t2i", "i2t")]
     results = mteb.evaluate(encoder, tasks, cache=None, show_progress_bar=False, encode_kwargs={"batch_size": 16})

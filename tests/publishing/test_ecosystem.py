@@ -1,4 +1,4 @@
-"""Other tools read our checkpoints and find what IConEModel finds."""
+"""Other tools read a checkpoint and find what IConEModel finds."""
 
 import json
 import subprocess
@@ -62,7 +62,7 @@ RUNS = [
 
 @pytest.mark.parametrize(("reader", "with_package"), RUNS)
 def test_readers_find_what_the_model_finds(checkpoint, exported, inputs, right, reader, with_package):
-    """In a process of their own, beside the package and where it cannot be imported."""
+    """They run in a process of their own, beside the package and where it cannot be imported."""
     is_export = reader in ecosystem.READ_THE_EXPORT
     found = ecosystem.largest_difference(reader, exported if is_export else checkpoint, inputs, right, with_package)
     assert found <= (1e-4 if is_export else 1e-5)
@@ -103,11 +103,11 @@ def test_dtype_device_map_files_and_subfolders_are_transformers_own(checkpoint, 
     assert half.dtype == torch.bfloat16
     batch = processor(images=GROUPS["image"][:], return_tensors="pt").to(torch.bfloat16)
     with torch.no_grad():
-        ours = half.eval()(**batch).image_embeds.float()
-    assert F.cosine_similarity(ours, torch.from_numpy(right["image_embeds"])).min() > 0.999
+        image_embeds = half.eval()(**batch).image_embeds.float()
+    assert F.cosine_similarity(image_embeds, torch.from_numpy(right["image_embeds"])).min() > 0.999
 
 
-def test_a_pipeline_classifies_by_the_probabilities_of_all_sentences(checkpoint):
+def test_a_pipeline_classifies_by_the_probabilities_of_all_captions(checkpoint):
     classify = pipeline("zero-shot-image-classification", model=str(checkpoint))
     answers = classify(GROUPS[0]["image"], candidate_labels=["a dog", "a cat"])
     assert sum(answer["score"] for answer in answers) == pytest.approx(1)
@@ -118,16 +118,16 @@ def test_sentence_transformers_evaluates_truncates_and_saves_it_again(checkpoint
     captions = [captions[0] for captions in GROUPS["captions"]]
     evaluator = InformationRetrievalEvaluator(
         queries={str(row): caption for row, caption in enumerate(captions)},
-        corpus={str(row): picture for row, picture in enumerate(GROUPS["image"][:])},
+        corpus={str(row): image for row, image in enumerate(GROUPS["image"][:])},
         relevant_docs={str(row): {str(row)} for row in range(6)},
         accuracy_at_k=[1, 5],
     )
     found = evaluator(model)
-    ours = retrieval_metrics(
+    expected = retrieval_metrics(
         torch.from_numpy(right["image_embeds"]), torch.from_numpy(right["text_embeds"]), torch.arange(6)
     )
     for k in (1, 5):
-        assert 100 * found[f"cosine_accuracy@{k}"] == pytest.approx(ours[f"t2i_r{k}"])
+        assert 100 * found[f"cosine_accuracy@{k}"] == pytest.approx(expected[f"t2i_r{k}"])
     short = SentenceTransformer(str(checkpoint), truncate_dim=8).encode(captions)
     np.testing.assert_allclose(short, right["text_embeds"][:, :8], atol=1e-5)
     model.save(str(tmp_path))
@@ -180,7 +180,7 @@ def test_info_of_something_else_says_so(towers, capsys):
 
 
 def test_the_metric_module_is_read_by_evaluate(right):
-    """Fed in batches, with pictures of several sentences in no order, it is retrieval_metrics."""
+    """Fed in batches, with images of several captions in no order, it gives retrieval_metrics."""
     metric = evaluate.load(str(ROOT / "metrics" / "icone_retrieval"))
     rng = np.random.default_rng(0)
     rows = rng.permutation(np.repeat(np.arange(6), 3))

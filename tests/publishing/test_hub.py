@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def run(towers, tmp_path_factory):
-    """The folder of a short run, with its stages and its cache."""
+    """Run a short training, whose folder has stages and a cache."""
     folder = tmp_path_factory.mktemp("hub") / "scenes-model"
     model = IConEModel.from_encoders(*towers, num_groups=12, projection_dim=16, text_pooling="mean")
     args = IConETrainingArguments(folder, use_cpu=True, per_device_train_batch_size=4, disable_tqdm=True)
@@ -37,7 +37,7 @@ def run(towers, tmp_path_factory):
     )
     trainer.train()
     write_metrics(folder, {"test": trainer.evaluate(make_groups(6, start=18))})
-    (folder / "retrieval.png").write_bytes(b"a picture")
+    (folder / "retrieval.png").write_bytes(b"a figure")
     return folder
 
 
@@ -48,7 +48,7 @@ def hub():
 
 
 def client(hub, home, *command, token="hf_writes", **environment):
-    """Runs a command in a fresh process, as a user of that Hub with a cache of their own."""
+    """Run a command in a fresh process, as a user of that Hub with a cache of their own."""
     variables = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     variables |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
     variables |= {"HF_TOKEN": token} if token else {}
@@ -145,8 +145,8 @@ def test_the_projects_own_card_comes_from_the_template():
     assert [line for line in fixed if line not in own.splitlines()] == []
     card = ModelCard(own)
     assert model_index_to_eval_results(card.data.to_dict()["model-index"])[1]
-    for picture in re.findall(r"!\[.*\]\((.*)\)", own):
-        assert (ROOT / picture).is_file(), picture
+    for figure in re.findall(r"!\[.*\]\((.*)\)", own):
+        assert (ROOT / figure).is_file(), figure
 
 
 def test_a_bare_checkpoint_has_a_card_too(make_model, processor, tmp_path):
@@ -180,7 +180,7 @@ def test_a_run_is_pushed_loaded_and_loaded_again_offline(hub, run, tmp_path):
     shown = client(hub, tmp_path / "c", "-m", "icone_hf", "info", "ada/scenes", token="hf_reads")
     assert "class vectors of 12 groups" in shown.stdout, shown.stderr[-3000:]
     weights = [path for method, path in hub.seen[before:] if method == "GET" and path.endswith(".safetensors")]
-    assert weights  # whose heads alone were read: see Range in hub_server
+    assert weights  # only their headers were read: see Range in hub_server
 
 
 @pytest.mark.slow
@@ -211,7 +211,7 @@ def test_what_the_hub_refuses_is_said(hub, run, tmp_path):
 
 
 def test_a_bad_connection_costs_time_alone(hub, run, tmp_path):
-    """Cut in the middle of an upload and of a download, told to wait: everything arrives, once."""
+    """It is cut in the middle of an upload and of a download, and told to wait: everything arrives, once."""
     hub.faults += [("PUT", "/lfs/", "cut"), ("POST", "/preupload/", 429)]
     done = client(hub, tmp_path / "a", "-m", "icone_hf", "push", str(run), "ada/scenes")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -222,7 +222,7 @@ def test_a_bad_connection_costs_time_alone(hub, run, tmp_path):
 
 
 def test_a_download_that_was_cut_goes_on_where_it_broke_off(hub, tmp_path):
-    """In the same process: huggingface_hub 2.4 gives each process an unfinished file of its own."""
+    """This holds in one process: huggingface_hub 2.4 gives each process an unfinished file of its own."""
     weights = os.urandom(25 * 2**20)  # it keeps what it has in parts of 10 MiB
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "model.safetensors").write_bytes(weights)
@@ -346,7 +346,7 @@ def test_a_failed_push_does_not_end_the_training(hub, towers, tmp_path):
     assert not (tmp_path / "run" / "upload").exists()
 
 
-def test_checkpoints_of_shared_out_weights_are_not_pushed(make_model, processor, tmp_path):
+def test_checkpoints_of_sharded_weights_are_not_pushed(make_model, processor, tmp_path):
     args = IConETrainingArguments(tmp_path, use_cpu=True, push_to_hub=True, fsdp="full_shard")
     with pytest.raises(ValueError, match=r"hub_strategy=every_save uploads checkpoints .* pass hub_strategy=end"):
         IConETrainer(make_model(6), args, make_groups(6), make_groups(6, 6), processor)

@@ -16,7 +16,7 @@ from icone_hf.modeling.towers import POOLINGS
 from icone_hf.publishing.onnx_export import export_onnx, session
 
 GROUPS = make_groups(5)
-SENTENCES = [
+CAPTIONS = [
     "a red square",
     "blue under a very long sentence about a green ground and a square",
     "x",
@@ -44,7 +44,7 @@ def exported(checkpoint, tmp_path_factory):
 def right(checkpoint):
     model, processor = IConEModel.from_pretrained(checkpoint).eval(), IConEProcessor.from_pretrained(checkpoint)
     with torch.no_grad():
-        output = model(**processor(images=GROUPS["image"][:], text=SENTENCES, return_tensors="pt"))
+        output = model(**processor(images=GROUPS["image"][:], text=CAPTIONS, return_tensors="pt"))
     return output.image_embeds, output.text_embeds
 
 
@@ -55,19 +55,19 @@ def run(file, inputs):
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("name", ["{}", "{}_quantized"])
 def test_graphs_embed_as_the_model_does(exported, right, count, name):
-    """Batches and lengths other than those of the export, through the files that came with it."""
+    """Batches and lengths differ from those of the export; the inputs are made by the files that came with it."""
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    pictures = AutoImageProcessor.from_pretrained(exported, backend="pil")
-    pixel_values = pictures(GROUPS["image"][:count], return_tensors="np")
-    tokens = tokenizer(SENTENCES[:count], padding=True, return_tensors="np")
+    image_processor = AutoImageProcessor.from_pretrained(exported, backend="pil")
+    pixel_values = image_processor(GROUPS["image"][:count], return_tensors="np")
+    tokens = tokenizer(CAPTIONS[:count], padding=True, return_tensors="np")
     tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
     images = run(exported / "onnx" / f"{name.format('vision_model')}.onnx", pixel_values)
     texts = run(exported / "onnx" / f"{name.format('text_model')}.onnx", tokens)
-    for ours, expected in ((images, right[0][:count]), (texts, right[1][:count])):
+    for embeds, expected in ((images, right[0][:count]), (texts, right[1][:count])):
         if "quantized" in name:
-            assert F.cosine_similarity(ours, expected).min() > 0.999
+            assert F.cosine_similarity(embeds, expected).min() > 0.999
         else:
-            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(embeds, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_graphs_embed_as_the_model_does(exported, right, count, name):
 def test_graphs_of_every_pooling_take_any_number_of_rows(make_model, processor, tmp_path, pooling):
     model = make_model(num_groups=0, vision_pooling=pooling, text_pooling=pooling)
     export_onnx(model, processor, tmp_path)  # compares three rows, where it was given two
-    inputs = processor(text=SENTENCES, return_tensors="pt")
+    inputs = processor(text=CAPTIONS, return_tensors="pt")
     tokens = {name: inputs[name][:1] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         expected = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
@@ -89,9 +89,9 @@ def test_another_format_is_refused(checkpoint, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
-def test_nodejs_ranks_sentences(exported, right, tmp_path):
-    """examples/onnx/search.mjs, with transformers.js from npm."""
-    GROUPS[0]["image"].save(tmp_path / "picture.png")
-    _, scores = transformers_js(exported, tmp_path / "picture.png", SENTENCES, tmp_path / "node")
+def test_nodejs_ranks_captions(exported, right, tmp_path):
+    """This runs examples/onnx/search.mjs, with transformers.js from npm."""
+    GROUPS[0]["image"].save(tmp_path / "image.png")
+    _, scores = transformers_js(exported, tmp_path / "image.png", CAPTIONS, tmp_path / "node")
     # Its resizing is not PIL's to the digit.
     assert scores == pytest.approx((right[1] @ right[0][0]).tolist(), abs=0.02)
