@@ -123,7 +123,8 @@ def embedding_map(
     These are Figures 4 and 5, planes made by t-SNE. Colours and numbers are groups, discs images, triangles captions.
     Each panel has its own t-SNE: only neighbourhoods compare. t-SNE can show clusters that are not there and hide some
     that are, so each panel says what holds in the space itself, among the groups shown: the share of captions whose
-    nearest image (cosine) is their own, and the groups' silhouette (1: apart, 0: overlapping, below: mixed).
+    nearest image (cosine) is their own, and the silhouette of the groups, images and captions together (1: apart, 0:
+    overlapping, below: mixed).
 
     Args:
         before: of groups, by a model that joins the pretrained towers and is not trained. The towers' own outputs
@@ -216,8 +217,7 @@ def retrieval_grid(
         queries: rows of `groups`. Each gives an image query and a caption query, by turns another of its captions.
             `None`: six rows, evenly spaced, whatever comes out for them.
         top: results a query.
-        direction: `"text_to_image"` (the paper's Figures 6 and 7), `"image_to_text"` (8 and 9), or `"both"` side by
-            side.
+        direction: `"text_to_image"` (Figures 6 and 7), `"image_to_text"` (8 and 9), or `"both"` side by side.
 
     Raises:
         ValueError: for another direction.
