@@ -157,13 +157,16 @@ def test_nobody_of_ours_uses_an_old_address():
     "imports",
     [
         "import icone_hf, transformers",
-        "import transformers, icone_hf",
+        pytest.param("import transformers, icone_hf", marks=pytest.mark.slow),
         "import importlib.util; importlib.util.find_spec('transformers'); import icone_hf",
         "import icone_hf, importlib.util; importlib.util.find_spec('transformers')",
-        "from icone_hf import IConEModel; import transformers; from icone_hf import IConEProcessor",
-        "import icone_hf.modeling",
-        "from icone_hf import encode_groups",
-        "import icone_hf.evaluation.metrics, transformers",
+        pytest.param(
+            "from icone_hf import IConEModel; import transformers; from icone_hf import IConEProcessor",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("import icone_hf.modeling", marks=pytest.mark.slow),
+        pytest.param("from icone_hf import encode_groups", marks=pytest.mark.slow),
+        pytest.param("import icone_hf.evaluation.metrics, transformers", marks=pytest.mark.slow),
         "import sys; sys.argv = ['icone']; from icone_hf.cli import loading",
     ],
 )
