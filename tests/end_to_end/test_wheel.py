@@ -37,9 +37,10 @@ def python(wheel, tmp_path_factory):
 def test_the_wheel_holds_the_package_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"icone_hf", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
-    for name in ("py.typed", "model_card.md", "paper/experiments.yaml", "paper/published.json"):
+    for name in ("py.typed", "publishing/model_card.md", "paper/experiments.yaml", "paper/published.json"):
         assert f"icone_hf/{name}" in names, name
-    assert {f"icone_hf/{path.name}" for path in (ROOT / "icone_hf").glob("*.py")} <= set(names)
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "icone_hf").rglob("*.py")}
+    assert modules == {name for name in names if name.endswith(".py")}
     assert any(name.endswith("licenses/NOTICE") for name in names)
 
 
