@@ -100,8 +100,6 @@ def test_a_finished_run_is_not_run_again(files, monkeypatch):
     for stage in ("0-heads", "1-joint"):  # the best checkpoints, from the runs that were stopped
         best = json.loads((files / "finished" / "stages" / stage / "stage.json").read_text())["best_checkpoint"]
         found = files / "stopped_in_joint" / "stages" / stage / best
-        if not found.is_dir():
-            pytest.skip(f"{best} was not kept")
         shutil.copytree(found, files / "finished" / "stages" / stage / best)
     metrics = trainer_of("finished").train(resume_from_checkpoint="auto")
     assert metrics == json.loads((FILES / "finished" / "metrics.json").read_text())

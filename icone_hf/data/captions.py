@@ -57,6 +57,7 @@ class Captions:
 
         return torch.from_numpy(np.repeat(np.arange(len(self.counts)), self.counts))
 
+    @cached_property
     def digest(self) -> str:
         """Digest all captions, group by group, as SHA-256."""
         return hashlib.sha256(json.dumps(self.of_groups).encode()).hexdigest()

@@ -228,5 +228,5 @@ def cache_key(model: IConEModel, processor: IConEProcessor, groups: Dataset) -> 
         **digest_towers(model),
         "processor": digest_processor(processor),
         "pictures": digest_pictures(groups),
-        "captions": Captions.read(groups).digest(),
+        "captions": Captions.read(groups).digest,
     }

@@ -118,10 +118,11 @@ class StageTrainer(TrainerStepsMixin, Trainer):
 
         `None` if this stage trains none so.
         """
-        part = self.trained_part
-        if not part.config.instance_samples or part.classifier is None or not part.classifier.weight.requires_grad:
+        # Clipping asks at every step, and unwrapping walks over all modules: look at the config first.
+        if not cast(IConEModel, self.model).config.instance_samples:
             return None
-        return part.classifier.weight
+        classifier = self.trained_part.classifier
+        return classifier.weight if classifier is not None and classifier.weight.requires_grad else None
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the stage's optimizer.
