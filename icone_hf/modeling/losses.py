@@ -57,9 +57,10 @@ def instance_scores(
         `(batch, num_groups)`, float32.
     """
     if logits == "dot":
-        return (features @ class_vectors.T).float()
+        return _products(features, class_vectors)
     if logits == "cosine":
-        return (F.normalize(features, dim=-1) @ F.normalize(class_vectors, dim=-1).T).float() / temperature
+        features, class_vectors = (F.normalize(rows.float(), dim=-1) for rows in (features, class_vectors))
+        return _products(features, class_vectors) / temperature
     raise ValueError(f'logits={logits!r} is unknown: use "dot" (the paper\'s) or "cosine".')
 
 
@@ -94,7 +95,7 @@ def contrastive_loss(
     Raises:
         ValueError: for `several_positives` without `group_ids`.
     """
-    scores = (image_embeds @ text_embeds.T).float() / temperature
+    scores = _products(image_embeds, text_embeds) / temperature
     targets = torch.arange(len(scores), device=scores.device)
     if group_ids is not None or several_positives:
         positive, valid = _pair_masks(scores, group_ids, several_positives)
@@ -135,7 +136,7 @@ def hinge_loss(
     Returns:
         A scalar, in float32 whatever the inputs' dtype.
     """
-    scores = (image_embeds @ text_embeds.T).float()
+    scores = _products(image_embeds, text_embeds)
     positive, valid = _pair_masks(scores, group_ids, several_positives=False)
     negative = valid & ~positive
     matched = scores.diagonal()
@@ -177,10 +178,20 @@ def sigmoid_loss(
     Raises:
         ValueError: for `several_positives` without `group_ids`.
     """
-    logits = (image_embeds @ text_embeds.T).float() / temperature + bias
+    logits = _products(image_embeds, text_embeds) / temperature + bias
     positive, valid = _pair_masks(logits, group_ids, several_positives)
     signs = positive.float() * 2 - 1
     return -F.logsigmoid(signs * logits).masked_fill(~valid, 0.0).sum() / positive.any(dim=1).sum()
+
+
+def _products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Multiply all rows with all columns in float32.
+
+    Under autocast the product itself would be rounded to bfloat16, 8 bits: near convergence, where a softmax lives on
+    small differences, gradients are then several percent off.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows.float() @ columns.float().T
 
 
 def _pair_masks(

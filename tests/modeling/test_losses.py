@@ -254,3 +254,26 @@ def test_the_order_of_a_batch_does_not_matter(loss, size, seed):
     groups, order = torch.tensor(rng.integers(0, 4, size)), torch.tensor(rng.permutation(size))
     before, after = loss(images, texts, groups), loss(images[order], texts[order], groups[order])
     assert after.item() == pytest.approx(before.item(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dot", "cosine", "infonce", "sigmoid", "hinge"])
+def test_autocast_does_not_round_the_products(name):
+    """Gradients near convergence, where the scores of a row differ little, against those without autocast."""
+    images = torch.nn.functional.normalize(torch.tensor(normal(16, 64)), dim=-1)
+    texts = torch.nn.functional.normalize(images + 0.05 * torch.tensor(normal(16, 64, seed=1)), dim=-1)
+    functions = {
+        "dot": lambda a, b: instance_loss(20 * a, b, torch.arange(16)),
+        "cosine": lambda a, b: instance_loss(a, b, torch.arange(16), "cosine", 0.05),
+        "infonce": lambda a, b: contrastive_loss(a, b, 0.05),
+        "sigmoid": lambda a, b: sigmoid_loss(a, b, 0.1, -10.0),
+        "hinge": lambda a, b: hinge_loss(a, b, 0.9, hardest=False),
+    }
+    gradients = []
+    for enabled in (False, True):
+        leaves = [embeds.float().clone().requires_grad_() for embeds in (images, texts)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = functions[name](*leaves)
+        assert loss.dtype == torch.float32
+        gradients.append(torch.autograd.grad(loss, leaves))
+    for rounded, exact in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(rounded, exact, atol=1e-6, rtol=1e-5)
