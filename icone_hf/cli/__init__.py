@@ -8,9 +8,9 @@ import gc
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
+
+from ..errors import DivergedError, InputError
 
 COMMANDS = {
     "train": "train a model through all stages and test it",
@@ -32,11 +32,10 @@ IConE: instance contrastive embedding for image-text retrieval.
 accelerate launch --num_processes 4 -m icone_hf COMMAND ...
 
 Results go to stdout, progress to stderr. Exit codes: 0 done; 2 it can't be done as asked, and a line says why;
-1 a fault, with its traceback; 130 interrupted.
+1 a fault, with its traceback, or a run that has diverged; 130 interrupted.
 """
 GO_ON = ("train", "encode", "reproduce")  # the others are short, and start anew
 INTERRUPTED = 128 + 2  # as a shell reports what SIGINT has ended
-PACKAGE = Path(__file__).parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"icone {name}: error: {error}", file=sys.stderr)
         return 2
+    except DivergedError as error:
+        print(f"icone {name}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         how = " with --resume_from_checkpoint auto" if name == "train" else ""
         goes_on = ": it goes on where it stopped" if name in GO_ON else ""
@@ -99,9 +101,13 @@ def _leave_processes() -> None:
 
 
 def _is_the_users(error: Exception) -> bool:
-    """Say whether a message says it all: a check of ours failed, or a file or checkpoint is not there.
+    """Say whether the user can mend this error.
 
-    A ValueError or ImportError from elsewhere may be a fault of the program's, for which the traceback is needed.
+    Its class says so: a check of ours has failed, or a file, the disk or the network. Anything else may be a fault of
+    the program's, for which the traceback is needed.
     """
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return isinstance(error, OSError) or PACKAGE in raised_in.parents
+    if isinstance(error, InputError | OSError):
+        return True
+    # The model's own class; importing it takes seconds, and a module that was never imported has raised nothing.
+    of_model = sys.modules.get("icone_hf.modeling.errors")
+    return of_model is not None and isinstance(error, of_model.ModelError)

@@ -17,6 +17,7 @@ from transformers.hf_argparser import string_to_bool
 
 from ..compat import ShortHelpFormatter, actions_of
 from ..data.groups import SPLITS
+from ..errors import InputError
 from ..training.stages import PAPER_STAGES, RECOMMENDED_CONFIG, RECOMMENDED_STAGES, Stage, parse_stages
 
 # The recipes that have a name: their stages, and the fields of the config that go with them.
@@ -101,7 +102,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if self.lora_rank < 0:
-            raise ValueError(f"lora_rank={self.lora_rank} must be 0 (no adapters) or more.")
+            raise InputError(f"lora_rank={self.lora_rank} must be 0 (no adapters) or more.")
 
     def config(self, defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
         """Return the fields that [`IConEModel.from_encoders`] takes as keywords. `lora_alpha` is twice the rank.
@@ -169,7 +170,7 @@ class RecipeArguments:
         stages = yaml.safe_load(self.stages)
         if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
             names = " nor ".join(map(repr, RECIPES))
-            raise ValueError(f"stages={self.stages!r} is neither {names} nor a list of stages.")
+            raise InputError(f"stages={self.stages!r} is neither {names} nor a list of stages.")
         return parse_stages(stages)
 
     def config(self) -> Mapping[str, Any]:

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..data.group_files import push_groups, save_groups
-from ..data.groups import SPLITS, MissingSplitError, check_disjoint, load_groups
+from ..data.groups import SPLITS, check_disjoint
+from ..errors import InputError
 from . import COMMANDS
 from .arguments import SOURCE, DataArguments, OutputArguments, parse_arguments
+from .loading import load_splits
 
 
 @dataclass
@@ -30,14 +32,11 @@ def data(argv: Sequence[str]) -> None:
         description=COMMANDS["data"],
     )
     # Read every split that there is.
-    splits = {}
-    for split in SPLITS:
-        try:
-            splits[split] = load_groups(**data_args.load_arguments(split))
-        except MissingSplitError as error:
-            print(f"No {split} split: {error}", file=sys.stderr)
+    splits, missing = load_splits(data_args)
+    for split, error in missing.items():
+        print(f"No {split} split: {error}", file=sys.stderr)
     if not splits:
-        raise ValueError(f"{data_args.source} has none of the splits {', '.join(SPLITS)}.")
+        raise InputError(f"{data_args.source} has none of the splits {', '.join(SPLITS)}.")
     # Write them, and upload them if asked to.
     check_disjoint(splits)
     save_groups(splits, positional.out)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from ..data.captions import Captions
 from ..data.groups import load_pictures
 from ..embedding import shards
+from ..errors import InputError
 from . import COMMANDS
 from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments, parse_arguments
 from .loading import embed_split, join_processes, load_checkpoint, load_split
@@ -47,11 +48,11 @@ def encode(argv: Sequence[str]) -> None:
     out = Path(positional.out)
     if out.suffix != ".safetensors":
         if out.suffix and not (out.is_dir() or positional.out.endswith("/")):
-            raise ValueError(f"OUT={out} is neither FILE.safetensors nor a folder: end a new folder's name with a /.")
+            raise InputError(f"OUT={out} is neither FILE.safetensors nor a folder: end a new folder's name with a /.")
         _encode_shards(positional.checkpoint, data_args, encode_args, shard_args, output, out)
         return
     if shard_args != ShardArguments():
-        raise ValueError(f"pictures_only, shard_size and embedding_dtype are for shards: make OUT={out} a folder.")
+        raise InputError(f"pictures_only, shard_size and embedding_dtype are for shards: make OUT={out} a folder.")
     # One file, with what made it in its metadata.
     _, embeds = embed_split(positional.checkpoint, data_args, encode_args)
     if state.is_main_process:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from . import COMMANDS
@@ -29,7 +30,7 @@ def export(argv: Sequence[str]) -> None:
         description=COMMANDS["export"],
     )
     if args.format != "onnx":
-        raise ValueError(f"format={args.format!r} must be onnx.")
+        raise InputError(f"format={args.format!r} must be onnx.")
     from ..publishing.onnx_export import export_onnx  # onnxruntime is an extra
 
     model = IConEModel.from_pretrained(positional.checkpoint, num_groups=0)

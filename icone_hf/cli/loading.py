@@ -4,7 +4,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from ..data.groups import load_groups
+from ..data.groups import SPLITS, MissingSplitError, load_groups
 from ..embedding.encoding import GroupEmbeddings, encode_groups
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
@@ -23,9 +23,39 @@ def load_split(data_args: DataArguments, split: str) -> Dataset:
     """Load one split, one process first.
 
     The others wait for what it downloads or draws.
+
+    Raises:
+        MissingSplitError: if the source has no such split.
+    """
+    found = _find_split(data_args, split)
+    if isinstance(found, MissingSplitError):
+        raise found
+    return found
+
+
+def load_splits(data_args: DataArguments) -> tuple[dict[str, Dataset], dict[str, MissingSplitError]]:
+    """Load every split that the source has.
+
+    Returns:
+        The groups by split, and for each split that is missing the error that says so.
+    """
+    found = {split: _find_split(data_args, split) for split in SPLITS}
+    splits = {split: groups for split, groups in found.items() if isinstance(groups, Dataset)}
+    missing = {split: error for split, error in found.items() if isinstance(error, MissingSplitError)}
+    return splits, missing
+
+
+def _find_split(data_args: DataArguments, split: str) -> Dataset | MissingSplitError:
+    """Load a split, or return why there is none.
+
+    The error is returned, not raised: raised on the main process, it would leave `main_process_first` before the
+    barrier that the others wait at, and a caller that goes on without the split would be a barrier behind them.
     """
     with PartialState().main_process_first():
-        return load_groups(**data_args.load_arguments(split))
+        try:
+            return load_groups(**data_args.load_arguments(split))
+        except MissingSplitError as error:
+            return error
 
 
 def load_checkpoint(checkpoint: str, encode_args: EncodeArguments) -> tuple[IConEModel, IConEProcessor]:

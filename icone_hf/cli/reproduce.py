@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import InputError
 from ..paper.experiments import experiments_file, make_plan
 from ..paper.runs import reproduce as run_plan
 from ..paper.runs import rewrite_page
@@ -53,7 +54,7 @@ def reproduce(argv: Sequence[str]) -> None:
         description=COMMANDS["reproduce"],
     )
     if (args.miniature or args.smoke) and (args.flickr30k or args.coco):
-        raise ValueError("--miniature and --smoke draw their own data: leave --flickr30k and --coco out.")
+        raise InputError("--miniature and --smoke draw their own data: leave --flickr30k and --coco out.")
     # Everything is planned before anything is run.
     join_processes()
     plan = make_plan(positional.name, args.scale, args.seeds)

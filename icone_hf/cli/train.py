@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from accelerate import PartialState
 from transformers import set_seed
 
-from ..data.groups import MissingSplitError, check_disjoint
+from ..data.groups import check_disjoint
+from ..errors import InputError
 from ..evaluation.metrics import metrics_table
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
@@ -13,7 +14,7 @@ from ..training.arguments import IConETrainingArguments
 from ..training.trainer import IConETrainer
 from . import COMMANDS
 from .arguments import DataArguments, ModelArguments, RecipeArguments, parse_arguments
-from .loading import load_split
+from .loading import load_splits
 
 NO_SOURCE = """there is no --source, the captioned images to train on. For example:
   icone train --source photos                                            # train/ and validation/, with a metadata.csv
@@ -30,19 +31,16 @@ def train(argv: Sequence[str]) -> None:
         description=COMMANDS["train"],
     )
     if data_args.source is None:
-        raise ValueError(NO_SOURCE)
+        raise InputError(NO_SOURCE)
     stages = recipe_args.parse()
     print(f"Process {args.process_index + 1} of {args.world_size} on {args.device}.", flush=True)
 
     # Load the data; a test split may be missing.
-    splits = {}
-    for split in ("train", "validation", "test"):
-        try:
-            splits[split] = load_split(data_args, split)
-        except MissingSplitError:
-            if split != "test":
-                raise
-            print(f"{data_args.source} has no test split: the model will be validated only.")
+    splits, missing = load_splits(data_args)
+    for split, error in missing.items():
+        if split != "test":
+            raise error
+        print(f"{data_args.source} has no test split: the model will be validated only.")
     check_disjoint(splits)
 
     # Join the towers and train.

@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler
 
+from ..errors import InputError
 from ..modeling.losses import IGNORED_GROUP
 from ..modeling.processing_icone import IConEProcessor
 from .captions import Captions
@@ -109,12 +110,12 @@ class GroupBatchSampler(Sampler[list[Pair]]):
         neighbour_run: int = 32,
     ):
         if batch_size < 1 or batch_size % num_ranks:
-            raise ValueError(f"batch_size={batch_size} must be a positive multiple of the {num_ranks} processes.")
+            raise InputError(f"batch_size={batch_size} must be a positive multiple of the {num_ranks} processes.")
         if not 1 <= pairs_per_group <= batch_size:
-            raise ValueError(f"pairs_per_group={pairs_per_group} must be between 1 and batch_size={batch_size}.")
+            raise InputError(f"pairs_per_group={pairs_per_group} must be between 1 and batch_size={batch_size}.")
         self.captions_per_group = np.asarray(captions_per_group, dtype=np.int64)
         if not self.captions_per_group.size or self.captions_per_group.min() < 1:
-            raise ValueError("There must be groups, and each needs a caption.")
+            raise InputError("There must be groups, and each needs a caption.")
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank

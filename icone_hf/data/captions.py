@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset
 
+from ..errors import InputError
+
 if TYPE_CHECKING:  # commands that only read data do not wait for torch
     import torch
 
@@ -74,7 +76,7 @@ class Captions:
             if not captions or not all(map(_says_something, captions))
         ]
         if bad:
-            raise ValueError(
+            raise InputError(
                 f"{len(bad)} groups of {where} have no caption or an empty one (rows {first_of(bad)}): fill them in or "
                 "leave these images out."
             )
@@ -82,6 +84,27 @@ class Captions:
 
 # Keyed weakly: captions go when their data set goes.
 _READ: "weakref.WeakKeyDictionary[Dataset, Captions]" = weakref.WeakKeyDictionary()
+
+
+def as_captions(value: Any, where: str) -> list[str]:
+    """Read a value of a caption column.
+
+    Args:
+        value: one caption or a list of them, each a string or Karpathy's `{"raw": caption}`; `None` is an empty one.
+        where: of the value, for the message.
+
+    Raises:
+        InputError: for dicts without `raw`, such as the turns of a conversation.
+    """
+    if value is None or isinstance(value, str | dict):
+        value = [value or ""]
+    for caption in value:
+        if isinstance(caption, dict) and "raw" not in caption:
+            raise InputError(
+                f"{where} holds records of {', '.join(map(str, caption))}, no captions: a caption is a string, or "
+                'stands in a record under "raw". Name another column by caption_column=.'
+            )
+    return [caption["raw"] if isinstance(caption, dict) else caption for caption in value]
 
 
 def first_of(items: Iterable[Any], separator: str = ", ") -> str:

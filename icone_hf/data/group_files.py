@@ -8,6 +8,7 @@ from datasets import Dataset
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from ..compat import embed_images
+from ..errors import InputError
 
 SHARD_BYTES = 500 * 2**20  # of images and captions in a file, about
 
@@ -28,7 +29,7 @@ def save_groups(splits: Mapping[str, Dataset], folder: str | os.PathLike, shard_
     """
     folder = Path(folder)
     if any(folder.glob("data/*.parquet")):
-        raise ValueError(f"{folder} holds data already: give another folder, or remove {folder / 'data'}.")
+        raise InputError(f"{folder} holds data already: give another folder, or remove {folder / 'data'}.")
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for split, groups in splits.items():
         whole = groups.select_columns(["image", "captions", "image_id"])

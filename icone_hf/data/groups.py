@@ -17,7 +17,8 @@ import pyarrow.compute
 from datasets import Dataset, DatasetDict
 from transformers.utils import logging
 
-from .captions import Captions, first_of
+from ..errors import InputError, MissingFileError
+from .captions import Captions, as_captions, first_of
 from .images import IMAGE_ENDINGS
 from .scenes import draw_scenes
 
@@ -36,7 +37,7 @@ CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentences_raw", "alt_tex
 ID_COLUMNS = ("image_id", "cocoid", "img_id", "imgid")
 
 
-class MissingSplitError(ValueError):
+class MissingSplitError(InputError):
     """Report that a source has no such split."""
 
 
@@ -85,7 +86,7 @@ def load_groups(
         ValueError: if a column is missing, a caption is empty, or an argument does not belong to the source.
     """
     if split not in SPLITS:
-        raise ValueError(f"split={split!r} is unknown: use one of {', '.join(SPLITS)}.")
+        raise InputError(f"split={split!r} is unknown: use one of {', '.join(SPLITS)}.")
     source = os.fspath(source)
     is_scenes, is_json = source == OPENMOJI_SCENES, source.endswith(".json")
 
@@ -96,7 +97,7 @@ def load_groups(
     belongs |= {"image_root"} if _is_table(source) else set()
     for name, value in given.items():
         if value is not None and name not in belongs:
-            raise ValueError(f"{name}={value!r} has no meaning for the source {source!r}: leave it out.")
+            raise InputError(f"{name}={value!r} has no meaning for the source {source!r}: leave it out.")
 
     if is_scenes:
         return draw_scenes(split, num_groups or SCENES_PER_SPLIT[split], image_size or 160, seed)
@@ -128,7 +129,7 @@ def load_pictures(folder: str | os.PathLike) -> Dataset:
         if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS
     )
     if not names:
-        raise FileNotFoundError(f"{root} {'holds no image file' if root.is_dir() else 'is no folder'}.")
+        raise MissingFileError(f"{root} {'holds no image file' if root.is_dir() else 'is no folder'}.")
     features = datasets.Features({"image": datasets.Image(), "image_id": datasets.Value("string")})
     return Dataset.from_dict({"image": [os.path.join(root, name) for name in names], "image_id": names}, features)
 
@@ -149,7 +150,7 @@ def check_disjoint(splits: dict[str, Dataset]) -> None:
         for other in splits:
             shared = sorted((i for i in ids if split_of.get(i) == other), key=str)
             if shared:
-                raise ValueError(
+                raise InputError(
                     f"{len(shared)} image ids stand in both {other} and {name}: {first_of(shared)}. Keep each image in "
                     "one split only, or name the column that tells images apart (id_column)."
                 )
@@ -171,12 +172,12 @@ def _no_split_error(split: str, source: str, found: Iterable[str]) -> MissingSpl
 
 def _load_karpathy(path: Path, split: str, image_root: str | os.PathLike | None) -> Dataset:
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} does not exist. Karpathy's splits are in caption_datasets.zip: "
             "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
         )
     if image_root is None:
-        raise ValueError(f"{path} holds file names only: pass image_root=, the folder of the images.")
+        raise InputError(f"{path} holds file names only: pass image_root=, the folder of the images.")
     records = _read_karpathy(path)
 
     # Collect the captions of each image. One file name may stand in two of COCO's folders: the path tells them apart.
@@ -195,11 +196,11 @@ def _load_karpathy(path: Path, split: str, image_root: str | os.PathLike | None)
         raise _no_split_error(split, str(path), {record["split"] for record in records})
     straddling = sorted(name for name, names in splits_of.items() if len(names) > 1)
     if straddling:
-        raise ValueError(f"{path}: {len(straddling)} images stand in two splits: {first_of(straddling)}.")
+        raise InputError(f"{path}: {len(straddling)} images stand in two splits: {first_of(straddling)}.")
     paths = [os.path.join(image_root, name) for name in captions]
     missing = [image for image in paths if not os.path.isfile(image)]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{len(missing)} of {len(paths)} images of {path} are missing under image_root="
             f"{os.fspath(image_root)!r}: {first_of(missing)}"
         )
@@ -219,12 +220,12 @@ def _read_karpathy(path: Path) -> list[dict[str, Any]]:
     """Read the records of one of Karpathy's files."""
     records = json.loads(path.read_text(encoding="utf-8")).get("images")
     if not isinstance(records, list):
-        raise ValueError(f'{path} is not one of Karpathy\'s files: it has no list under "images".')
+        raise InputError(f'{path} is not one of Karpathy\'s files: it has no list under "images".')
     missing_fields = [
         row for row, record in enumerate(records) if not {"filename", "sentences", "split"} <= record.keys()
     ]
     if missing_fields:
-        raise ValueError(f"{path}: records {first_of(missing_fields)} lack filename, sentences or split.")
+        raise InputError(f"{path}: records {first_of(missing_fields)} lack filename, sentences or split.")
     return records
 
 
@@ -273,11 +274,14 @@ def _load_columns(
         if not embedded and not os.path.isfile(path or "")
     ]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(table)} images of {source} are missing: {first_of(missing)}")
+        raise MissingFileError(f"{len(missing)} of {len(table)} images of {source} are missing: {first_of(missing)}")
 
     # Join the rows of one image. Without an id, a local file is known by its path; embedded images are not.
     if id_column is not None:
-        keys = [str(key) for key in table[id_column]]
+        keys = ["" if key is None else str(key).strip() for key in table[id_column]]
+        if nameless := [row for row, key in enumerate(keys) if not key]:  # one group, it would seem
+            where = f"{len(nameless)} rows of {source} have no id in the column {id_column!r}: {first_of(nameless)}"
+            raise InputError(f"{where}. Fill them in, leave these rows out, or name another column by id_column=.")
     else:
         keys = [  # a bare row number would name an image of every split
             f"{split}-{row}" if embedded else path
@@ -286,7 +290,7 @@ def _load_columns(
     captions: dict[str, list[str]] = defaultdict(list)
     first_row: dict[str, int] = {}
     for row, (key, text) in enumerate(zip(keys, table[caption_column], strict=True)):
-        captions[key] += _as_captions(text)
+        captions[key] += as_captions(text, f"row {row} of {source}, column {caption_column!r}")
         first_row.setdefault(key, row)
     groups = table.select(list(first_row.values()))
     if len(groups) < len(table):
@@ -324,13 +328,13 @@ def _choose_columns(
     if image_column is None:
         image_column = next((name for name in IMAGE_COLUMNS if name in names), None)
         if image_column is None:
-            raise ValueError(
+            raise InputError(
                 f"{source} has no column {', '.join(IMAGE_COLUMNS)}, only {', '.join(names)}: pass image_column=."
             )
     if caption_column is None:
         caption_column = next((name for name in CAPTION_COLUMNS if name in names), None)
         if caption_column is None:
-            raise ValueError(
+            raise InputError(
                 f"{source} has no column {', '.join(CAPTION_COLUMNS)}, only {', '.join(names)}: pass caption_column=. "
                 "(A folder of images needs a metadata.csv with the columns file_name and caption.)"
             )
@@ -342,18 +346,18 @@ def _choose_columns(
         ("id_column", id_column),
     ):
         if name is not None and name not in names:
-            raise ValueError(f"{argument}={name!r} is no column of {source}; it has {', '.join(names)}.")
+            raise InputError(f"{argument}={name!r} is no column of {source}; it has {', '.join(names)}.")
     return image_column, caption_column, id_column
 
 
-def _as_captions(value: Any) -> list[str]:
-    """Read a value of the caption column.
-
-    The value is one caption or a list of captions, each a string or Karpathy's `{"raw": caption}`.
-    """
-    if value is None or isinstance(value, str | dict):
-        value = [value or ""]
-    return [caption["raw"] if isinstance(caption, dict) else caption for caption in value]
+def _read(source: str, *args: Any, **kwargs: Any) -> Dataset | DatasetDict:
+    """Call `datasets.load_dataset`, naming the cause of errors."""
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise InputError(f"{source} can't be read: {error.__cause__ or error}") from error
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise MissingFileError(f"{source} is no file or folder here, and can't be had from the Hub: {error}") from error
 
 
 def _load_table(source: str, split: str) -> tuple[Dataset, list[int] | None]:
@@ -368,12 +372,15 @@ def _load_table(source: str, split: str) -> tuple[Dataset, list[int] | None]:
     )
     if _is_table(source):
         if not os.path.isfile(source):
-            raise FileNotFoundError(f"{source} does not exist.")
+            raise MissingFileError(f"{source} does not exist.")
         ending = os.path.splitext(source)[1].lower()
         options = {"sep": "\t"} if ending == ".tsv" else {}
-        loaded = datasets.load_dataset(TABLES[ending], data_files=source, split="train", **options)
+        loaded = _read(source, TABLES[ending], data_files=source, split="train", **options)
     else:
-        loaded = datasets.load_from_disk(source) if is_saved else datasets.load_dataset(source)
+        # A Hub id has one slash at most, and a name before it.
+        if not os.path.exists(source) and (source.count("/") > 1 or source[:1] in ("/", ".", "~")):
+            raise MissingFileError(f"{source} does not exist.")
+        loaded = datasets.load_from_disk(source) if is_saved else _read(source, source)
     if isinstance(loaded, Dataset):
         loaded = DatasetDict({str(loaded.split or "train"): loaded})
 

@@ -8,6 +8,8 @@ import datasets
 from datasets import Dataset
 from PIL import Image, ImageOps
 
+from ..errors import InputError
+
 # Files that Pillow decodes by itself.
 IMAGE_ENDINGS = frozenset(
     (
@@ -45,7 +47,7 @@ class Images:
         try:
             return self._decode(stored)
         except Exception as error:
-            raise ValueError(
+            raise InputError(
                 f"The image of row {row} ({stored['path'] or 'embedded'}) cannot be decoded: {error}. Replace it or "
                 "leave this row out."
             ) from error

@@ -27,6 +27,7 @@ import datasets
 from datasets import Dataset
 from PIL import Image
 
+from ..errors import MissingPackageError
 from ..progress import progress
 
 GROUNDS = {
@@ -131,7 +132,7 @@ def scene_objects() -> tuple[SceneObject, ...]:
 
         svg_folder = _svg_folder()
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"OpenMoji scenes need the package {error.name!r}: pip install 'icone_hf[data]'", name=error.name
         ) from error
 

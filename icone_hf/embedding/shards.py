@@ -26,6 +26,7 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from ..data.captions import Captions, first_of
+from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from .digests import digest_heads, digest_pictures, digest_processor, digest_towers
@@ -76,9 +77,9 @@ def encode(
             images or captions, in another type or size; if `dtype` or `shard_size` is out of range.
     """
     if dtype not in SHARD_DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(SHARD_DTYPES)}.")
+        raise InputError(f"dtype={dtype!r} must be one of {', '.join(SHARD_DTYPES)}.")
     if shard_size < 1:
-        raise ValueError(f"shard_size={shard_size} must be 1 or more.")
+        raise InputError(f"shard_size={shard_size} must be 1 or more.")
 
     # Refuse to mix these embeddings with shards of something else.
     digests = {**digest_towers(model), **digest_heads(model), "processor": digest_processor(processor)}
@@ -92,7 +93,7 @@ def encode(
         caption_shards = _Shards(Path(folder) / "sentences", len(captions), shard_size, origin)
         mismatches += caption_shards.mismatches(lambda rows: _digest_captions(captions, text_to_image, rows))
     if mismatches := sorted(_gather(mismatches)):
-        raise ValueError(
+        raise InputError(
             f"{len(mismatches)} shards in {folder} are not those of this model, processor and source. "
             f"{first_of(mismatches, ' ')} Choose another folder, or delete these to have them made again."
         )

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .errors import ModelError
 from .extra_towers import EfficientNetLiteConfig  # noqa: F401  (registers towers that AutoConfig doesn't know)
 from .towers import POOLINGS, guess_pooling
 
@@ -25,7 +26,7 @@ def tower_width(config: PreTrainedConfig) -> int:
     if width is None:
         width = (getattr(config, "hidden_sizes", None) or [None])[-1]
     if not isinstance(width, int):
-        raise ValueError(
+        raise ModelError(
             f"The tower of type {config.model_type!r} states no hidden_size (nor hidden_sizes), so the width of its "
             "output is unknown. Set config.hidden_size to the width of its pooled output before building IConE."
         )
@@ -121,24 +122,24 @@ class IConEConfig(PreTrainedConfig):
         """
         # Numbers.
         if self.projection_dim < 1:
-            raise ValueError(f"projection_dim={self.projection_dim} must be 1 or more.")
+            raise ModelError(f"projection_dim={self.projection_dim} must be 1 or more.")
         if self.num_groups < 0:
-            raise ValueError(f"num_groups={self.num_groups} must be 0 (no classifier) or more.")
+            raise ModelError(f"num_groups={self.num_groups} must be 0 (no classifier) or more.")
         if self.instance_samples < 0:
-            raise ValueError(f"instance_samples={self.instance_samples} must be 0 (all classes) or more.")
+            raise ModelError(f"instance_samples={self.instance_samples} must be 0 (all classes) or more.")
         for name in ("temperature", "instance_temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be greater than 0: similarities are divided by it.")
+                raise ModelError(f"{name}={value} must be greater than 0: similarities are divided by it.")
         if not self.margin > 0:
-            raise ValueError(f"margin={self.margin} must be greater than 0.")
+            raise ModelError(f"margin={self.margin} must be greater than 0.")
 
         # Losses.
         for name, choices in (("instance_logits", INSTANCE_LOGITS), ("contrastive_loss", CONTRASTIVE_LOSSES)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
+                raise ModelError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
         if self.contrastive_loss.endswith("hinge") and (self.several_positives or self.learn_temperature):
-            raise ValueError(
+            raise ModelError(
                 f"contrastive_loss={self.contrastive_loss!r} ranks one positive, without a temperature: set "
                 "several_positives and learn_temperature to False."
             )
@@ -146,7 +147,7 @@ class IConEConfig(PreTrainedConfig):
         # Towers.
         for name in ("vision_pooling", "text_pooling"):
             if getattr(self, name) not in POOLINGS:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(POOLINGS)}.")
+                raise ModelError(f"{name}={getattr(self, name)!r} must be one of {', '.join(POOLINGS)}.")
         for sub_config in (self.vision_config, self.text_config):
             if isinstance(sub_config, PreTrainedConfig):
                 tower_width(sub_config)

@@ -27,6 +27,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndNoAttention
 
+from .errors import ModelError
+
 # (repeats, kernel, stride, expansion, channels out) of EfficientNet-B0's seven stages. Every Lite variant scales them.
 _STAGES = (
     (1, 3, 1, 1, 16),
@@ -256,9 +258,9 @@ class RecurrentTextConfig(PreTrainedConfig):
         This runs on construction and on saving.
         """
         if self.cell not in ("gru", "lstm"):
-            raise ValueError(f"cell={self.cell!r} must be gru or lstm.")
+            raise ModelError(f"cell={self.cell!r} must be gru or lstm.")
         if self.bidirectional and self.hidden_size % 2:
-            raise ValueError(f"hidden_size={self.hidden_size} must be even: each of two directions has half of it.")
+            raise ModelError(f"hidden_size={self.hidden_size} must be even: each of two directions has half of it.")
 
 
 class RecurrentTextModel(PreTrainedModel):

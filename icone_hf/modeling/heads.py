@@ -1,5 +1,6 @@
 """All of IConE but the towers: projections, classifier, temperature, and their losses."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from .configuration_icone import IConEConfig
 from .objective import check_pairs, contrastive_objective, count_ranks, instance_objective, rank_index
 from .sharded_classifier import ShardedClassifier
 
-LOWEST_TEMPERATURE = 0.01  # CLIP's bound for a learned temperature
+HIGHEST_LOGIT_SCALE = math.log(100)  # CLIP's bound for a learned temperature: 0.01 or more
 
 
 @dataclass
@@ -88,7 +89,17 @@ class HeadsMixin(LeftOutOfDDPMixin):
         """
         if self.logit_scale is None:
             return self.config.temperature
-        return torch.exp(-self.logit_scale).clamp(min=LOWEST_TEMPERATURE)
+        return torch.exp(-self.logit_scale.clamp(max=HIGHEST_LOGIT_SCALE))
+
+    @torch.no_grad()
+    def bound_temperature(self) -> None:
+        """Put a learned temperature back within its bound.
+
+        Training calls this after every step, as CLIP's does. Beyond the bound [`temperature`] has no gradient, so a
+        parameter that stayed there would never come back.
+        """
+        if self.logit_scale is not None:
+            self.logit_scale.clamp_(max=HIGHEST_LOGIT_SCALE)
 
     def left_out_of_ddp(self) -> list[str]:
         """Name the parameters that DDP must not average.

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_icone import IConEConfig
+from .errors import MissingAdaptersPackageError, ModelError
 
 ALL_LINEAR = "all-linear"
 
@@ -22,7 +23,7 @@ def _lora_config_class() -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ImportError(
+        raise MissingAdaptersPackageError(
             "LoRA adapters (vision_lora, text_lora in the config) need peft: pip install 'icone_hf[lora]'. A "
             "checkpoint saved with merge_lora=True needs none."
         ) from error
@@ -45,11 +46,11 @@ def add_lora(tower: PreTrainedModel, settings: dict[str, Any], modality: str) ->
     """
     settings = {"target_modules": ALL_LINEAR, **copy.deepcopy(settings)}
     if settings.get("modules_to_save"):
-        raise ValueError(f"{modality}_lora has modules_to_save, which IConE doesn't support: leave it out.")
+        raise ModelError(f"{modality}_lora has modules_to_save, which IConE doesn't support: leave it out.")
     # Say what to do about a tower without linear layers, such as a ResNet, before peft fails.
     layers = (nn.Linear, Conv1D)
     if settings["target_modules"] == ALL_LINEAR and not any(isinstance(module, layers) for module in tower.modules()):
-        raise ValueError(
+        raise ModelError(
             f"The {modality} tower ({type(tower).__name__}) has no linear layer for LoRA: name other layers in "
             f"{modality}_lora's target_modules, or train this tower in full ({modality}_lora=None)."
         )
@@ -89,7 +90,7 @@ def recorded_lora(tower: PreTrainedModel, modality: str) -> dict[str, Any] | Non
     if not has_lora(tower):
         return None
     if list(tower.peft_config) != ["default"]:
-        raise ValueError(
+        raise ModelError(
             f"The {modality} tower has the adapters {', '.join(tower.peft_config)}; an IConE checkpoint holds one, "
             "named default."
         )
@@ -126,7 +127,7 @@ class LoraTowersMixin:
             ValueError: if there are adapters already, a tower has no layer to adapt, or for another name.
         """
         if adapter_name not in (None, "default"):
-            raise ValueError(f"adapter_name={adapter_name!r}: an IConE model has one adapter, named default.")
+            raise ModelError(f"adapter_name={adapter_name!r}: an IConE model has one adapter, named default.")
         settings = lora_settings(adapter_config)
         for modality, tower in (("vision", self.vision_model), ("text", self.text_model)):
             add_lora(tower, settings, modality)

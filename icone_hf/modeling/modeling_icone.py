@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_icone import IConEConfig, tower_width
+from .errors import ModelError
 from .heads import HeadsMixin, IConEHeads, IConEOutput
 from .lora import LoraTowersMixin, set_trainable
 from .saving import SavingMixin
@@ -164,12 +165,12 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
         # Cut this rank's rows out of the whole classifier, unless they are given.
         if classifier is None:
             if self.classifier is None:
-                raise ValueError("This model has no class vectors (num_groups=0): pass a ShardedClassifier.")
+                raise ModelError("This model has no class vectors (num_groups=0): pass a ShardedClassifier.")
             weight = self.classifier.weight
             classifier = ShardedClassifier(self.config.num_groups, self.config.projection_dim, dtype=weight.dtype)
             classifier.weight.data.copy_(weight.data[classifier.rows])
         if classifier.weight.shape[1] != self.config.projection_dim:
-            raise ValueError(
+            raise ModelError(
                 f"The class vectors have {classifier.weight.shape[1]} dimensions, projection_dim is "
                 f"{self.config.projection_dim}."
             )
@@ -278,7 +279,7 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
     ) -> BaseModelOutputWithPooling:
         longest = max_text_tokens(self.config.text_config)
         if longest and input_ids.shape[1] > longest:
-            raise ValueError(
+            raise ModelError(
                 f"input_ids has {input_ids.shape[1]} tokens, the text tower's positions end at {longest}. Tokenise "
                 "with IConEProcessor, which truncates, or with truncation=True and a max_length."
             )

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .compat import is_pil_processor, pil_class
 from .configuration_icone import IConEConfig
+from .errors import ModelError
 from .towers import max_text_tokens
 
 logger = logging.get_logger(__name__)
@@ -61,7 +62,7 @@ class IConEProcessor(ProcessorMixin):
             image_processor.do_convert_rgb = True
         if tokenizer is not None and tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
-                raise ValueError(f"{type(tokenizer).__name__} has no padding token: set tokenizer.pad_token.")
+                raise ModelError(f"{type(tokenizer).__name__} has no padding token: set tokenizer.pad_token.")
             tokenizer.pad_token = tokenizer.eos_token
         self.text_padding = text_padding
         self.jpeg_draft = jpeg_draft

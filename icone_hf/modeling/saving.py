@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .compat import BeforeUploadMixin
 from .configuration_icone import IConEConfig
+from .errors import MissingWeightsError, ModelError
 from .lora import merged_state_dict
 from .objective import rank_index
 from .sentence_transformers_files import write_sentence_transformers_files
@@ -35,7 +36,8 @@ class SavingMixin(BeforeUploadMixin):
         With another `num_groups` than the checkpoint's the classifier starts fresh, and a warning is logged.
 
         Raises:
-            RuntimeError: if any other weight differs in shape, unless `ignore_mismatched_sizes=True` is passed.
+            RuntimeError: if any other weight differs in shape, unless `ignore_mismatched_sizes=True` is passed; if a
+                tower has no weights, as in the checkpoints of a stage with frozen towers.
             ValueError: if adapters are asked for that the checkpoint doesn't have.
             ImportError: if the checkpoint has adapters (`config.vision_lora`, `text_lora`) and peft is missing.
         """
@@ -48,15 +50,24 @@ class SavingMixin(BeforeUploadMixin):
             pretrained_model_name_or_path, *args, **kwargs, ignore_mismatched_sizes=True, output_loading_info=True
         )
         model, info = loaded
+        # A stage with frozen towers saves the heads alone, whose towers would be random here.
+        for tower in ("vision_model", "text_model"):
+            names = {f"{tower}.{name}" for name, _ in getattr(model, tower).named_parameters()}
+            if names and names <= set(info["missing_keys"]):
+                raise MissingWeightsError(
+                    f"{pretrained_model_name_or_path} has no weights of the {tower.removesuffix('_model')} tower. If "
+                    "it is a checkpoint of a stage with frozen towers (OUTPUT_DIR/stages/*/checkpoint-*), it holds the "
+                    "heads alone, to resume from: the model is in OUTPUT_DIR itself once the run is done."
+                )
         # peft renames an adapted layer's own weights, so the checkpoint's weights don't find their layers.
         if any(".base_layer." in name for name in info["missing_keys"]):
-            raise ValueError(
+            raise ModelError(
                 f"{pretrained_model_name_or_path} has no adapters, but vision_lora or text_lora was asked for: load it "
                 "without, then call model.add_adapter(LoraConfig(...))."
             )
         for name, saved, wanted in sorted(info["mismatched_keys"]):
             if name != "classifier.weight":
-                raise RuntimeError(
+                raise MissingWeightsError(
                     f"{name} is {tuple(saved)} in {pretrained_model_name_or_path} but {tuple(wanted)} in the config. "
                     "Load it with the config it was saved with, or pass ignore_mismatched_sizes=True to start it fresh."
                 )

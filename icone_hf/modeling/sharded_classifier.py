@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .configuration_icone import IConEConfig
+from .errors import ModelError
 from .losses import IGNORED_GROUP, instance_scores
 from .objective import GatherRows, check_group_ids, count_ranks, gather_rows, rank_index
 
@@ -141,7 +142,7 @@ class ShardedClassifier(nn.Module):
                     classifier = cls(num_groups, dim, dtype=own.dtype)
                     classifier.weight.data.copy_(own)
                     return classifier
-        raise ValueError(f"{folder} has no class vectors: it was saved with with_classifier=False.")
+        raise ModelError(f"{folder} has no class vectors: it was saved with with_classifier=False.")
 
     def add_to_checkpoint(self, folder: str | os.PathLike) -> None:
         """Add all class vectors to a checkpoint without them.

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import cached_file
 
 from .compat import is_causal_type
+from .errors import ModelError
 
 POOLINGS = ("cls", "mean", "last", "pooler")
 
@@ -101,7 +102,7 @@ def guess_pooling(config: Any, field: str) -> str:
             # With a causal mask only the last token has seen the whole caption.
             guess = "mean" if getattr(config, "use_bidirectional_attention", False) else "last"
     if guess is None:
-        raise ValueError(
+        raise ModelError(
             f"{field} cannot be guessed for a tower of type {model_type!r}: set it to one of {', '.join(POOLINGS)}."
         )
     return guess
@@ -138,7 +139,7 @@ def saved_pooling(checkpoint: str | os.PathLike) -> str | None:
         modes = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value]
     modes = [modes] if isinstance(modes, str) else list(modes)
     if len(modes) != 1 or modes[0] not in _SENTENCE_TRANSFORMERS_POOLINGS:
-        raise ValueError(
+        raise ModelError(
             f"{path} asks for the pooling {' and '.join(map(str, modes)) or 'none'}, which IConE doesn't have: set "
             f"text_pooling to one of {', '.join(POOLINGS)}."
         )
@@ -167,6 +168,7 @@ def load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, option
         options: keywords of `AutoModel.from_pretrained`.
 
     Raises:
+        ModelError: if transformers can't make a model of it.
         TypeError: for a module that is no `PreTrainedModel`.
     """
     if isinstance(tower, PreTrainedModel):
@@ -175,8 +177,12 @@ def load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, option
         raise TypeError(
             f"The {modality} tower is a {type(tower).__name__}: a PreTrainedModel, which has a config, is needed."
         )
-    model = AutoModel.from_pretrained(tower, **options)
-    has_both_towers = hasattr(AutoConfig.from_pretrained(tower), f"{modality}_config")
+    try:
+        config = AutoConfig.from_pretrained(tower)
+        model = AutoModel.from_pretrained(tower, **options)
+    except (ValueError, OSError) as error:  # transformers says so of a folder or Hub id that holds no model
+        raise ModelError(f"The {modality} tower {os.fspath(tower)!r} can't be loaded: {error}") from error
+    has_both_towers = hasattr(config, f"{modality}_config")
     return getattr(model, f"{modality}_model") if has_both_towers else model
 
 
@@ -231,7 +237,7 @@ def pool(config: PoolingConfig, modality: str, output: Any, attention_mask: torc
         pooled = getattr(output, "pooler_output", None)
         if pooled is None:
             others = ", ".join(name for name in POOLINGS if name != "pooler")
-            raise ValueError(
+            raise ModelError(
                 f"The tower has no pooler_output: set {modality}_pooling to one of {others} in the config."
             )
         return pooled.flatten(1)  # some convolutional towers return (batch, width, 1, 1)

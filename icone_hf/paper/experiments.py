@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from ..errors import InputError
 from ..training.stages import Stage
 
 PAPER_TEMPERATURE = 0.05
@@ -186,7 +187,7 @@ def make_plan(names: Sequence[str], scale: str, seeds: Sequence[int] | None = No
     known = experiments_file()["experiments"]
     for name in names:
         if name not in known and name != "all":
-            raise ValueError(f"{name!r} is no experiment: use {', '.join(known)} or all.")
+            raise InputError(f"{name!r} is no experiment: use {', '.join(known)} or all.")
     wanted = [name for name in known if name in names or "all" in names]
 
     of_scale = experiments_file()["scales"][scale]

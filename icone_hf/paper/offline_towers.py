@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil
 
+from ..errors import InputError
 from ..modeling.extra_towers import EfficientNetLiteConfig, EfficientNetLiteModel, convert_efficientnet_lite_weights
 from .word_vectors import recurrent_tower_from_bert
 
@@ -100,7 +101,7 @@ def tower_checkpoint(tower: Mapping[str, Any], folder: Path, image_size: int | N
         elif tower.get("offline") == "minilm":
             write_minilm(unfinished)
         elif image_size is None:
-            raise ValueError(f"The image tower {dict(tower)} needs the scale's image_size.")
+            raise InputError(f"The image tower {dict(tower)} needs the scale's image_size.")
         elif tower.get("offline") == "efficientnet-lite0":
             write_efficientnet_lite0(unfinished, image_size)
         else:

@@ -28,6 +28,7 @@ from transformers import set_seed
 from .. import __version__
 from ..data.groups import OPENMOJI_SCENES, SPLITS, check_disjoint, load_groups
 from ..embedding.encoding import encode_groups
+from ..errors import InputError, MissingFileError
 from ..evaluation.metrics import fold_metrics, retrieval_metrics
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
@@ -67,7 +68,7 @@ def reproduce(
     state = PartialState()
     batch = experiments_file()["scales"][plan.scale]["global_batch_size"]
     if batch % state.num_processes:
-        raise ValueError(f"{state.num_processes} processes cannot share batches of {batch} pairs: use a divisor of it.")
+        raise InputError(f"{state.num_processes} processes cannot share batches of {batch} pairs: use a divisor of it.")
     results = _read_results(folder, plan)
     sources = {name: find_source(name, root) for name, root in roots.items() if root is not None}
 
@@ -80,7 +81,7 @@ def reproduce(
         return
     todo = [run for run in plan.runs if run.folder not in not_run]
     if not todo:
-        raise ValueError(f"There is nothing to run: {'; '.join(sorted(set(not_run.values())))}.")
+        raise InputError(f"There is nothing to run: {'; '.join(sorted(set(not_run.values())))}.")
     state.wait_for_everyone()  # no process may write to the folder before all have looked
 
     # Run it, and write the page after every run.
@@ -139,7 +140,7 @@ def find_source(dataset: str, root: str | os.PathLike) -> dict[str, str]:
     folders = [Path(root), *sorted(path for depth in ("*", "*/*") for path in Path(root).glob(depth) if path.is_dir())]
     found = next((folder / name for folder in folders if (folder / name).is_file()), None)
     if found is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"There is no {name} in --{dataset} {root} or two levels below it. Karpathy's splits are in "
             "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
         )
@@ -149,7 +150,7 @@ def find_source(dataset: str, root: str | os.PathLike) -> dict[str, str]:
     image = os.path.join(record.get("filepath", ""), record["filename"])
     image_root = next((folder for folder in folders if (folder / image).is_file()), None)
     if image_root is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"The images of {found} are not in --{dataset} {root} or two levels below it: looked for {image}."
         )
     return {"source": str(found), "image_root": str(image_root)}
@@ -332,7 +333,7 @@ def _read_results(folder: Path, plan: Plan) -> dict[str, Any]:
     if path.is_file():
         results = json.loads(path.read_text())
     if results["scale"] != plan.scale:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds results of the {results['scale']} scale: pass another --output_dir for {plan.scale}."
         )
     # Earlier experiments stay; all come in the paper's order.

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..errors import InputError
 from ..modeling.extra_towers import RecurrentTextConfig, RecurrentTextModel
 
 PAD_TOKEN, UNK_TOKEN = "[PAD]", "[UNK]"
@@ -96,23 +97,23 @@ def read_glove(path: str | os.PathLike, words: Collection[str] | None = None) ->
             word, values = fields[0].lower(), fields[1:]
             # One number alone is no vector. A word2vec file begins so, with the numbers of words and dimensions.
             if dimensions < 2:
-                raise ValueError(f"{path}, line {number}: {line.strip()[:60]!r} is not 'word v1 v2 ...'.")
+                raise InputError(f"{path}, line {number}: {line.strip()[:60]!r} is not 'word v1 v2 ...'.")
             # An entry with a space in it has more fields, and something other than a number before its vector.
             if len(values) > dimensions and not _is_number(values[-dimensions - 1]):
                 continue
             try:
                 if len(values) != dimensions:
-                    raise ValueError(f"{len(values)} values, not {dimensions}, as line 1 has")
+                    raise InputError(f"{len(values)} values, not {dimensions}, as line 1 has")
                 vector = np.array(values, dtype=np.float32)
                 if not np.isfinite(vector).all():
-                    raise ValueError("a value is not finite")
+                    raise InputError("a value is not finite")
             except ValueError as error:
-                raise ValueError(f"{path}, line {number} ({word[:40]!r}): {error}.") from error
+                raise InputError(f"{path}, line {number} ({word[:40]!r}): {error}.") from error
             # The special tokens have vectors of their own.
             if (wanted is None or word in wanted) and word not in (PAD_TOKEN.lower(), UNK_TOKEN.lower()):
                 vectors.setdefault(word, vector)
     if not vectors:
-        raise ValueError(f"{path} holds none of the words.")
+        raise InputError(f"{path} holds none of the words.")
     return list(vectors), np.stack(list(vectors.values()))
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from huggingface_hub import get_safetensors_metadata, snapshot_download
 from safetensors import safe_open
 
+from ..errors import InputError
+
 SMALL_FILES = ["config.json", "recipe.json", "metrics.json"]
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 LOSSES = ("instance_logits", "instance_temperature", "contrastive_loss", "temperature")
@@ -36,7 +38,7 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
         folder = Path(snapshot_download(str(checkpoint), revision=revision, allow_patterns=SMALL_FILES))
     config = _read(folder / "config.json")
     if config.get("model_type") != "icone":
-        raise ValueError(f"{checkpoint} is no checkpoint of IConE: its config.json has no model_type icone.")
+        raise InputError(f"{checkpoint} is no checkpoint of IConE: its config.json has no model_type icone.")
     # The first part of a weight's name says which part of the model it belongs to.
     parameters, size = dict.fromkeys((*PARTS, "other"), 0), 0
     for name, dtype, shape in _local_tensors(folder) if is_local else _remote_tensors(str(checkpoint), revision):

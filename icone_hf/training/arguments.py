@@ -7,6 +7,8 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from ..errors import InputError
+
 CLASS_VECTORS = ("random", "group_means")
 
 # The arguments that decide which numbers come out; a run is resumed only with the same ones.
@@ -122,22 +124,22 @@ class IConETrainingArguments(TrainingArguments):
             if value is None:
                 continue
             if value < 1:
-                raise ValueError(f"{name}={value} must be 1 or more.")
+                raise InputError(f"{name}={value} must be 1 or more.")
             if self.gradient_accumulation_steps > 1:
-                raise ValueError(
+                raise InputError(
                     f"{name}={value} describes one update, of which gradient_accumulation_steps="
                     f"{self.gradient_accumulation_steps} would add up several: leave it at 1. What saves memory is "
                     "per_device_chunk_size."
                 )
         if self.global_batch_size is not None:
             if self.global_batch_size % self.world_size:
-                raise ValueError(
+                raise InputError(
                     f"global_batch_size={self.global_batch_size} must be a multiple of the {self.world_size} processes."
                 )
             # transformers, the sampler and the recipe all count by this field.
             self.per_device_train_batch_size = self.global_batch_size // self.world_size
         if self.per_device_chunk_size is not None and self.sharding_engine:
-            raise ValueError(
+            raise InputError(
                 f"per_device_chunk_size={self.per_device_chunk_size} needs whole weights in every process, FSDP and "
                 "DeepSpeed hold shares of them: train with DDP, or without chunks."
             )

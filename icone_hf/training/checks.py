@@ -7,6 +7,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ..data.captions import Captions
 from ..data.groups import check_disjoint
+from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from .arguments import CLASS_VECTORS, IConETrainingArguments
 from .feature_cache import STORED_DTYPES
@@ -28,7 +29,7 @@ def check_run(
         ValueError: naming the field or the data at fault, and the way out.
     """
     if eval_dataset is None or not len(eval_dataset):
-        raise ValueError(
+        raise InputError(
             "There are no validation groups (eval_dataset), which pick the best epoch: cut some off the training "
             "groups, with Dataset.train_test_split."
         )
@@ -37,6 +38,7 @@ def check_run(
     check_stages(stages)
     if any(stage.instance_weight for stage in stages):
         check_classifier(model, args, len(train_dataset))
+    check_devices(args)
     check_batches(model, args)
     check_storage(args)
     check_hub_strategy(args)
@@ -51,7 +53,7 @@ def check_data(splits: Mapping[str, Dataset]) -> None:
     for name, groups in splits.items():
         lacking = {"image", "captions"} - set(groups.column_names)
         if lacking:
-            raise ValueError(f"{name} lacks the columns {', '.join(sorted(lacking))}: load it with load_groups.")
+            raise InputError(f"{name} lacks the columns {', '.join(sorted(lacking))}: load it with load_groups.")
         Captions.read(groups).check(name)
     check_disjoint({"train": splits["train_dataset"], "validation": splits["eval_dataset"]})
 
@@ -59,10 +61,10 @@ def check_data(splits: Mapping[str, Dataset]) -> None:
 def check_stages(stages: Sequence[Stage]) -> None:
     """Refuse an empty list of stages and double names."""
     if not stages:
-        raise ValueError("There are no stages to run.")
+        raise InputError("There are no stages to run.")
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
-        raise ValueError(f"Stage names must differ, but they are {', '.join(names)}.")
+        raise InputError(f"Stage names must differ, but they are {', '.join(names)}.")
 
 
 def check_classifier(model: IConEModel, args: IConETrainingArguments, num_groups: int) -> None:
@@ -76,7 +78,7 @@ def check_classifier(model: IConEModel, args: IConETrainingArguments, num_groups
     # The trainer itself makes a sharded classifier that the model lacks.
     is_made_later = args.shard_classifier and model.classifier is None
     if not is_made_later and model.config.num_groups != num_groups:
-        raise ValueError(
+        raise InputError(
             f"The classifier has {model.config.num_groups} classes, the training split {num_groups} groups: build or "
             "load the model with num_groups=len(train_dataset)."
         )
@@ -86,44 +88,57 @@ def check_classifier(model: IConEModel, args: IConETrainingArguments, num_groups
     # Sampled classes have sparse gradients, and shards differ between ranks: some options work with neither.
     option = f"instance_samples={samples}" if samples else "shard_classifier=True"
     if samples and args.shard_classifier:
-        raise ValueError(f"{option} scores a sample of the classes, shard_classifier=True all: choose one of them.")
+        raise InputError(f"{option} scores a sample of the classes, shard_classifier=True all: choose one of them.")
     if engine := args.sharding_engine:
-        raise ValueError(f"{option} needs one process or DDP, not {engine}: leave one of the two out.")
+        raise InputError(f"{option} needs one process or DDP, not {engine}: leave one of the two out.")
     if arguments["optim"] not in ("adamw_torch", "adamw_torch_fused"):
-        raise ValueError(
+        raise InputError(
             f"{option} steps class vectors by Adam, beside optim=adamw_torch_fused or adamw_torch, but "
             f"optim={arguments['optim']}: choose one of these, or leave {option} out."
         )
     if samples and args.weight_decay:
-        raise ValueError(
+        raise InputError(
             f"{option} touches the sampled class vectors alone, so that weight_decay={args.weight_decay:g} "
             "would not reach the others: set one of the two to 0."
         )
     if samples and args.per_device_chunk_size is not None:
-        raise ValueError(
+        raise InputError(
             f"{option} draws a sample for a whole batch, per_device_chunk_size={args.per_device_chunk_size} "
             "would draw one for each chunk: set one of the two to 0 or None."
         )
     if args.shard_classifier and args.fp16:
-        raise ValueError(f"{option} and fp16, whose steps one process might skip alone: use bf16.")
+        raise InputError(f"{option} and fp16, whose steps one process might skip alone: use bf16.")
     if args.shard_classifier and args.neighbour_run:
-        raise ValueError(
+        raise InputError(
             f"{option} leaves no process all class vectors, which neighbour_run={args.neighbour_run} looks "
             "through: set it to 0."
+        )
+
+
+def check_devices(args: IConETrainingArguments) -> None:
+    """Refuse one process that sees several GPUs.
+
+    transformers would wrap the model in `DataParallel`, whose replicas each see a part of the batch: InfoNCE would then
+    compare a pair with the negatives of its part alone.
+    """
+    if args.n_gpu > 1:
+        raise InputError(
+            f"One process sees {args.n_gpu} GPUs, and would give each a part of the batch and of its negatives. To use "
+            f"all: accelerate launch --num_processes {args.n_gpu} ...; to use one: CUDA_VISIBLE_DEVICES=0."
         )
 
 
 def check_batches(model: IConEModel, args: IConETrainingArguments) -> None:
     """Refuse batches that the model's losses can't use."""
     if args.class_vectors not in CLASS_VECTORS:
-        raise ValueError(f"class_vectors={args.class_vectors!r} must be one of {', '.join(CLASS_VECTORS)}.")
+        raise InputError(f"class_vectors={args.class_vectors!r} must be one of {', '.join(CLASS_VECTORS)}.")
     if args.neighbour_run and not model.config.num_groups:
-        raise ValueError(
+        raise InputError(
             f"neighbour_run={args.neighbour_run} batches groups whose class vectors are near each other, but "
             "this model has none (num_groups=0): build it with num_groups=len(train_dataset), or set it to 0."
         )
     if args.pairs_per_group > 1 and not model.config.several_positives:
-        raise ValueError(
+        raise InputError(
             f"pairs_per_group={args.pairs_per_group} puts several captions of one group into a batch, which no loss "
             "would use: set several_positives in the model's config, or pairs_per_group to 1."
         )
@@ -132,11 +147,11 @@ def check_batches(model: IConEModel, args: IConETrainingArguments) -> None:
 def check_storage(args: IConETrainingArguments) -> None:
     """Refuse unknown cache types and unmeasured checkpoints."""
     if args.feature_cache_dtype not in STORED_DTYPES:
-        raise ValueError(f"feature_cache_dtype={args.feature_cache_dtype!r} must be one of {', '.join(STORED_DTYPES)}.")
+        raise InputError(f"feature_cache_dtype={args.feature_cache_dtype!r} must be one of {', '.join(STORED_DTYPES)}.")
     # Every checkpoint needs its validation Rsum, or none could be the best.
     strategies = args.to_dict()
     if strategies["save_strategy"] == "no" or strategies["save_strategy"] != strategies["eval_strategy"]:
-        raise ValueError(
+        raise InputError(
             f"save_strategy={strategies['save_strategy']} and eval_strategy={strategies['eval_strategy']} must be "
             "the same, and not no: every checkpoint is measured, and the best one is kept."
         )
@@ -146,7 +161,7 @@ def check_hub_strategy(args: IConETrainingArguments) -> None:
     """Refuse uploads while no process has the whole model."""
     engine = args.sharding_engine or ("shard_classifier=True" if args.shard_classifier else None)
     if args.pushes_checkpoints and engine:
-        raise ValueError(
+        raise InputError(
             f"hub_strategy={HubStrategy(args.hub_strategy).value} uploads checkpoints while the run goes on, "
             f"and {engine} leaves no process the whole model: pass hub_strategy=end."
         )

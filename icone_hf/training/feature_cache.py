@@ -21,6 +21,7 @@ from ..data.batching import Pair
 from ..data.captions import Captions
 from ..embedding.digests import digest_pictures, digest_processor, digest_towers
 from ..embedding.encoding import by_length, in_batches, pool_images, pool_texts
+from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from .run_folder import write_json
@@ -100,7 +101,7 @@ class FeatureCache(torch.utils.data.Dataset):
             ValueError: if an image can't be decoded (what was computed before it is kept), or `dtype` is neither.
         """
         if dtype not in STORED_DTYPES:
-            raise ValueError(f"dtype={dtype!r} must be one of {', '.join(STORED_DTYPES)}.")
+            raise InputError(f"dtype={dtype!r} must be one of {', '.join(STORED_DTYPES)}.")
         folder = Path(folder)
         captions = Captions.read(groups)
         images, texts = (_Rows(folder, name, dtype) for name in ("image", "text"))

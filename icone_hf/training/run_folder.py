@@ -7,6 +7,7 @@ OUTPUT_DIR/
   feature_cache/                         frozen towers' outputs
   stages/0-NAME/checkpoint-*/            transformers' checkpoints; without the towers where these are frozen
   stages/0-NAME/stage.json               there once the stage is done: its best epoch, metrics and logs
+  set_aside/0-NAME/checkpoint-*/         checkpoints later than one that a run was resumed from by name
   upload/                                what is on its way to the Hub (see checkpoint_pushes.py)
 """
 
@@ -17,9 +18,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
+from ..errors import InputError
+
 METRICS_FILE = "metrics.json"
 RECIPE_FILE = "recipe.json"
 STAGE_FILE = "stage.json"
+SET_ASIDE = "set_aside"
+
+logger = logging.get_logger(__name__)
 
 
 class RunFolder:
@@ -80,7 +88,7 @@ class RunFolder:
         # A new run needs a folder without another one.
         if resume_from_checkpoint in (None, False):
             if recipe_file.is_file():
-                raise ValueError(
+                raise InputError(
                     f"{self.path} holds another run: pass resume_from_checkpoint=auto to go on with it, or another "
                     "output_dir."
                 )
@@ -90,7 +98,7 @@ class RunFolder:
             saved, wanted = json.loads(recipe_file.read_text())["decisive"], recipe["decisive"]
             differing = [f"{k} was {saved.get(k)}, is {wanted[k]}" for k in wanted if saved.get(k) != wanted[k]]
             if differing:
-                raise ValueError(
+                raise InputError(
                     f"{self.path} holds a run of another recipe ({'; '.join(differing)}): resume it as it was, or "
                     "start anew in another output_dir."
                 )
@@ -102,7 +110,7 @@ class RunFolder:
         checkpoint = Path(str(resume_from_checkpoint))
         folders = [self.stage(index).resolve() for index in range(len(self.stage_names))]
         if checkpoint.resolve().parent not in folders or not (checkpoint / "trainer_state.json").is_file():
-            raise ValueError(
+            raise InputError(
                 f"resume_from_checkpoint={str(checkpoint)!r} is no checkpoint of this run: give a folder "
                 f"{self.path}/stages/*/checkpoint-*, or auto."
             )
@@ -110,13 +118,14 @@ class RunFolder:
         first = folders.index(checkpoint.resolve().parent)
         for earlier in range(first):
             if not self.is_done(earlier):
-                raise ValueError(f"Stage {self.stage_names[earlier]!r} is not done: resume it first, or pass auto.")
+                raise InputError(f"Stage {self.stage_names[earlier]!r} is not done: resume it first, or pass auto.")
         return first, checkpoint
 
     def forget_after(self, first: int, checkpoint: Path | None) -> None:
-        """Remove what was made after a resume point.
+        """Set aside what was made after a resume point.
 
-        So nothing stale is taken for the run's result.
+        So nothing stale is taken for the run's result, and no checkpoint is lost: whoever resumes from an earlier one
+        by name finds the later ones in `OUTPUT_DIR/set_aside`. One that was cut in writing is removed.
         """
         for index in range(first, len(self.stage_names)):
             # The mark that the stage is done, then every checkpoint after the one to start from.
@@ -124,7 +133,18 @@ class RunFolder:
             kept = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None and index == first else -1
             for later in self.stage(index).glob("checkpoint-*"):
                 if int(later.name.rsplit("-", 1)[1]) > kept:
-                    shutil.rmtree(later)
+                    self._set_aside(later)
+
+    def _set_aside(self, checkpoint: Path) -> None:
+        """Move a whole checkpoint out of its stage."""
+        if not (checkpoint / "trainer_state.json").is_file():
+            shutil.rmtree(checkpoint)
+            return
+        aside = self.path / SET_ASIDE / checkpoint.parent.name / checkpoint.name
+        shutil.rmtree(aside, ignore_errors=True)  # one that was set aside before; only the newest of a step is kept
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.rename(aside)
+        logger.warning(f"{checkpoint} is later than what the run goes on from: it is kept as {aside}.")
 
     def read_metrics(self) -> dict[str, Any] | None:
         """Read `metrics.json`; `None` if there is none."""

@@ -8,6 +8,7 @@ from safetensors.torch import load_model
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..errors import InputError
 from ..modeling.heads import IConEHeads
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.sharded_classifier import REST_FILE, ShardedClassifier, clip_sharded_norm, load_rows, save_rows
@@ -96,5 +97,5 @@ def load_weights(model: IConEModel | IConEHeads, checkpoint: str | os.PathLike) 
     # The class vectors lie in a file of their own.
     missing, unexpected = load_model(model, folder / REST_FILE, strict=False)
     if unexpected or set(missing) != {"classifier.weight"}:
-        raise ValueError(f"{folder} is not of this model: {sorted({*missing, *unexpected} - {'classifier.weight'})}.")
+        raise InputError(f"{folder} is not of this model: {sorted({*missing, *unexpected} - {'classifier.weight'})}.")
     classifier.weight.data.copy_(ShardedClassifier.from_pretrained(folder).weight.data)

@@ -1,17 +1,20 @@
 """transformers' Trainer for one stage: batches of groups, loss weights, validation by retrieval."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..compat import TrainerStepsMixin
 from ..data.batching import GroupBatchSampler, GroupDataLoader, PairChunks, PairCollator, PairDataset
 from ..embedding.encoding import GroupEmbeddings, embed_pooled, encode_groups
+from ..errors import DivergedError
 from ..evaluation.measure import measure_embeddings
 from ..modeling.heads import IConEHeads, IConEOutput
 from ..modeling.modeling_icone import IConEModel
@@ -51,6 +54,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
         self.pairs = train_dataset
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_steps = 0
+        self._last_loss: tuple[int, torch.Tensor] | None = None  # the update, and its loss, that is still to check
         super().__init__(
             model,
             args,
@@ -62,6 +66,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
         self._progress = TrainingProgress(stage.name, as_lines=bool(args.disable_tqdm))
         if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):  # a notebook has its own table
             self.add_callback(self._progress)
+        self.add_callback(_TemperatureBound())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, and remove the progress bar whatever happens."""
@@ -202,6 +207,30 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             if (loss := getattr(output, name)) is not None:
                 self._loss_sums[name] = self._loss_sums.get(name, 0) + loss.detach()
         self._loss_steps += 1
+        self._check_last_loss()
+        assert output.loss is not None
+        self._last_loss = self.state.global_step + 1, output.loss.detach()
+        if output.loss.device.type == "cpu":  # an accelerator is asked one step later, when it has the answer
+            self._check_last_loss()
+
+    def _check_last_loss(self) -> None:
+        """Stop a run whose last loss isn't finite."""
+        if self._last_loss is None:
+            return
+        (update, loss), self._last_loss = self._last_loss, None
+        if not torch.isfinite(loss):
+            raise self._diverged(update, f"has a loss of {loss.item()}")
+
+    def _diverged(self, update: int, what: str) -> DivergedError:
+        """Say where a run diverged, and the way out."""
+        assert self.optimizer is not None
+        kept = get_last_checkpoint(str(self.args.output_dir)) if Path(str(self.args.output_dir)).is_dir() else None
+        return DivergedError(
+            f"Update {update} of stage {self.stage.name!r} {what}, at a learning rate of "
+            f"{self.optimizer.param_groups[0]['lr']:.2e}: the run has diverged and stops here. The last checkpoint "
+            f"before it: {kept or 'none of this stage'}. Start anew with a lower learning_rate of the stage, a longer "
+            "warm-up (warmup_steps) or a lower max_grad_norm."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._loss_steps:
@@ -220,6 +249,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
 
         Keys are `{metric_key_prefix}_rsum` and so on.
         """
+        self._check_last_loss()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, FeatureCache):
             embeds = embed_cached(self.trained_part, dataset)
@@ -231,10 +261,21 @@ class StageTrainer(TrainerStepsMixin, Trainer):
                 self.args.per_device_eval_batch_size,
                 self.args.dataloader_num_workers,
             )
+        if not all(embeds.isfinite().all() for embeds in embeds[:2]):
+            raise self._diverged(self.state.global_step, "has left weights that embed nothing")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measure_embeddings(embeds)[0].items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class _TemperatureBound(TrainerCallback):
+    """Keep a learned temperature within its bound."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["model"].bound_temperature()
 
 
 def validation_metrics(log_entry: dict[str, Any]) -> dict[str, float]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..errors import InputError
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -33,15 +35,15 @@ class Stage:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]+", self.name):
-            raise ValueError(f"The stage name {self.name!r} must be letters, digits, '_' and '-': it names a folder.")
+            raise InputError(f"The stage name {self.name!r} must be letters, digits, '_' and '-': it names a folder.")
         for field in ("num_train_epochs", "learning_rate"):
             if not getattr(self, field) > 0:
-                raise ValueError(f"Stage {self.name!r}: {field}={getattr(self, field)} must be greater than 0.")
+                raise InputError(f"Stage {self.name!r}: {field}={getattr(self, field)} must be greater than 0.")
         for field in ("instance_weight", "contrastive_weight"):
             if not getattr(self, field) >= 0:
-                raise ValueError(f"Stage {self.name!r}: {field}={getattr(self, field)} must be 0 or more.")
+                raise InputError(f"Stage {self.name!r}: {field}={getattr(self, field)} must be 0 or more.")
         if not self.instance_weight and not self.contrastive_weight:
-            raise ValueError(
+            raise InputError(
                 f"Stage {self.name!r}: instance_weight and contrastive_weight are both 0, so nothing is trained."
             )
 
@@ -81,7 +83,7 @@ def parse_stages(stages: Sequence[dict[str, Any]]) -> tuple[Stage, ...]:
         if set(stage) != set(types):
             missing, unknown = sorted(set(types) - set(stage)), sorted(set(stage) - set(types))
             problems = [f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("has", unknown)) if names]
-            raise ValueError(f"Stage {position} {' and '.join(problems)}; a stage's fields are {', '.join(types)}.")
+            raise InputError(f"Stage {position} {' and '.join(problems)}; a stage's fields are {', '.join(types)}.")
         values: dict[str, Any] = {
             name: float(value) if types[name] is float else value for name, value in stage.items()
         }

@@ -264,7 +264,7 @@ class IConETrainer:
         eval_data: Dataset | FeatureCache,
     ) -> StageTrainer:
         """Build a fresh Trainer: one that ran before would keep its old optimizer and DDP wrapper."""
-        callbacks = copy.deepcopy(self.callbacks or [])
+        callbacks = list(self.callbacks or [])  # the user's own objects: what they collect is looked at afterwards
         if self._pushes is not None:
             callbacks.append(self._pushes)
         kind = ShardedStageTrainer if self.args.shard_classifier else StageTrainer

@@ -11,8 +11,9 @@ from datasets import DatasetDict
 from safetensors import safe_open
 from tiny import make_groups
 
-from icone_hf import IConEModel, encode_groups, fold_metrics, load_groups, retrieval_metrics
+from icone_hf import IConEModel, contrastive_loss, encode_groups, fold_metrics, load_groups, retrieval_metrics
 from icone_hf.cli import COMMANDS, main
+from icone_hf.errors import DivergedError
 
 ROOT = Path(__file__).parents[2]
 STAGE = {"name": "only", "num_train_epochs": 1, "learning_rate": 1e-3, "instance_weight": 1, "contrastive_weight": 1}
@@ -209,6 +210,40 @@ def test_a_fault_of_the_programs_keeps_its_traceback(monkeypatch, checkpoint, so
     monkeypatch.setattr("icone_hf.cli.loading.encode_groups", lambda *args: int("no number"))
     with pytest.raises(ValueError, match="no number"):
         main(["evaluate", checkpoint, source])
+
+
+def test_a_value_error_that_is_no_input_error_keeps_its_traceback_wherever_it_is_raised(monkeypatch):
+    """Losses refuse wrong calls by a plain ValueError: within a command that is a fault of ours."""
+    pairs = torch.ones(1, 2), torch.ones(1, 2)
+    monkeypatch.setattr("icone_hf.cli.info.info", lambda argv: contrastive_loss(*pairs, several_positives=True))
+    with pytest.raises(ValueError, match="several_positives needs group_ids"):
+        main(["info", "x"])
+
+
+def test_a_diverged_run_ends_with_code_1_and_its_message(monkeypatch, capsys):
+    def diverge(argv):
+        raise DivergedError("Update 3 has a loss of nan.")
+
+    monkeypatch.setattr("icone_hf.cli.train.train", diverge)
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == "icone train: Update 3 has a loss of nan.\n"
+
+
+def test_two_processes_train_without_a_test_split(towers, tmp_path):
+    splits = {"train": make_groups(12), "validation": make_groups(6, start=12)}
+    DatasetDict(splits).save_to_disk(tmp_path / "groups")
+    stages = json.dumps([{**STAGE, "train_encoders": False}])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = ["-m", "icone_hf", "train", "--source", str(tmp_path / "groups"), "--output_dir", str(tmp_path / "run")]
+    command += ["--vision_model_name_or_path", towers[0], "--text_model_name_or_path", towers[1], "--stages", stages]
+    command += ["--projection_dim", "16", "--per_device_train_batch_size", "4", "--report_to", "none"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *command], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "has no test split: the model will be validated only" in done.stdout
+    assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())) == {"validation", "stages"}
 
 
 def test_scripts_and_module_are_the_command():

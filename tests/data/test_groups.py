@@ -279,3 +279,37 @@ def test_ids_in_two_splits_are_refused():
     check_disjoint({"train": make_groups(3), "validation": make_groups(3, start=3)})
     with pytest.raises(ValueError, match="2 image ids stand in both train and validation: 2, 3"):
         check_disjoint({"train": make_groups(4), "validation": make_groups(3, start=2)})
+
+
+def test_rows_without_an_id_do_not_become_one_group(tmp_path):
+    for i in range(4):
+        save_image(tmp_path / f"{i}.png", i)
+    rows = ["file_name,caption,image_id", *(f"{i}.png,caption {i},{'' if i > 1 else i}" for i in range(4))]
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match=r"2 rows of .*table.csv have no id in the column 'image_id': 2, 3"):
+        load_groups(tmp_path / "table.csv", "train")
+
+
+def test_records_that_are_no_captions_are_named(tmp_path):
+    save_image(tmp_path / "0.png", 0)
+    row = {"file_name": "0.png", "captions": [{"from": "human", "value": "What is this?"}]}
+    (tmp_path / "table.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"row 0 of .*column 'captions' holds records of from, value, no captions"):
+        load_groups(tmp_path / "table.jsonl", "train")
+
+
+@pytest.mark.parametrize("source", ["/nowhere/photos", "./nowhere", "a/b/c"])
+def test_a_path_that_is_not_there_is_no_hub_id(source):
+    with pytest.raises(FileNotFoundError, match=f"{source} does not exist"):
+        load_groups(source, "train")
+
+
+def test_what_the_hub_does_not_have_is_said_in_one_line():
+    with pytest.raises(FileNotFoundError, match="nobody/nothing is no file or folder here, and can't"):
+        load_groups("nobody/nothing", "train")
+
+
+def test_a_table_that_cannot_be_parsed_says_where(tmp_path):
+    (tmp_path / "table.csv").write_text('file_name,caption\na.png,"one\nb.png,two,three,four\n')
+    with pytest.raises(ValueError, match=r"table.csv can't be read: ."):
+        load_groups(tmp_path / "table.csv", "train")

@@ -467,3 +467,22 @@ def test_a_checkpoint_without_learned_temperature_starts_one(make_model, tmp_pat
     model = IConEModel.from_pretrained(tmp_path, learn_temperature=True, contrastive_loss="sigmoid", temperature=0.1)
     assert model.temperature.item() == pytest.approx(0.1)
     assert model.logit_bias.item() == pytest.approx(-10)
+
+
+def test_a_temperature_at_its_bound_comes_back(make_model, batch):
+    """Where a step has gone beyond the bound, clamping the result alone would leave no gradient to come back by."""
+    model = make_model(learn_temperature=True, temperature=0.2)
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)
+    model.bound_temperature()
+    assert model.temperature.item() == pytest.approx(0.01)
+    model(**batch, group_ids=torch.arange(4), instance_weight=0).loss.backward()
+    assert model.logit_scale.grad.abs() > 0
+
+
+def test_heads_alone_are_no_checkpoint_of_a_model(make_model, tmp_path):
+    model = make_model()
+    model.heads().save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"no weights of the vision tower.*heads alone.*OUTPUT_DIR itself"):
+        IConEModel.from_pretrained(tmp_path)

@@ -1,5 +1,7 @@
 import json
 import logging as python_logging
+import math
+import threading
 from dataclasses import fields
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny import STAGES, StopAt, losses, make_groups
+from transformers import TrainerCallback
 
 from icone_hf import (
     FeatureCache,
@@ -18,6 +21,7 @@ from icone_hf import (
     encode_groups,
     retrieval_metrics,
 )
+from icone_hf.errors import DivergedError
 from icone_hf.modeling import ShardedClassifier
 from icone_hf.training.run_folder import write_metrics
 from icone_hf.training.stage_trainer import StageTrainer
@@ -225,10 +229,18 @@ def test_what_came_after_a_named_checkpoint_is_done_again(make_trainer):
     trainer = make_trainer()
     metrics = trainer.train()
     checkpoint = str(trainer.folder.stage(0) / "checkpoint-6")
+    stages = trainer.folder.path / "stages"
+    later = sorted(path.relative_to(stages).as_posix() for path in stages.glob("*/checkpoint-*"))
+    later.remove("0-instance/checkpoint-6")
+    assert len(later) > 2
     with pytest.raises(KeyboardInterrupt):
         make_trainer(callbacks=[StopAt("0-instance", 8)]).train(resume_from_checkpoint=checkpoint)
     assert not trainer.folder.is_done(0)
     assert not list(trainer.folder.stage(1).glob("checkpoint-*"))
+    # The later checkpoints of this stage and of the next are kept aside, whole.
+    aside = trainer.folder.path / "set_aside"
+    whole = sorted(path.parent.relative_to(aside).as_posix() for path in aside.glob("*/*/trainer_state.json"))
+    assert whole == later
     assert make_trainer().train(resume_from_checkpoint="auto") == metrics
 
 
@@ -460,3 +472,57 @@ def test_neighbours_need_class_vectors(make_trainer, make_model):
     stages = (Stage("contrastive", 1, 1e-3, instance_weight=0, contrastive_weight=1, train_encoders=False),)
     with pytest.raises(ValueError, match="neighbour_run=4 batches groups"):
         make_trainer(stages=stages, model=make_model(num_groups=0), neighbour_run=4)
+
+
+class Collector(TrainerCallback):
+    """Collects logs, and holds what can't be copied."""
+
+    def __init__(self):
+        self.lock, self.logs = threading.Lock(), []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(logs)
+
+
+def test_callbacks_are_the_users_own_objects(make_trainer):
+    collector = Collector()
+    trainer = make_trainer(callbacks=[collector])
+    trainer.train()
+    results = [json.loads((trainer.folder.stage(index) / "stage.json").read_text()) for index in range(2)]
+    assert len(collector.logs) == sum(len(result["log_history"]) for result in results) > 4
+
+
+def test_a_diverging_run_stops_at_its_first_loss_that_is_not_finite(make_trainer):
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 8:  # the ninth update: one epoch and its checkpoint are done
+                kwargs["model"].visual_projection.weight.data.fill_(float("nan"))
+
+    trainer = make_trainer(stages=(Stage("joint", 2, 1e-3, 1, 1, True),), callbacks=[Spoil()])
+    with pytest.raises(DivergedError, match=r"Update 9 of stage 'joint' has a loss of nan.*checkpoint-6"):
+        trainer.train()
+    assert [path.name for path in trainer.folder.stage(0).glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_weights_that_embed_nothing_are_neither_measured_nor_saved(make_trainer):
+    class Spoil(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 5:  # the sixth update, the epoch's last: no loss comes after it
+                kwargs["model"].visual_projection.weight.data.fill_(float("nan"))
+
+    trainer = make_trainer(stages=(Stage("joint", 1, 1e-3, 1, 1, True),), callbacks=[Spoil()])
+    with pytest.raises(DivergedError, match="Update 6 of stage 'joint' has left weights that embed nothing"):
+        trainer.train()
+    assert not list(trainer.folder.stage(0).glob("checkpoint-*"))
+
+
+def test_a_learned_temperature_is_kept_within_its_bound(make_trainer, make_model):
+    model = make_model(num_groups=16, text_pooling="mean", learn_temperature=True, temperature=0.0101)
+    make_trainer(model=model, stages=(Stage("joint", 1, 0.5, 0, 1, False),)).train()
+    assert model.logit_scale.item() <= math.log(100) + 1e-6
+
+
+def test_one_process_with_several_gpus_is_refused(make_trainer, monkeypatch):
+    monkeypatch.setattr(IConETrainingArguments, "n_gpu", 4)
+    with pytest.raises(ValueError, match=r"One process sees 4 GPUs.*accelerate launch --num_processes 4"):
+        make_trainer()
