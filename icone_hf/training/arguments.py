@@ -38,7 +38,8 @@ DECISIVE_ARGUMENTS = (
 class IConETrainingArguments(TrainingArguments):
     """Hold transformers' training arguments with our defaults.
 
-    - A stage sets `learning_rate` and `num_train_epochs` itself.
+    - A stage sets `learning_rate` and `num_train_epochs` itself. These, and others that would have no effect, are
+      refused when set: `refused_arguments.py` lists them with what takes their place.
     - InfoNCE takes its negatives from a batch of `global_batch_size` pairs or, without it, of
       `per_device_train_batch_size` times the number of processes (the paper: 128). Gradient accumulation adds no
       negatives.

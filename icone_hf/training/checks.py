@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from .arguments import CLASS_VECTORS, IConETrainingArguments
 from .feature_cache import STORED_DTYPES
+from .refused_arguments import check_arguments
 from .stages import Stage
 
 
@@ -38,6 +39,7 @@ def check_run(
     check_stages(stages)
     if any(stage.instance_weight for stage in stages):
         check_classifier(model, args, len(train_dataset))
+    check_arguments(args)
     check_devices(args)
     check_batches(model, args)
     check_storage(args)

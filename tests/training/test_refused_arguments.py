@@ -1,0 +1,61 @@
+"""Every field of TrainingArguments is honoured or refused; this file holds which is which."""
+
+from dataclasses import MISSING, fields
+
+import pytest
+from transformers import TrainingArguments
+
+from icone_hf import IConETrainingArguments
+from icone_hf.training.refused_arguments import REFUSED, check_arguments
+
+# Honoured by transformers' Trainer and accelerate, or by our own parts.
+HONOURED = {
+    *("output_dir", "per_device_train_batch_size", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    *("warmup_steps", "optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "gradient_accumulation_steps", "max_grad_norm", "bf16", "fp16", "tf32", "seed", "use_cpu"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing"),
+    *("gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("torch_empty_cache_steps", "full_determinism", "local_rank", "debug", "skip_memory_metrics"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "log_level", "log_level_replica"),
+    *("disable_tqdm", "report_to", "run_name", "project", "logging_dir"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "do_eval"),
+    *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
+    *("enable_jit_checkpoint", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+    *("hub_revision", "resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("accelerator_config", "parallelism_config", "fsdp", "fsdp_config", "deepspeed"),
+    *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+    *("ddp_backend", "ddp_timeout"),
+}
+OTHER_VALUES = {
+    **{"train_sampling_strategy": "group_by_length", "length_column_name": "size", "label_names": ["x"]},
+    **{"dataloader_multiprocessing_context": "spawn", "include_num_input_tokens_seen": "all", "data_seed": 1},
+    **{"include_for_metrics": ["loss"], "liger_kernel_config": {"rope": True}, "neftune_noise_alpha": 5.0},
+    **{"dataloader_prefetch_factor": 4, "eval_accumulation_steps": 2, "learning_rate": 1e-3, "num_train_epochs": 1},
+    **{"label_smoothing_factor": 0.1},
+}
+
+
+def test_each_field_is_either_honoured_or_refused():
+    names = {field.name for field in fields(TrainingArguments)}
+    assert not HONOURED & set(REFUSED)
+    unknown = names - HONOURED - set(REFUSED)
+    assert not unknown, f"transformers has new fields, each to be honoured or refused: {sorted(unknown)}"
+
+
+def test_the_defaults_are_not_refused(tmp_path):
+    check_arguments(IConETrainingArguments(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_field_without_effect_is_refused_when_set(name, tmp_path):
+    field = {field.name: field for field in fields(IConETrainingArguments)}.get(name)
+    if field is None:
+        pytest.skip(f"this transformers has no {name}")
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    args = IConETrainingArguments(str(tmp_path))
+    setattr(args, name, OTHER_VALUES[name] if name in OTHER_VALUES else not default)
+    with pytest.raises(ValueError, match=f"{name}=.* would have no effect, since "):
+        check_arguments(args)
