@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..evaluation.measure import measure_embeddings
 from ..evaluation.metrics import metrics_table
-from ..training.run_folder import write_metrics
+from ..training.run_folder import add_evaluation
 from . import COMMANDS
 from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments, parse_arguments
 from .loading import embed_split, join_processes
@@ -29,8 +29,9 @@ def evaluate(argv: Sequence[str]) -> None:
 
         icone evaluate CHECKPOINT SOURCE [--split test] [--folds 5] [--grid FILE.png] [--json]
 
-    It prints the metrics and, for a local checkpoint, adds them to its metrics.json. With --folds the mean of the folds
-    stands beside the whole split's, from the same pass over the data (COCO's 1k and 5k).
+    It prints the metrics and, for a local checkpoint, adds them to the evaluations in its metrics.json, with the
+    source, the split, their sizes and the date; the training run's own metrics stay as they are. With --folds the mean
+    of the folds stands beside the whole split's, from the same pass over the data (COCO's 1k and 5k).
     """
     data_args, encode_args, args, output, positional = parse_arguments(
         (DataArguments, EncodeArguments, EvaluateArguments, OutputArguments),
@@ -51,7 +52,8 @@ def evaluate(argv: Sequence[str]) -> None:
         return
     output.print(metrics, metrics_table(metrics))
     if Path(positional.checkpoint).is_dir():
-        write_metrics(positional.checkpoint, metrics)
+        sizes = {"groups": len(embeds.image_embeds), "captions": len(embeds.text_embeds)}
+        add_evaluation(positional.checkpoint, data_args.source, split, sizes, metrics)
     if args.grid:
         from ..evaluation.figures import retrieval_grid  # matplotlib is an extra: the metrics need none
 

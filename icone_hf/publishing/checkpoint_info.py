@@ -63,7 +63,8 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
         "data": recipe.get("data"),
         "batch_size": recipe.get("decisive", {}).get("global_train_batch_size"),
         "train_groups": recipe.get("decisive", {}).get("train_groups"),
-        "metrics": {name: metrics[name] for name in metrics if name != "stages"},
+        "metrics": {name: metrics[name] for name in metrics if name not in ("stages", "evaluations")},
+        "evaluations": metrics.get("evaluations", []),
     }
 
 
@@ -88,11 +89,28 @@ def as_text(info: Mapping[str, Any]) -> str:
             f"{stage['instance_weight']:g} x instance + {stage['contrastive_weight']:g} x contrastive, towers "
             f"{'trained' if stage['train_encoders'] else 'frozen'}"
         )
-    for split, values in info["metrics"].items():
-        lines.append(
-            f"  {split}: Rsum {values['rsum']:.1f}, t2i R@1 {values['t2i_r1']:.1f}, i2t R@1 {values['i2t_r1']:.1f}"
-        )
+    for data, split, values in measured(info):
+        of_data = f" of {data}" if data else ""
+        recalls = f"t2i R@1 {values['t2i_r1']:.1f}, i2t R@1 {values['i2t_r1']:.1f}"
+        lines.append(f"  {split}{of_data}: Rsum {values['rsum']:.1f}, {recalls}")
     return "\n".join(lines)
+
+
+def measured(info: Mapping[str, Any]) -> list[tuple[str | None, str, Mapping[str, float]]]:
+    """List all that was measured, the run's own first.
+
+    An evaluation that has only repeated a measurement of the run's is left out.
+
+    Args:
+        info: from [`describe`].
+
+    Returns:
+        The data's name (`None` if the run's data have none), the split or protocol, and the metrics.
+    """
+    own = [(info["data"], split, values) for split, values in info["metrics"].items()]
+    known = {(data, split, round(values["rsum"], 2)) for data, split, values in own}
+    later = [(one["data"], split, values) for one in info["evaluations"] for split, values in one["metrics"].items()]
+    return own + [row for row in later if (row[0], row[1], round(row[2]["rsum"], 2)) not in known]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from .checkpoint_info import count, describe
+from .checkpoint_info import count, describe, measured
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CARD = "README.md"
@@ -45,21 +45,22 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
     folder = Path(folder)
     info = describe(folder)
     name = (repo_id or folder.resolve().name).rsplit("/", 1)[-1]
-    towers, splits = (info["vision_tower"]["name"], info["text_tower"]["name"]), info["metrics"]
+    towers = info["vision_tower"]["name"], info["text_tower"]["name"]
     data, carbon = info["data"] or "training data", carbon_of(folder)
+    rows = [(of or data, split, values) for of, split, values in measured(info)]
     # The Hub reads the metrics, the data and the towers from the card's header.
     results = [
         EvalResult(
             task_type="image-text-retrieval",
             task_name="Image-text retrieval",
-            dataset_type=data,
-            dataset_name=data,
+            dataset_type=of,
+            dataset_name=of,
             dataset_split=split,
             metric_type=metric,
             metric_name=f"{label} ({split})",
             metric_value=round(values[metric], 2),
         )
-        for split, values in splits.items()
+        for of, split, values in rows
         for metric, label in METRICS.items()
     ]
     card_data = ModelCardData(
@@ -81,7 +82,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
         model_name=name,
         repo_id=repo_id or name,
         info=info,
-        splits=splits,
+        rows=rows,
         figures=[{"file": file, "what": what} for file, what in PICTURES.items() if (folder / file).is_file()],
         carbon=carbon,
         licences={side: licence_of(info[f"{side}_tower"]["name"]) for side in ("vision", "text")},

@@ -2,7 +2,7 @@
 
 OUTPUT_DIR/
   config.json, model.safetensors, ...    the trained model and its processor
-  metrics.json                           retrieval metrics: validation, stages, test
+  metrics.json                           retrieval metrics: validation, stages, test; evaluations
   recipe.json                            all that decides the numbers
   feature_cache/                         frozen towers' outputs
   stages/0-NAME/checkpoint-*/            transformers' checkpoints; without the towers where these are frozen
@@ -14,6 +14,7 @@ OUTPUT_DIR/
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,28 @@ def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> dict
     merged = {**(run.read_metrics() or {}), **metrics}
     run.replace_metrics(merged)
     return merged
+
+
+def add_evaluation(
+    folder: str | os.PathLike, data: str, split: str, sizes: Mapping[str, int], metrics: Mapping[str, Any]
+) -> None:
+    """Add an evaluation to a checkpoint's `metrics.json`.
+
+    It stands in the list `evaluations`, with what was measured, so it never takes the place of the run's own
+    validation and test. An earlier one of the same data, split and sizes goes.
+
+    Args:
+        folder: of the checkpoint.
+        data: the source's name.
+        split: of the source.
+        sizes: the numbers of `groups` and `captions`.
+        metrics: by protocol: the whole split, and the mean over folds.
+    """
+    what = {"data": data, "split": split, **sizes}
+    earlier = (RunFolder(folder, ()).read_metrics() or {}).get("evaluations", [])
+    others = [one for one in earlier if any(one[name] != value for name, value in what.items())]
+    evaluation = {**what, "date": time.strftime("%Y-%m-%d"), "metrics": metrics}
+    write_metrics(folder, {"evaluations": [*others, evaluation]})
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -14,6 +14,7 @@ from tiny import make_groups
 from icone_hf import IConEModel, contrastive_loss, encode_groups, fold_metrics, load_groups, retrieval_metrics
 from icone_hf.cli import COMMANDS, main
 from icone_hf.errors import DivergedError
+from icone_hf.publishing.hub import METRICS, model_card
 
 ROOT = Path(__file__).parents[2]
 STAGE = {"name": "only", "num_train_epochs": 1, "learning_rate": 1e-3, "instance_weight": 1, "contrastive_weight": 1}
@@ -84,7 +85,12 @@ def test_train_evaluate_encode(source, towers, tmp_path, capsys):
     assert set(trained) == {"validation", "stages", "test"}
 
     assert main(["evaluate", str(output), source, "--folds", "2", "--grid", str(tmp_path / "grid.png")]) == 0
-    metrics = json.loads((output / "metrics.json").read_text())
+    written = json.loads((output / "metrics.json").read_text())
+    evaluation = written.pop("evaluations")[0]
+    assert written == trained
+    sizes = {"groups": 8, "captions": 24}
+    assert {"data": source, "split": "test", **sizes}.items() <= evaluation.items()
+    metrics = evaluation["metrics"]
     assert metrics["test"] == pytest.approx(trained["test"])
     assert (tmp_path / "grid.png").stat().st_size > 10000
 
@@ -175,7 +181,9 @@ def test_a_program_reads_json(source, checkpoint, tmp_path, capsys):
         return json.loads(capsys.readouterr().out)
 
     metrics = result("evaluate", "--json", checkpoint, source, "--split", "validation")
-    assert metrics == {"validation": json.loads((Path(checkpoint) / "metrics.json").read_text())["validation"]}
+    assert [metrics] == [
+        one["metrics"] for one in json.loads((Path(checkpoint) / "metrics.json").read_text())["evaluations"]
+    ]
     out = str(tmp_path / "shards")
     assert result("encode", checkpoint, source, out, "--json") == {
         "out": out,
@@ -189,6 +197,32 @@ def test_a_program_reads_json(source, checkpoint, tmp_path, capsys):
         "groups": {"train": 12, "validation": 6, "test": 8},
         "url": None,
     }
+
+
+def test_evaluating_other_data_leaves_the_runs_own_metrics(checkpoint, source, tmp_path, capsys):
+    """The card then names each data set: no metric is published under the training data's name that is not theirs."""
+    own = {"rsum": 300.0, **{name: 50.0 for name in METRICS if name != "rsum"}, "t2i_medr": 1.0, "i2t_medr": 1.0}
+    (Path(checkpoint) / "metrics.json").write_text(json.dumps({"test": own}))
+    (Path(checkpoint) / "recipe.json").write_text(json.dumps({"data": "made-up/flickr30k", "decisive": {}}))
+    DatasetDict({"test": make_groups(9, start=20)}).save_to_disk(tmp_path / "other")
+    other = str(tmp_path / "other")
+    for data in (other, source, other):
+        assert main(["evaluate", checkpoint, data]) == 0
+    written = json.loads((Path(checkpoint) / "metrics.json").read_text())
+    assert written["test"] == own
+    measured = {one["data"]: one for one in written["evaluations"]}
+    assert len(written["evaluations"]) == 2  # the second of the same data takes the first one's place
+    assert (measured[other]["groups"], measured[source]["groups"]) == (9, 8)
+    card = model_card(checkpoint)
+    of_data = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert of_data["made-up/flickr30k", "rsum"] == 300.0
+    assert of_data[other, "rsum"] == pytest.approx(measured[other]["metrics"]["test"]["rsum"], abs=0.01)
+    assert f"| {other} | test |" in card.text
+    capsys.readouterr()
+    assert main(["info", checkpoint]) == 0
+    shown = capsys.readouterr().out
+    assert "test of made-up/flickr30k: Rsum 300.0" in shown
+    assert f"test of {other}: Rsum" in shown
 
 
 def test_an_interrupted_command_says_how_it_goes_on(monkeypatch, capsys):

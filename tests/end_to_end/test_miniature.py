@@ -73,9 +73,10 @@ def test_the_quickstart_in_miniature(workspace):
     grid = ["--split", "test", "--num_test_groups", "100", "--folds", "4", "--grid", str(folder / "grid.png")]
     output = launch(workspace, *evaluate, *grid)
     measured = json.loads((folder / "metrics.json").read_text())
-    assert measured["test"] == pytest.approx(metrics["test"], abs=1e-6)
-    assert measured["test_mean_of_4_folds"]["rsum"] > measured["test"]["rsum"]
-    assert set(measured) == {*metrics, "test_mean_of_4_folds"}
+    evaluation = measured.pop("evaluations")[0]["metrics"]
+    assert measured == metrics
+    assert evaluation["test"] == pytest.approx(metrics["test"], abs=1e-6)
+    assert evaluation["test_mean_of_4_folds"]["rsum"] > evaluation["test"]["rsum"]
     assert (folder / "grid.png").stat().st_size > 20_000
     assert f"{measured['test']['rsum']:.1f}" in output
 
@@ -127,4 +128,5 @@ def test_the_script_runs_on_two_processes(tmp_path, towers):
     # One process measures what two measured, each its share.
     checkpoint = str(tmp_path / "out")
     launch(tmp_path, sys.executable, str(ROOT / "examples/evaluate.py"), checkpoint, "data", "--split", "test")
-    assert json.loads((tmp_path / "out/metrics.json").read_text())["test"] == pytest.approx(metrics["test"], abs=1e-6)
+    evaluation = json.loads((tmp_path / "out/metrics.json").read_text())["evaluations"][0]
+    assert evaluation["metrics"]["test"] == pytest.approx(metrics["test"], abs=1e-6)

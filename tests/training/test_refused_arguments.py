@@ -56,6 +56,6 @@ def test_a_field_without_effect_is_refused_when_set(name, tmp_path):
         pytest.skip(f"this transformers has no {name}")
     default = field.default if field.default_factory is MISSING else field.default_factory()
     args = IConETrainingArguments(str(tmp_path))
-    setattr(args, name, OTHER_VALUES[name] if name in OTHER_VALUES else not default)
+    setattr(args, name, OTHER_VALUES.get(name, not default))
     with pytest.raises(ValueError, match=f"{name}=.* would have no effect, since "):
         check_arguments(args)
