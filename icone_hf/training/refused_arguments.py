@@ -59,9 +59,11 @@ def check_arguments(args: IConETrainingArguments) -> None:
     """
     set_in_vain = []
     for field in fields(args):
+        if field.name not in REFUSED:
+            continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = getattr(args, field.name)
-        if field.name in REFUSED and value != default:
+        if value != default:
             set_in_vain.append(f"{field.name}={value!r} would have no effect, since {REFUSED[field.name]}.")
     if set_in_vain:
         raise InputError(" ".join(set_in_vain))

@@ -67,10 +67,9 @@ class RunFolder:
         write_json(self.path / RECIPE_FILE, recipe)
 
     def last_checkpoint(self, index: int) -> Path | None:
-        """Return a stage's last complete checkpoint: the trainer's state is written last."""
-        # A checkpoint that was cut in writing has no trainer_state.json.
-        complete = self.stage(index).glob("checkpoint-*/trainer_state.json")
-        steps = {int(path.parent.name.rsplit("-", 1)[1]): path.parent for path in complete}
+        """Return a stage's last whole checkpoint."""
+        whole = filter(_is_whole, self.stage(index).glob("checkpoint-*"))
+        steps = {int(path.name.rsplit("-", 1)[1]): path for path in whole}
         return steps[max(steps)] if steps else None
 
     def resume_point(
@@ -110,7 +109,7 @@ class RunFolder:
         # A path must be a checkpoint of this run, and all stages before it done.
         checkpoint = Path(str(resume_from_checkpoint))
         folders = [self.stage(index).resolve() for index in range(len(self.stage_names))]
-        if checkpoint.resolve().parent not in folders or not (checkpoint / "trainer_state.json").is_file():
+        if checkpoint.resolve().parent not in folders or not _is_whole(checkpoint):
             raise InputError(
                 f"resume_from_checkpoint={str(checkpoint)!r} is no checkpoint of this run: give a folder "
                 f"{self.path}/stages/*/checkpoint-*, or auto."
@@ -138,7 +137,7 @@ class RunFolder:
 
     def _set_aside(self, checkpoint: Path) -> None:
         """Move a whole checkpoint out of its stage."""
-        if not (checkpoint / "trainer_state.json").is_file():
+        if not _is_whole(checkpoint):
             shutil.rmtree(checkpoint)
             return
         aside = self.path / SET_ASIDE / checkpoint.parent.name / checkpoint.name
@@ -158,6 +157,14 @@ class RunFolder:
         A test of an older model goes: it says nothing of this one.
         """
         write_json(self.path / METRICS_FILE, metrics)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Say whether a checkpoint was written to its end.
+
+    The trainer's state is written last.
+    """
+    return (checkpoint / "trainer_state.json").is_file()
 
 
 def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> dict[str, Any]:
