@@ -70,6 +70,9 @@ class IConETrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(default="rsum", metadata={"help": "Picks a stage's best epoch."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether that metric should grow."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: groups become pairs later."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search at every step for what has no gradient: none is left in training."}
+    )
     global_batch_size: int | None = field(
         default=None,
         metadata={

@@ -25,6 +25,7 @@ from .gradient_cache import backward_in_chunks
 from .progress import TrainingProgress
 from .sparse_rows import AdamWithSparseRows, with_dense_gradients
 from .stages import Stage
+from .unused_parameters import leave_out_unused
 
 
 class StageTrainer(TrainerStepsMixin, Trainer):
@@ -63,6 +64,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             processing_class=processor,
             callbacks=callbacks,
         )
+        self._unused = leave_out_unused(model) if isinstance(model, IConEModel) else []
         self._progress = TrainingProgress(stage.name, as_lines=bool(args.disable_tqdm))
         if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):  # a notebook has its own table
             self.add_callback(self._progress)
@@ -134,6 +136,17 @@ class StageTrainer(TrainerStepsMixin, Trainer):
 
         Where classes are sampled, it holds another one for the class vectors.
         """
+        # Unused parameters stand in the optimizer's groups, as in checkpoints from before they were left out: their
+        # state is known by its place there. Without gradients they have no state and no step, and never decay.
+        for parameter in self._unused:
+            parameter.requires_grad_(True)
+        optimizer = self._create_optimizer(model)
+        for parameter in self._unused:
+            parameter.requires_grad_(False)
+        return optimizer
+
+    def _create_optimizer(self, model: torch.nn.Module | None) -> torch.optim.Optimizer:
+        """Build it of all that requires a gradient."""
         rows = self._sampled_rows()
         if self.optimizer is not None or rows is None:
             return super().create_optimizer(model)
