@@ -1,6 +1,7 @@
 # make quickstart   trains and tests a model from nothing but this folder and PyPI
 # make test         the tests, in the same environment
 # make test-slow    the long tests too
+# make versions     a part of the tests with the lowest and the newest supported versions (about 20 minutes, 12 GB)
 # make check        ruff and mypy
 # make docs         builds the documentation site into site/, checks it and runs its tutorials
 # make wheel        builds the wheel into dist/ and tries it in a clean environment
@@ -23,7 +24,7 @@ export MALLOC_MMAP_MAX_ := 0
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart test test-slow check docs wheel smoke bench model-card reproduce clean
+.PHONY: quickstart test test-slow versions check docs wheel smoke bench model-card reproduce clean
 
 quickstart: outputs/towers/minilm/config.json
 	@echo "[3/4] Training both stages and testing: log and checkpoints in $(OUTPUT)"
@@ -47,6 +48,8 @@ outputs/towers/minilm/config.json: $(VENV)/quickstart
 
 $(VENV)/dev: $(VENV)/quickstart
 	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	# Single files of these two are references in tests. They ask for torchvision, which nothing here uses.
+	$(PYTHON) -m pip install --disable-pip-version-check --no-deps open_clip_torch==3.3.0 clip-benchmark==1.6.2
 	touch $@
 
 test: $(VENV)/dev
@@ -54,6 +57,10 @@ test: $(VENV)/dev
 
 test-slow: $(VENV)/dev
 	$(PYTHON) -m pytest -m "not docs and not wheel"
+
+# Pythons of pyenv are found where there are any.
+versions: $(VENV)/dev
+	PATH="$$PATH:$$(echo $$HOME/.pyenv/versions/3.1[03].*/bin | tr ' ' ':')" $(PYTHON) -m nox
 
 check: $(VENV)/dev
 	$(VENV)/bin/ruff check .

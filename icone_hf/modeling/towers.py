@@ -93,7 +93,7 @@ def guess_pooling(config: Any, field: str) -> str:
     """
     model_type = config.model_type
     guess = (_VISION_POOLINGS if field == "vision_pooling" else _TEXT_POOLINGS).get(model_type)
-    if model_type in ("siglip_vision_model", "siglip2_vision_model") and not config.vision_use_head:
+    if model_type in ("siglip_vision_model", "siglip2_vision_model") and not getattr(config, "vision_use_head", True):
         guess = "mean"
     if field == "text_pooling":
         if model_type == "modernbert":

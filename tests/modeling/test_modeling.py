@@ -433,14 +433,14 @@ def test_batch_norm_statistics_never_move(trainable):
 def test_a_few_steps_learn_the_pairs(make_model, processor):
     groups = make_groups(8)
     inputs = processor(images=groups["image"][:], text=[c[0] for c in groups["captions"]], return_tensors="pt")
-    model = make_model().train()
+    model = make_model().eval()  # without dropout: a release of torch that draws other numbers changes nothing much
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(150):
         loss = model(**inputs, group_ids=torch.arange(8)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    scores = model.eval()(**inputs).logits_per_image
+    scores = model(**inputs).logits_per_image
     assert (scores.argmax(1) == torch.arange(8)).float().mean() >= 0.5  # chance is 0.125
 
 
