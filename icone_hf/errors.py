@@ -4,6 +4,8 @@ Everything else that is raised is a fault, whose traceback is shown. Each class 
 would expect. `icone_hf/modeling/errors.py` is this file's twin for what travels with a checkpoint.
 """
 
+import sys
+
 
 class InputError(ValueError):
     """Report arguments, data or a folder that can't serve."""
@@ -22,3 +24,38 @@ class DivergedError(RuntimeError):
 
 class MissingPackageError(ImportError, InputError):
     """Report an extra that isn't installed."""
+
+
+class PeerError(RuntimeError):
+    """Report that another process of the run has failed.
+
+    Its message is enough, and the exit code is the other's.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def is_the_users(error: BaseException) -> bool:
+    """Say whether the user can mend this error.
+
+    Its class says so: a check of ours has failed, or a file, the disk or the network. Anything else may be a fault of
+    the program's, for which the traceback is needed.
+    """
+    if isinstance(error, InputError | OSError):
+        return True
+    # The model's own class; importing it takes seconds, and a module that was never imported has raised nothing.
+    of_model = sys.modules.get("icone_hf.modeling.errors")
+    return of_model is not None and isinstance(error, of_model.ModelError)
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the code that a command ends with."""
+    if isinstance(error, PeerError):
+        return error.exit_code
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + 2  # as a shell reports what SIGINT has ended
+    return 2 if is_the_users(error) else 1

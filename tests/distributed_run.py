@@ -5,13 +5,14 @@ python tests/distributed_run.py VISION TEXT OUTPUT '{"instance_samples": 0, "sto
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 from datasets import concatenate_datasets
 from tiny import StopAt, make_groups, tiny_text_config
-from transformers import BertModel, CLIPVisionModel
+from transformers import BertModel, CLIPVisionModel, TrainerCallback
 
 from icone_hf import IConEModel, IConEProcessor, IConETrainer, IConETrainingArguments, Stage
 
@@ -22,14 +23,39 @@ STAGES = (
 NUM_GROUPS = 150  # of three sentences: four batches of 112 or 113 pairs, so that fillers are needed
 
 
-def main(vision, text, output, instance_samples=0, stop_at=None, **arguments):
+class KillAt(TrainerCallback):
+    """Kills a rank in mid-step: it has its gradients and has not moved its weights."""
+
+    def __init__(self, stage, step, rank):
+        self.stage, self.step, self.rank = stage, step, rank
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if (args.output_dir.endswith(self.stage), state.global_step, args.process_index) == (
+            True,
+            self.step,
+            self.rank,
+        ):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(
+    vision,
+    text,
+    output,
+    instance_samples=0,
+    stop_at=None,
+    kill_at=None,
+    num_groups=NUM_GROUPS,
+    num_eval=20,
+    **arguments,
+):
     torch.manual_seed(0)
     # Dropout draws other numbers on every rank; without it the two runs must agree.
     text_model = BertModel(tiny_text_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     model = IConEModel.from_encoders(
         CLIPVisionModel.from_pretrained(vision),
         text_model,
-        num_groups=NUM_GROUPS,
+        num_groups=num_groups,
         projection_dim=16,
         text_pooling="mean",
         learn_temperature=True,
@@ -45,9 +71,10 @@ def main(vision, text, output, instance_samples=0, stop_at=None, **arguments):
         disable_tqdm=True,
         **arguments,
     )
-    train = concatenate_datasets([make_groups(30, start=30 * i) for i in range(NUM_GROUPS // 30)])
-    validation, processor = make_groups(20, start=NUM_GROUPS), IConEProcessor.from_encoders(vision, text)
-    callbacks = [StopAt(*stop_at)] if stop_at else None
+    parts = [make_groups(min(30, num_groups - first), start=first) for first in range(0, num_groups, 30)]
+    train, processor = concatenate_datasets(parts), IConEProcessor.from_encoders(vision, text)
+    validation = make_groups(num_eval, start=num_groups)
+    callbacks = [StopAt(*stop_at)] if stop_at else [KillAt(*kill_at)] if kill_at else None
     trainer = IConETrainer(model, args, train, validation, processor, STAGES, callbacks)
     metrics = trainer.train(resume_from_checkpoint="auto")
     if args.process_index == 0:

@@ -8,9 +8,10 @@ import gc
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-from ..errors import DivergedError, InputError
+from ..errors import DivergedError, PeerError, exit_code, is_the_users
 
 COMMANDS = {
     "train": "train a model through all stages and test it",
@@ -35,7 +36,6 @@ Results go to stdout, progress to stderr. Exit codes: 0 done; 2 it can't be done
 1 a fault, with its traceback, or a run that has diverged; 130 interrupted.
 """
 GO_ON = ("train", "encode", "reproduce")  # the others are short, and start anew
-INTERRUPTED = 128 + 2  # as a shell reports what SIGINT has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,21 +69,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Module and function have the command's name.
         command = getattr(importlib.import_module(f".{name}", __name__), name)
         command(argv[1:])
-    except (ValueError, OSError, ImportError) as error:
-        if not _is_the_users(error):
-            raise
-        print(f"icone {name}: error: {error}", file=sys.stderr)
-        return 2
-    except DivergedError as error:
-        print(f"icone {name}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
+    except BaseException as error:  # interruptions, and what asks Python to end, are news for the other processes too
+        return _report(name, error)
+    _leave_processes()
+    return 0
+
+
+def _report(name: str, error: BaseException) -> int:
+    """Say why a command ends; return its exit code.
+
+    One of several processes ends here and at once: at the end of Python it might wait for an upload, or for the others.
+    """
+    watch = sys.modules.get("icone_hf.process_watch")  # imported by what works on several processes
+    is_one_of_several = watch is not None and watch.is_running()
+    if watch is not None:
+        error = watch.stop(error) or error
+    if isinstance(error, KeyboardInterrupt):
         how = " with --resume_from_checkpoint auto" if name == "train" else ""
         goes_on = ": it goes on where it stopped" if name in GO_ON else ""
         print(f"icone {name}: interrupted. Call it again{how}{goes_on}.", file=sys.stderr)
-        return INTERRUPTED
-    _leave_processes()
-    return 0
+    elif is_the_users(error):
+        print(f"icone {name}: error: {error}", file=sys.stderr)
+    elif isinstance(error, DivergedError | PeerError):
+        print(f"icone {name}: {error}", file=sys.stderr)
+    elif isinstance(error, SystemExit) or not is_one_of_several:
+        raise error
+    else:
+        traceback.print_exception(error)
+    if is_one_of_several:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code(error))
+    return exit_code(error)
 
 
 def _leave_processes() -> None:
@@ -95,19 +112,8 @@ def _leave_processes() -> None:
         return
     import torch.distributed
 
+    if watch := sys.modules.get("icone_hf.process_watch"):
+        watch.stop()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # DDP must go before its group: later it would wait for ever
         torch.distributed.destroy_process_group()
-
-
-def _is_the_users(error: Exception) -> bool:
-    """Say whether the user can mend this error.
-
-    Its class says so: a check of ours has failed, or a file, the disk or the network. Anything else may be a fault of
-    the program's, for which the traceback is needed.
-    """
-    if isinstance(error, InputError | OSError):
-        return True
-    # The model's own class; importing it takes seconds, and a module that was never imported has raised nothing.
-    of_model = sys.modules.get("icone_hf.modeling.errors")
-    return of_model is not None and isinstance(error, of_model.ModelError)

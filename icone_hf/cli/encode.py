@@ -11,6 +11,7 @@ from ..data.captions import Captions
 from ..data.groups import load_pictures
 from ..embedding import shards
 from ..errors import InputError
+from ..processes import together
 from . import COMMANDS
 from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments, parse_arguments
 from .loading import embed_split, join_processes, load_checkpoint, load_split
@@ -55,11 +56,12 @@ def encode(argv: Sequence[str]) -> None:
         raise InputError(f"pictures_only, shard_size and embedding_dtype are for shards: make OUT={out} a folder.")
     # One file, with what made it in its metadata.
     _, embeds = embed_split(positional.checkpoint, data_args, encode_args)
-    if state.is_main_process:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        origin = {"checkpoint": positional.checkpoint, "source": data_args.source, "split": encode_args.split}
-        save_file({name: tensor.contiguous() for name, tensor in embeds._asdict().items()}, out, origin)
-        _print_encoded(output, out, len(embeds.image_embeds), len(embeds.text_embeds))
+    with together():
+        if state.is_main_process:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            origin = {"checkpoint": positional.checkpoint, "source": data_args.source, "split": encode_args.split}
+            save_file({name: tensor.contiguous() for name, tensor in embeds._asdict().items()}, out, origin)
+            _print_encoded(output, out, len(embeds.image_embeds), len(embeds.text_embeds))
 
 
 def _encode_shards(

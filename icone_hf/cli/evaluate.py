@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..evaluation.measure import measure_embeddings
 from ..evaluation.metrics import metrics_table
+from ..processes import together
 from ..training.run_folder import add_evaluation
 from . import COMMANDS
 from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments, parse_arguments
@@ -48,13 +49,15 @@ def evaluate(argv: Sequence[str]) -> None:
     metrics = {split: whole}
     if of_folds:
         metrics[f"{split}_mean_of_{args.folds}_folds"] = of_folds
-    if not state.is_main_process:
-        return
-    output.print(metrics, metrics_table(metrics))
-    if Path(positional.checkpoint).is_dir():
-        sizes = {"groups": len(embeds.image_embeds), "captions": len(embeds.text_embeds)}
-        add_evaluation(positional.checkpoint, data_args.source, split, sizes, metrics)
-    if args.grid:
+    with together():
+        if not state.is_main_process:
+            return
+        output.print(metrics, metrics_table(metrics))
+        if Path(positional.checkpoint).is_dir():
+            sizes = {"groups": len(embeds.image_embeds), "captions": len(embeds.text_embeds)}
+            add_evaluation(positional.checkpoint, data_args.source, split, sizes, metrics)
+        if not args.grid:
+            return
         from ..evaluation.figures import retrieval_grid  # matplotlib is an extra: the metrics need none
 
         retrieval_grid(groups, embeds).savefig(args.grid)

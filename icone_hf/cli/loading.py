@@ -1,9 +1,9 @@
 """Load what a command works on: groups, a checkpoint, and the embeddings of both."""
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 
+from .. import process_watch, processes
 from ..data.groups import SPLITS, MissingSplitError, load_groups
 from ..embedding.encoding import GroupEmbeddings, encode_groups
 from ..modeling.modeling_icone import IConEModel
@@ -14,9 +14,11 @@ from .arguments import DataArguments, EncodeArguments
 def join_processes() -> PartialState:
     """Make one group of torchrun's processes.
 
-    On CPUs accelerate does so only when told.
+    They end together if one fails.
     """
-    return PartialState(cpu=not torch.accelerator.is_available())
+    state = processes.join_processes()
+    process_watch.start()
+    return state
 
 
 def load_split(data_args: DataArguments, split: str) -> Dataset:
@@ -48,10 +50,9 @@ def load_splits(data_args: DataArguments) -> tuple[dict[str, Dataset], dict[str,
 def _find_split(data_args: DataArguments, split: str) -> Dataset | MissingSplitError:
     """Load a split, or return why there is none.
 
-    The error is returned, not raised: raised on the main process, it would leave `main_process_first` before the
-    barrier that the others wait at, and a caller that goes on without the split would be a barrier behind them.
+    The error is returned, not raised, for a caller that goes on without the split.
     """
-    with PartialState().main_process_first():
+    with processes.main_process_first():
         try:
             return load_groups(**data_args.load_arguments(split))
         except MissingSplitError as error:

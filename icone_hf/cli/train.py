@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.groups import check_disjoint
@@ -10,11 +9,12 @@ from ..errors import InputError
 from ..evaluation.metrics import metrics_table
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
+from ..processes import together
 from ..training.arguments import IConETrainingArguments
 from ..training.trainer import IConETrainer
 from . import COMMANDS
 from .arguments import DataArguments, ModelArguments, RecipeArguments, parse_arguments
-from .loading import load_splits
+from .loading import join_processes, load_splits
 
 NO_SOURCE = """there is no --source, the captioned images to train on. For example:
   icone train --source photos                                            # train/ and validation/, with a metadata.csv
@@ -33,6 +33,7 @@ def train(argv: Sequence[str]) -> None:
     if data_args.source is None:
         raise InputError(NO_SOURCE)
     stages = recipe_args.parse()
+    state = join_processes()
     print(f"Process {args.process_index + 1} of {args.world_size} on {args.device}.", flush=True)
 
     # Load the data; a test split may be missing.
@@ -55,14 +56,15 @@ def train(argv: Sequence[str]) -> None:
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if "test" in splits and "test" not in metrics:
         metrics["test"] = trainer.test(splits["test"])
-    trainer.write_card()
 
-    # Say what came out.
-    if PartialState().is_main_process:
-        rows = {f"validation, after {name}": stage for name, stage in metrics["stages"].items()}
-        if "test" in metrics:
-            rows["test"] = metrics["test"]
-        print(metrics_table(rows))
-        print(f"Checkpoint, model card, metrics.json and recipe.json: {args.output_dir}")
-        if args.push_to_hub:
-            print(f"On the Hub: {trainer.push_to_hub()}")
+    # Say what came out. The others wait, for the Hub may refuse it.
+    with together():
+        trainer.write_card()
+        if state.is_main_process:
+            rows = {f"validation, after {name}": stage for name, stage in metrics["stages"].items()}
+            if "test" in metrics:
+                rows["test"] = metrics["test"]
+            print(metrics_table(rows))
+            print(f"Checkpoint, model card, metrics.json and recipe.json: {args.output_dir}")
+            if args.push_to_hub:
+                print(f"On the Hub: {trainer.push_to_hub()}")

@@ -29,6 +29,8 @@ from ..data.captions import Captions, first_of
 from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
+from ..process_watch import end_together
+from ..processes import together
 from .digests import digest_heads, digest_pictures, digest_processor, digest_towers
 from .encoding import by_length, embed_pooled, in_batches, pool_images, pool_texts
 
@@ -39,6 +41,7 @@ SHARD_DTYPES = ("float32", "float16")
 _ORIGIN_KEY, _UNREADABLE_KEY = b"icone_hf.made_by", b"icone_hf.unreadable"
 
 
+@end_together()
 @torch.no_grad()
 def encode(
     model: IConEModel,
@@ -217,9 +220,9 @@ class _Shards:
 
     def share(self) -> list[int]:
         """List the missing shards that this process makes."""
-        missing = [shard for shard in self.numbers() if not self.path(shard).is_file()]
+        with together():  # all have looked before one writes
+            missing = [shard for shard in self.numbers() if not self.path(shard).is_file()]
         state = PartialState()
-        state.wait_for_everyone()  # all have looked before one writes
         return missing[state.process_index :: state.num_processes]
 
     def write(

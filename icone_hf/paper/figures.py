@@ -15,6 +15,7 @@ from ..evaluation.figures import heat_map_grid, retrieval_grid, sweep_chart
 from ..evaluation.heat_maps import named_boxes
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
+from ..processes import together
 from .experiments import PAPER_TEMPERATURE, Plan, Run, experiments_file
 
 
@@ -71,10 +72,11 @@ def _save(figure: Figure | str, output_dir: Path, name: str) -> dict[str, Any]:
     if isinstance(figure, str):
         return {"reason": figure}
     files = [f"figures/{name}.{suffix}" for suffix in ("png", "pdf")]
-    if PartialState().is_main_process:
-        (output_dir / "figures").mkdir(exist_ok=True)
-        for file in files:
-            figure.savefig(output_dir / file)
+    with together():
+        if PartialState().is_main_process:
+            (output_dir / "figures").mkdir(exist_ok=True)
+            for file in files:
+                figure.savefig(output_dir / file)
     return {"files": files}
 
 

@@ -32,6 +32,7 @@ from ..errors import InputError, MissingFileError
 from ..evaluation.metrics import fold_metrics, retrieval_metrics
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
+from ..processes import by_main_process, main_process_first, together
 from ..training.run_folder import RunFolder, write_json
 from ..training.trainer import IConETrainer, IConETrainingArguments
 from .experiments import Plan, Run, describe_plan, experiments_file, make_run, protocols_of
@@ -102,9 +103,10 @@ def reproduce(
 
 def rewrite_page(plan: Plan, folder: Path) -> None:
     """Write the page again from `results.json`."""
-    if PartialState().is_main_process:
-        write_report(folder, _read_results(folder, plan))
-        print(f"Written again: {folder / PAGE}")
+    with together():
+        if PartialState().is_main_process:
+            write_report(folder, _read_results(folder, plan))
+            print(f"Written again: {folder / PAGE}")
 
 
 def _not_run(plan: Plan, sources: Mapping[str, Any], assume_data: bool) -> dict[str, str]:
@@ -173,7 +175,7 @@ class _Data:
         if dataset not in self._splits:
             splits = {}
             for split in SPLITS:
-                with PartialState().main_process_first():
+                with main_process_first():
                     splits[split] = load_groups(split=split, **self._load_arguments(dataset, split))
             check_disjoint(splits)
             self._splits[dataset] = splits
@@ -198,7 +200,7 @@ class _Data:
     def _checkpoint(self, side: str, name: str) -> str:
         tower, folder = self.scale[side][name], self.towers / f"{side}-{name}".lower()
         vectors = self._checkpoint(side, tower["vectors_of"]) if "vectors_of" in tower else None
-        with PartialState().main_process_first():
+        with main_process_first():
             return tower_checkpoint(tower, folder, self.scale.get("image_size"), vectors)
 
     def new_model(self, run: Run) -> tuple[IConEModel, IConEProcessor]:
@@ -255,25 +257,24 @@ def run_one(run: Run, output_dir: Path, data: _Data, bf16: bool = False, num_wor
         seconds = time.perf_counter() - start
 
         # Record the results.
-        if state.is_main_process:
-            stages = RunFolder(folder, [stage.name for stage in run.stages])
-            logs = [stages.read_stage(index)["log_history"] for index in range(len(run.stages))]
-            record = {
-                **{name: getattr(run, name) for name in ("dataset", "image", "text", "recipe", "temperature", "seed")},
-                "settings": run.settings,
-                "groups": {split: len(groups) for split, groups in splits.items()},
-                "metrics": metrics,
-                "validation": validation["stages"],
-                "updates": sum(log[-1]["step"] for log in logs),
-                "seconds": None if was_begun else round(seconds, 1),  # a resumed run's last part would mislead
-                "environment": environment(),
-                "finished": time.strftime("%Y-%m-%d"),
-            }
-            write_json(folder / RUN_FILE, record)
-        state.wait_for_everyone()
-    if state.is_main_process:
-        _prune(folder, keep_model=run.is_drawn)
-    state.wait_for_everyone()
+        with together():
+            if state.is_main_process:
+                stages = RunFolder(folder, [stage.name for stage in run.stages])
+                logs = [stages.read_stage(index)["log_history"] for index in range(len(run.stages))]
+                decided = ("dataset", "image", "text", "recipe", "temperature", "seed")
+                record = {
+                    **{name: getattr(run, name) for name in decided},
+                    "settings": run.settings,
+                    "groups": {split: len(groups) for split, groups in splits.items()},
+                    "metrics": metrics,
+                    "validation": validation["stages"],
+                    "updates": sum(log[-1]["step"] for log in logs),
+                    "seconds": None if was_begun else round(seconds, 1),  # a resumed run's last part would mislead
+                    "environment": environment(),
+                    "finished": time.strftime("%Y-%m-%d"),
+                }
+                write_json(folder / RUN_FILE, record)
+    by_main_process(_prune, folder, run.is_drawn)
 
 
 def measure(
@@ -348,9 +349,7 @@ def _report(folder: Path, results: dict[str, Any]) -> None:
     Runs count if they were done with this scale's present settings.
     """
     results["runs"] = dict(_finished(folder, results["scale"]))
-    if PartialState().is_main_process:
-        write_report(folder, results)
-    PartialState().wait_for_everyone()
+    by_main_process(write_report, folder, results)
 
 
 def _finished(folder: Path, scale: str) -> Iterator[tuple[str, Any]]:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from ..errors import InputError
+from ..processes import LONGEST_WAIT, join_processes
+from .engines import check_device, check_engine
 
 CLASS_VECTORS = ("random", "group_means")
 
@@ -51,7 +52,7 @@ class IConETrainingArguments(TrainingArguments):
 
     Raises:
         ValueError: for a `global_batch_size` or `per_device_chunk_size` that is out of range, or that is given beside
-            `gradient_accumulation_steps`; for chunks under FSDP or DeepSpeed.
+            `gradient_accumulation_steps`; for FSDP, DeepSpeed and other engines that spread a model over processes.
     """
 
     _argument_group_name = "run (transformers' TrainingArguments and, at their end, ours)"
@@ -72,6 +73,13 @@ class IConETrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave False: groups become pairs later."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search at every step for what has no gradient: none is left in training."}
+    )
+    ddp_timeout: int = field(
+        default=LONGEST_WAIT,
+        metadata={
+            "help": "Seconds that a process waits for another, which may download, decode or upload. A process that "
+            "dies ends the others at once."
+        },
     )
     global_batch_size: int | None = field(
         default=None,
@@ -121,7 +129,11 @@ class IConETrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         # torchrun's processes on CPUs find each other only if they are told that these are CPUs.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        check_engine(self)
+        # Join them here: transformers passes ddp_timeout on to GPUs' processes alone.
+        join_processes(self.use_cpu, self.ddp_timeout, self.ddp_backend)
         super().__post_init__()
+        check_device(self.device)
         # Check what describes a batch.
         for name in ("global_batch_size", "per_device_chunk_size"):
             value = getattr(self, name)
@@ -142,24 +154,8 @@ class IConETrainingArguments(TrainingArguments):
                 )
             # transformers, the sampler and the recipe all count by this field.
             self.per_device_train_batch_size = self.global_batch_size // self.world_size
-        if self.per_device_chunk_size is not None and self.sharding_engine:
-            raise InputError(
-                f"per_device_chunk_size={self.per_device_chunk_size} needs whole weights in every process, FSDP and "
-                "DeepSpeed hold shares of them: train with DDP, or without chunks."
-            )
 
     @property
     def pushes_checkpoints(self) -> bool:
         """Say whether checkpoints are uploaded during the run."""
         return self.push_to_hub and self.hub_strategy != HubStrategy.END
-
-    @property
-    def sharding_engine(self) -> str | None:
-        """Return the engine that spreads parameters over processes.
-
-        It is `FSDP` or `DeepSpeed`, if an argument or the launcher asks for one, otherwise `None`.
-        """
-        for engine in ("FSDP", "DeepSpeed"):
-            if getattr(self, engine.lower()) or parse_flag_from_env(f"ACCELERATE_USE_{engine.upper()}"):
-                return engine
-        return None

@@ -91,8 +91,6 @@ def check_classifier(model: IConEModel, args: IConETrainingArguments, num_groups
     option = f"instance_samples={samples}" if samples else "shard_classifier=True"
     if samples and args.shard_classifier:
         raise InputError(f"{option} scores a sample of the classes, shard_classifier=True all: choose one of them.")
-    if engine := args.sharding_engine:
-        raise InputError(f"{option} needs one process or DDP, not {engine}: leave one of the two out.")
     if arguments["optim"] not in ("adamw_torch", "adamw_torch_fused"):
         raise InputError(
             f"{option} steps class vectors by Adam, beside optim=adamw_torch_fused or adamw_torch, but "
@@ -161,9 +159,8 @@ def check_storage(args: IConETrainingArguments) -> None:
 
 def check_hub_strategy(args: IConETrainingArguments) -> None:
     """Refuse uploads while no process has the whole model."""
-    engine = args.sharding_engine or ("shard_classifier=True" if args.shard_classifier else None)
-    if args.pushes_checkpoints and engine:
+    if args.pushes_checkpoints and args.shard_classifier:
         raise InputError(
             f"hub_strategy={HubStrategy(args.hub_strategy).value} uploads checkpoints while the run goes on, "
-            f"and {engine} leaves no process the whole model: pass hub_strategy=end."
+            "and shard_classifier=True leaves no process the whole model: pass hub_strategy=end."
         )

@@ -24,6 +24,7 @@ from ..embedding.encoding import by_length, in_batches, pool_images, pool_texts
 from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
+from ..processes import together
 from .run_folder import write_json
 
 logger = logging.get_logger(__name__)
@@ -107,13 +108,13 @@ class FeatureCache(torch.utils.data.Dataset):
         images, texts = (_Rows(folder, name, dtype) for name in ("image", "text"))
         state = PartialState()
         # One process removes another key's cache and makes empty arrays.
-        if state.is_main_process:
-            _remove_other_key(folder, {**cache_key(model, processor, groups), "dtype": dtype}, (images, texts))
-            images.create(len(groups), model.visual_projection.in_features)
-            texts.create(len(captions), model.text_projection.in_features)
-        state.wait_for_everyone()
-        no_image, no_text = images.missing(), texts.missing()
-        state.wait_for_everyone()  # all have seen what is missing before one fills some of it
+        with together():
+            if state.is_main_process:
+                _remove_other_key(folder, {**cache_key(model, processor, groups), "dtype": dtype}, (images, texts))
+                images.create(len(groups), model.visual_projection.in_features)
+                texts.create(len(captions), model.text_projection.in_features)
+        with together():  # all have seen what is missing before one fills some of it
+            no_image, no_text = images.missing(), texts.missing()
         for what, missing in (("image", no_image), ("text", no_text)):
             if 0 < missing.sum() < len(missing):
                 logger.info(f"The feature cache in {folder} goes on: {missing.sum()} rows of {what} features missing.")

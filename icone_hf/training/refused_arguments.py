@@ -39,6 +39,7 @@ REFUSED = {
     "use_cache": "no tower generates: leave it out",
     "logging_nan_inf_filter": "a run stops at its first loss that isn't finite: leave it out",
     "prediction_loss_only": _OF_VALIDATION,
+    "fsdp_config": "training is by DDP: leave it out",
     "eval_do_concat_batches": _OF_VALIDATION,
     "eval_use_gather_object": _OF_VALIDATION,
     "eval_accumulation_steps": _OF_VALIDATION,

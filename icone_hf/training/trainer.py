@@ -26,6 +26,8 @@ from ..modeling.heads import IConEHeads
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..modeling.sharded_classifier import ShardedClassifier
+from ..process_watch import end_together
+from ..processes import by_main_process, together
 from ..publishing.hub import EXAMPLES_PICTURE, make_repository, push, write_card
 from .arguments import DECISIVE_ARGUMENTS, IConETrainingArguments
 from .checkpoint_pushes import CheckpointPushes
@@ -88,6 +90,7 @@ class IConETrainer:
 
     # --- the run ---
 
+    @end_together()
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, Any]:
         """Run every stage and save the result into `args.output_dir`.
 
@@ -107,13 +110,13 @@ class IConETrainer:
         self._prepare()
         # Find where to start, before anything is written.
         recipe = self.recipe()
-        first, checkpoint = self.folder.resume_point(resume_from_checkpoint, recipe)
-        PartialState().wait_for_everyone()  # all have looked at the folder before one writes to it
-        if PartialState().is_main_process:
-            self._open_repository()
-            self.folder.write_recipe(recipe)
-            self.folder.forget_after(first, checkpoint)
-        PartialState().wait_for_everyone()
+        with together():  # all have looked at the folder before one writes to it
+            first, checkpoint = self.folder.resume_point(resume_from_checkpoint, recipe)
+        with together():
+            if PartialState().is_main_process:
+                self._open_repository()
+                self.folder.write_recipe(recipe)
+                self.folder.forget_after(first, checkpoint)
         # Run the stages, from the first that is not done.
         self._load_finished_stages(first)
         for index in range(first, len(self.stages)):
@@ -156,15 +159,14 @@ class IConETrainer:
 
     def _finish(self, anew: bool) -> dict[str, Any]:
         """Save model and metrics, unless saved before; return metrics."""
-        results = [self.folder.read_stage(index) for index in range(len(self.stages))]
-        anew = anew or self.folder.read_metrics() is None
-        PartialState().wait_for_everyone()  # all have looked
+        with together():  # all have looked before one writes
+            results = [self.folder.read_stage(index) for index in range(len(self.stages))]
+            anew = anew or self.folder.read_metrics() is None
         if anew:
             self.save_model(self.folder.path)
-        if anew and PartialState().is_main_process:
             stages = {result["stage"]["name"]: result["validation"] for result in results}
-            self.folder.replace_metrics({"validation": results[-1]["validation"], "stages": stages})
-        PartialState().wait_for_everyone()
+            metrics = {"validation": results[-1]["validation"], "stages": stages}
+            by_main_process(self.folder.replace_metrics, metrics)
         return self.folder.read_metrics() or {}
 
     # --- one stage ---
@@ -182,9 +184,7 @@ class IConETrainer:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # Mixed precision wraps forward; the next stage's accelerator must find it as it was.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-        if trainer.is_world_process_zero():
-            self._record(index, trainer)
-        PartialState().wait_for_everyone()
+        by_main_process(self._record, index, trainer)
 
     def _announce(self, index: int) -> None:
         """Log what the stage does."""
@@ -308,6 +308,7 @@ class IConETrainer:
         """
         return measure_embeddings(self.encode(self.eval_dataset if groups is None else groups))[0]
 
+    @end_together()
     def test(self, groups: Dataset) -> dict[str, float]:
         """Test the trained model and keep the result.
 
@@ -316,12 +317,13 @@ class IConETrainer:
         """
         embeds = self.encode(groups)
         metrics, _ = measure_embeddings(embeds)
-        if PartialState().is_main_process:
-            write_metrics(self.folder.path, {"test": metrics})
-            if importlib.util.find_spec("matplotlib"):  # an extra
-                from ..evaluation.figures import retrieval_grid
+        with together():
+            if PartialState().is_main_process:
+                write_metrics(self.folder.path, {"test": metrics})
+                if importlib.util.find_spec("matplotlib"):  # an extra
+                    from ..evaluation.figures import retrieval_grid
 
-                retrieval_grid(groups, embeds).savefig(self.folder.path / EXAMPLES_PICTURE)
+                    retrieval_grid(groups, embeds).savefig(self.folder.path / EXAMPLES_PICTURE)
         return metrics
 
     def save_model(self, output_dir: str | os.PathLike, with_classifier: bool = True) -> None:

@@ -177,9 +177,6 @@ def test_data_arguments_are_load_groups_keywords():
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_takes_the_configs_of_many_processes(path, make_model):
+def test_accelerate_takes_the_configs_of_many_processes(path):
     config = load_config_from_file(str(path))  # raises for a key that it does not know
     assert config.num_processes == 8 * config.num_machines
-    layers = config.fsdp_config.get("fsdp_transformer_layer_cls_to_wrap")
-    if layers:  # CLIP's and BERT's
-        assert set(layers.split(",")) <= {type(module).__name__ for module in make_model().modules()}

@@ -347,7 +347,7 @@ def test_a_failed_push_does_not_end_the_training(hub, towers, tmp_path):
 
 
 def test_checkpoints_of_sharded_weights_are_not_pushed(make_model, processor, tmp_path):
-    args = IConETrainingArguments(tmp_path, use_cpu=True, push_to_hub=True, fsdp="full_shard")
+    args = IConETrainingArguments(tmp_path, use_cpu=True, push_to_hub=True, shard_classifier=True)
     with pytest.raises(ValueError, match=r"hub_strategy=every_save uploads checkpoints .* pass hub_strategy=end"):
         IConETrainer(make_model(6), args, make_groups(6), make_groups(6, 6), processor)
 

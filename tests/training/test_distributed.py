@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import start_ranks
 from safetensors.torch import load_file
 
 from icone_hf import IConEModel
@@ -31,6 +34,10 @@ def launch(towers, output, processes, **options):
 def run(towers, output, processes, per_device_train_batch_size, **options):
     code, errors = launch(towers, output, processes, per_device_train_batch_size=per_device_train_batch_size, **options)
     assert code == 0, errors[-3000:]
+    return read(output, processes)
+
+
+def read(output, processes):
     result = json.loads((output / "result.json").read_text())
     assert result["world_size"] == processes
     history = {}
@@ -90,6 +97,68 @@ def test_shards_are_taken_up_again_by_another_number_of_ranks(alone, towers, tmp
         ("exp_avg", "exp_avg_sq"), (150, 16)
     )
     assert_same(run(towers, tmp_path / "run", 4, 32, shard_classifier=True), alone)
+
+
+def test_a_killed_rank_ends_the_others_and_another_number_of_ranks_goes_on(alone, towers, tmp_path):
+    """Killed in mid-step on four ranks that no launcher looks after, ended on one: as if it had never stopped."""
+    output = tmp_path / "run"
+    options = json.dumps({"global_batch_size": 128, "kill_at": ["1-joint", 5, 2], "dataloader_num_workers": 1})
+    command = [sys.executable, str(TESTS / "distributed_run.py"), *towers, str(output), options]
+    codes, errors, ends = start_ranks(command, 4, tmp_path)
+    assert codes[2] == -signal.SIGKILL, errors[2][-3000:]
+    assert all(codes[rank] not in (0, None) and ends[rank] - ends[2] < 60 for rank in (0, 1, 3)), (codes, ends)
+    for rank in (0, 1, 3):
+        assert "rank 2 (process " in errors[rank].splitlines()[-1], errors[rank][-3000:]
+        assert errors[rank].splitlines()[-1].endswith("without a word: it was killed, or its computer is lost.")
+    assert_same(run(towers, output, 1, 128), alone)
+
+
+@pytest.mark.slow
+def test_torchrun_ends_the_ranks_beside_a_killed_one(towers, tmp_path):
+    start = time.monotonic()
+    code, errors = launch(towers, tmp_path / "run", 2, global_batch_size=128, kill_at=["0-instance", 2, 1])
+    assert code != 0
+    assert "exitcode  : -9" in errors
+    assert time.monotonic() - start < 120  # the start of the run among them
+
+
+IN_STEPS = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 3, "eval_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def alone_in_steps(towers, tmp_path_factory):
+    return run(towers, tmp_path_factory.mktemp("alone-in-steps") / "run", 1, 128, **IN_STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4), (4, 2)])
+def test_a_run_goes_on_in_mid_epoch_with_more_ranks_and_with_fewer(alone_in_steps, towers, tmp_path, before, after):
+    stop_at = ["1-joint", 7]  # in the second epoch, after checkpoint-6
+    code, errors = launch(towers, tmp_path / "run", before, global_batch_size=128, stop_at=stop_at, **IN_STEPS)
+    assert code != 0
+    assert "KeyboardInterrupt" in errors
+    assert_same(run(towers, tmp_path / "run", after, 128 // after, **IN_STEPS), alone_in_steps)
+
+
+def test_ranks_that_have_no_group_of_their_own_train_as_one_process(towers, tmp_path):
+    """Three groups and two for validation on four ranks: each batch leaves one rank with a filler alone."""
+    few = {"num_groups": 3, "num_eval": 2}
+    expected = run_few(towers, tmp_path / "one", 1, **few)
+    assert_same(run_few(towers, tmp_path / "four", 4, **few), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"shard_classifier": True}, {"per_device_chunk_size": 1}], ids=str)
+@pytest.mark.parametrize("num_groups", [1, 3, 5])
+def test_fewer_groups_than_the_batch_in_other_ways(towers, tmp_path, num_groups, options):
+    expected = run_few(towers, tmp_path / "one", 1, num_groups=num_groups, num_eval=3)
+    assert_same(run_few(towers, tmp_path / "four", 4, num_groups=num_groups, num_eval=3, **options), expected)
+
+
+def run_few(towers, output, processes, **options):
+    code, errors = launch(towers, output, processes, global_batch_size=8, **options)
+    assert code == 0, errors[-3000:]
+    return read(output, processes)
 
 
 def _gradients(rank, port, folder, group_ids, towers):

@@ -342,17 +342,8 @@ def test_without_a_global_batch_size_nothing_changes(tmp_path):
         ({"per_device_chunk_size": -1}, "per_device_chunk_size=-1 must be 1 or more"),
         ({"per_device_chunk_size": 8, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 would add up"),
         ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 would add up"),
-        ({"per_device_chunk_size": 8, "fsdp": True}, "needs whole weights in every process"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         IConETrainingArguments(str(tmp_path), **arguments)
-
-
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_chunks_under_an_engine_of_the_launcher_are_refused(tmp_path, monkeypatch, engine):
-    monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)  # DeepSpeed is not installed
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ValueError, match="needs whole weights in every process"):
-        IConETrainingArguments(str(tmp_path), per_device_chunk_size=8)

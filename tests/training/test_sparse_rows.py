@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from transformers import get_scheduler
 
 from icone_hf import IConETrainer, IConETrainingArguments, Stage
-from icone_hf.training.checks import check_classifier
 from icone_hf.training.sparse_rows import AdamWithSparseRows, with_dense_gradients
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -161,11 +160,3 @@ def test_what_sparse_gradients_do_not_go_with_is_refused(make_trainer, arguments
     with pytest.raises(ValueError, match=message):
         make_trainer("run", 4, **arguments)
     make_trainer("run", 0, **arguments)
-
-
-@pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
-def test_engines_that_shard_parameters_are_refused(make_trainer, monkeypatch, engine):
-    trainer = make_trainer("run", 4)
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
-    with pytest.raises(ValueError, match=f"instance_samples=4 needs one process or DDP, not {engine}"):
-        check_classifier(trainer.model, trainer.args, len(trainer.train_dataset))
