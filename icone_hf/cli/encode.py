@@ -60,7 +60,9 @@ def encode(argv: Sequence[str]) -> None:
         if state.is_main_process:
             out.parent.mkdir(parents=True, exist_ok=True)
             origin = {"checkpoint": positional.checkpoint, "source": data_args.source, "split": encode_args.split}
-            save_file({name: tensor.contiguous() for name, tensor in embeds._asdict().items()}, out, origin)
+            unfinished = out.with_name(f".{out.name}")  # a killed command leaves no half file under OUT's name
+            save_file({name: tensor.contiguous() for name, tensor in embeds._asdict().items()}, unfinished, origin)
+            unfinished.replace(out)
             _print_encoded(output, out, len(embeds.image_embeds), len(embeds.text_embeds))
 
 

@@ -210,7 +210,7 @@ class _Shards:
         self.folder.mkdir(parents=True, exist_ok=True)
         state = PartialState()
         mismatches = []
-        for path in sorted(self.folder.glob("*.parquet"))[state.process_index :: state.num_processes]:
+        for path in sorted(self.folder.glob("[!.]*.parquet"))[state.process_index :: state.num_processes]:
             number = int(path.stem) if path.stem.isdecimal() else -1
             rows = digest(self.rows(number)) if number in self.numbers() else "none"
             wanted, found = {**self.origin, "rows": rows}, _metadata(path, _ORIGIN_KEY)

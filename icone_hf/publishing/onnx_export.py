@@ -14,6 +14,7 @@ Embeddings are L2-normalised. Extra needed: icone_hf[onnx].
 import contextlib
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 
 VISION, TEXT = "vision_model", "text_model"  # transformers.js's names for the graphs of CLIP
+QUANTIZED = "_quantized"  # and for those with int8 weights
 TOLERANCE = 1e-4  # between a graph's embeddings and the model's
 
 
@@ -58,7 +60,9 @@ class _CaptionGraph(nn.Module):
 def export_onnx(model: IConEModel, processor: IConEProcessor, folder: str | os.PathLike, int8: bool = False) -> Path:
     """Write both graphs and compare them with the model.
 
-    The files of the processor, which make the graphs' inputs, are written too.
+    The files of the processor, which make the graphs' inputs, are written too. All are made in a hidden folder and put
+    in place at the end, the graphs last: a killed export leaves no half graph, and none of an earlier export beside new
+    ones.
 
     Args:
         model: is put into eval mode.
@@ -73,8 +77,32 @@ def export_onnx(model: IConEModel, processor: IConEProcessor, folder: str | os.P
         ValueError: if a graph's embeddings are not the model's.
     """
     folder = Path(folder)
-    (folder / "onnx").mkdir(parents=True, exist_ok=True)
-    model.eval()
+    unfinished = folder / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "onnx").mkdir(parents=True)
+    try:
+        _write(model.eval(), processor, unfinished, int8)
+        _put_in_place(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    """Move an export's files, so that graphs come last."""
+    files = [path for path in unfinished.rglob("*") if path.is_file()]
+    (folder / "onnx").mkdir(exist_ok=True)
+    for name in (VISION, TEXT):
+        for old in (f"{name}.onnx", f"{name}{QUANTIZED}.onnx"):
+            (folder / "onnx" / old).unlink(missing_ok=True)
+    for path in sorted(files, key=lambda path: (path.suffix == ".onnx", path)):
+        target = folder / path.relative_to(unfinished)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+
+
+def _write(model: IConEModel, processor: IConEProcessor, folder: Path, int8: bool) -> None:
+    """Write an export's files; see [`export_onnx`]."""
     # Example inputs for the exporter, which takes a dimension of size 1 for a constant: so there are two of each, and
     # the captions differ in length, so that there is padding.
     pixel_values = processor(images=_example_images(), return_tensors="pt")["pixel_values"]
@@ -110,12 +138,11 @@ def export_onnx(model: IConEModel, processor: IConEProcessor, folder: str | os.P
         _compare(file, module, inputs)
         if int8:
             # Convolutions keep their float weights: int8 ones are slower on CPUs.
-            quantized = str(file.with_name(f"{name}_quantized.onnx"))
+            quantized = str(file.with_name(f"{name}{QUANTIZED}.onnx"))
             quantize_dynamic(str(file), quantized, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
     model.config.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
-    return folder
 
 
 def session(file: str | os.PathLike, threads: int = 0) -> onnxruntime.InferenceSession:
@@ -141,7 +168,7 @@ def _compare(file: Path, module: nn.Module, inputs: dict[str, torch.Tensor]) -> 
     (found,) = session(file).run(None, {name: value.numpy() for name, value in other.items()})
     difference = float((torch.from_numpy(found) - module(**other)).abs().max())
     if not difference <= TOLERANCE:
-        raise ValueError(f"The embeddings of {file} differ by {difference:.1g} from the model's: it is of no use.")
+        raise ValueError(f"The embeddings of {file.name} differ by {difference:.1g} from the model's: it is of no use.")
 
 
 def _example_images() -> list[Image.Image]:

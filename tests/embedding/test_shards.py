@@ -52,6 +52,19 @@ def test_shards_hold_what_encode_groups_returns(make_model, processor, groups, t
     assert list(caption_rows["text"]) == [caption for captions in groups["captions"] for caption in captions]
 
 
+@pytest.mark.parametrize("left", [0.5, 1.0])
+def test_a_shard_that_was_cut_in_writing_is_made_again(make_model, processor, groups, tmp_path, left):
+    """A killed run leaves it, or all of it, under a hidden name."""
+    model = make_model()
+    encode(model, processor, groups, tmp_path, shard_size=4, batch_size=3)
+    shard = tmp_path / "sentences" / "00001.parquet"
+    content = shard.read_bytes()
+    shard.unlink()
+    shard.with_name(".00001.parquet").write_bytes(content[: int(left * len(content))])
+    encode(model, processor, groups, tmp_path, shard_size=4, batch_size=3)
+    assert shard.read_bytes() == content
+
+
 def test_a_folder_of_images_needs_no_captions(make_model, processor, folder, tmp_path):
     model, images = make_model(), load_pictures(folder)
     assert images["image_id"][:] == ["0.jpeg", "2.PNG", "4.PNG", "deep/1.PNG", "deep/3.PNG"]
@@ -171,7 +184,7 @@ def encode_as_a_rank(rank, num_ranks, port, towers, folder):
 def test_one_process_finishes_what_two_began(towers, make_model, processor, tmp_path, monkeypatch):
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
         torch.multiprocessing.spawn(encode_as_a_rank, (2, 28000 + os.getpid() % 500, towers, tmp_path), nprocs=2)
-    done = {int(path.stem) for path in (tmp_path / "pictures").glob("*.parquet")}
+    done = {int(path.stem) for path in (tmp_path / "pictures").glob("[!.]*.parquet")}
     assert 0 in done  # the first's first shard; of the second's, 1, 3 and 5, as many as it came to
     assert done <= {0, 1, 3, 5}
     encoded = []

@@ -1,6 +1,7 @@
 """The exported graphs against the model, by ONNX Runtime and by transformers.js in Node.js."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from benchmarks.ecosystem import transformers_js
 from icone_hf import IConEModel, IConEProcessor
 from icone_hf.cli import main
 from icone_hf.modeling.towers import POOLINGS
+from icone_hf.publishing import onnx_export
 from icone_hf.publishing.onnx_export import export_onnx, session
 
 GROUPS = make_groups(5)
@@ -80,6 +82,31 @@ def test_graphs_of_every_pooling_take_any_number_of_rows(make_model, processor, 
     with torch.no_grad():
         expected = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
     torch.testing.assert_close(run(tmp_path / "onnx" / "text_model.onnx", tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_an_export_is_put_in_place_as_a_whole(checkpoint, exported, tmp_path, monkeypatch):
+    """One that fails leaves the one before; one without int8 graphs leaves none of another model's."""
+    out = tmp_path / "out"
+    shutil.copytree(exported, out)
+    model, processor = IConEModel.from_pretrained(checkpoint, num_groups=0), IConEProcessor.from_pretrained(checkpoint)
+    files = lambda: {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}  # noqa: E731
+    before = files()
+
+    def fail_at_the_second(module, kwargs, f, **options):
+        if "input_ids" in kwargs:
+            raise KeyboardInterrupt
+        Path(f).write_bytes(b"half a graph")
+
+    monkeypatch.setattr(onnx_export, "_compare", lambda *args: None)
+    monkeypatch.setattr(torch.onnx, "export", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(model, processor, out)
+    assert files() == before
+
+    monkeypatch.setattr(torch.onnx, "export", lambda module, kwargs, f, **options: Path(f).write_bytes(b"a graph"))
+    export_onnx(model, processor, out)
+    assert {path.name for path in (out / "onnx").iterdir()} == {"vision_model.onnx", "text_model.onnx"}
+    assert not (out / ".unfinished").exists()
 
 
 def test_another_format_is_refused(checkpoint, tmp_path, capsys):
