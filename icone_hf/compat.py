@@ -33,6 +33,10 @@ class TrainerStepsMixin:
         """Load the best checkpoint's weights at the end."""
         super()._load_best_model()  # type: ignore[misc]
 
+    def save_checkpoint(self, model: "torch.nn.Module") -> None:
+        """Save a checkpoint, and remove old ones."""
+        super()._save_checkpoint(model, None)  # type: ignore[misc]
+
     def save_optimizer(self, folder: str) -> None:
         """Save the states of the optimizer and the schedule."""
         super()._save_optimizer_and_scheduler(folder)  # type: ignore[misc]
@@ -57,6 +61,9 @@ class TrainerStepsMixin:
 
     def _load_best_model(self) -> None:
         self.load_best_weights()
+
+    def _save_checkpoint(self, model: "torch.nn.Module", trial: Any) -> None:
+        self.save_checkpoint(model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self.save_optimizer(output_dir)

@@ -15,6 +15,24 @@ class MissingFileError(FileNotFoundError, InputError):
     """Report a file or folder that isn't there."""
 
 
+class StorageError(OSError, InputError):
+    """Report a disk that can't take what is stored."""
+
+
+class TerminatedRun(SystemExit):
+    """End a run that SIGTERM asks to end.
+
+    The exit code is 143, as a shell reports what SIGTERM has ended.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(128 + 15)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class DivergedError(RuntimeError):
     """Report a run whose loss isn't finite.
 

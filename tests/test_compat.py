@@ -34,6 +34,7 @@ def changed(package, what):
     [
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         ("_load_best_model", ["self"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
         ("_save_optimizer_and_scheduler", ["self", "output_dir"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("_clip_grad_norm", ["self", "model"]),
@@ -52,11 +53,11 @@ def test_the_trainer_has_the_steps_that_we_name(name, parameters):
 
 def test_the_trainer_calls_our_steps(tmp_path):
     """A plain Trainer behind the mixin: clipping, saving and loading pass through the public names."""
-    calls = []
+    calls, saving = [], ("save_checkpoint", "save_optimizer")
 
     class Watched(compat.TrainerStepsMixin, Trainer):
         def __getattribute__(self, name):
-            if name in ("clip_gradients", "save_optimizer", "load_optimizer", "load_weights", "load_best_weights"):
+            if name in (*saving, "clip_gradients", "load_optimizer", "load_weights", "load_best_weights"):
                 calls.append(name)
             return super().__getattribute__(name)
 
@@ -73,7 +74,7 @@ def test_the_trainer_calls_our_steps(tmp_path):
     best = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
     args = TrainingArguments(str(tmp_path), num_train_epochs=1, **options, **best)
     Watched(Line(), args, train_dataset=data, eval_dataset=data).train()
-    assert {"clip_gradients", "save_optimizer", "load_best_weights"} <= set(calls), changed("transformers", "Trainer")
+    assert {"clip_gradients", *saving, "load_best_weights"} <= set(calls), changed("transformers", "Trainer")
     calls.clear()
     args = TrainingArguments(str(tmp_path), num_train_epochs=2, **options, **best)
     Watched(Line(), args, train_dataset=data, eval_dataset=data).train(resume_from_checkpoint=True)

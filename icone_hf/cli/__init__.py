@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from ..errors import DivergedError, PeerError, exit_code, is_the_users
+from ..errors import DivergedError, PeerError, TerminatedRun, exit_code, is_the_users
 
 COMMANDS = {
     "train": "train a model through all stages and test it",
@@ -33,7 +33,7 @@ IConE: instance contrastive embedding for image-text retrieval.
 accelerate launch --num_processes 4 -m icone_hf COMMAND ...
 
 Results go to stdout, progress to stderr. Exit codes: 0 done; 2 it can't be done as asked, and a line says why;
-1 a fault, with its traceback, or a run that has diverged; 130 interrupted.
+1 a fault, with its traceback, or a run that has diverged; 130 interrupted; 143 ended by SIGTERM.
 """
 GO_ON = ("train", "encode", "reproduce")  # the others are short, and start anew
 
@@ -92,6 +92,8 @@ def _report(name: str, error: BaseException) -> int:
         print(f"icone {name}: error: {error}", file=sys.stderr)
     elif isinstance(error, DivergedError | PeerError):
         print(f"icone {name}: {error}", file=sys.stderr)
+    elif isinstance(error, TerminatedRun):
+        pass  # the log has said so
     elif isinstance(error, SystemExit) or not is_one_of_several:
         raise error
     else:

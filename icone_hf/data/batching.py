@@ -21,6 +21,9 @@ from ..modeling.losses import IGNORED_GROUP
 from ..modeling.processing_icone import IConEProcessor
 from .captions import Captions
 from .images import Images
+from .workers import outlive_termination
+
+NEIGHBOUR_BLOCK = 8192  # groups; their vectors of 512 dimensions take 16 MB, and stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -46,27 +49,34 @@ class Pair:
 def neighbour_order(vectors: torch.Tensor, run: int, rng: np.random.Generator) -> np.ndarray:
     """Order groups into runs of neighbours.
 
-    A run is a group drawn at random and the `run - 1` nearest, by cosine, of those that no earlier run has taken.
+    A run is a group drawn at random and the `run - 1` nearest, by cosine, of those that no earlier run has taken. More
+    than `NEIGHBOUR_BLOCK` groups are first drawn into blocks of at most that many, and neighbours looked for within a
+    block: so the work grows as the number of groups does, not as its square.
 
     Args:
         vectors: `(groups, dim)`, L2-normalised.
-        run: groups in a run; the last run may be shorter.
-        rng: draws the groups that runs begin with.
+        run: groups in a run; the last run of a block may be shorter.
+        rng: draws the blocks, and the groups that runs begin with.
 
     Returns:
         `(groups,)` row numbers, each once.
     """
-    is_free = torch.ones(len(vectors), dtype=torch.bool)
-    order: list[torch.Tensor] = []
-    for first in rng.permutation(len(vectors)).tolist():
-        if not is_free[first]:
-            continue
-        similarity = (vectors @ vectors[first]).masked_fill(~is_free, float("-inf"))
-        similarity[first] = float("inf")  # a run begins with the group that was drawn, whatever rounding says
-        chosen = similarity.topk(min(run, int(is_free.sum()))).indices
-        is_free[chosen] = False
-        order.append(chosen)
-    return torch.cat(order).numpy()
+    drawn = rng.permutation(len(vectors))
+    order: list[np.ndarray] = []
+    for block in np.array_split(drawn, -(-len(drawn) // NEIGHBOUR_BLOCK)):
+        rows = np.sort(block)
+        near, num_free = vectors[torch.from_numpy(rows)], len(rows)
+        is_free = torch.ones(num_free, dtype=torch.bool)
+        for first in np.searchsorted(rows, block).tolist():
+            if not is_free[first]:
+                continue
+            similarity = (near @ near[first]).masked_fill(~is_free, float("-inf"))
+            similarity[first] = float("inf")  # a run begins with the group that was drawn, whatever rounding says
+            chosen = similarity.topk(min(run, num_free)).indices
+            is_free[chosen] = False
+            num_free -= len(chosen)
+            order.append(rows[chosen.numpy()])
+    return np.concatenate(order)
 
 
 class GroupBatchSampler(Sampler[list[Pair]]):
@@ -92,6 +102,11 @@ class GroupBatchSampler(Sampler[list[Pair]]):
         pairs_per_group: captions of a group in a batch, at most.
         class_vectors: called when an epoch begins, returns `(groups, dim)`; see [`neighbour_order`].
         neighbour_run: length of a run of neighbours.
+
+    Attributes:
+        neighbours: with `class_vectors`, the epoch and its groups in runs, portion after portion: class vectors move on
+            in an epoch, so whoever goes on in the middle of one needs them. An epoch whose order is set here is not
+            ordered again.
 
     Raises:
         ValueError: if `batch_size` is not a multiple of `num_ranks` or below `pairs_per_group`, or a group has no
@@ -124,6 +139,7 @@ class GroupBatchSampler(Sampler[list[Pair]]):
         self.class_vectors = class_vectors
         self.neighbour_run = neighbour_run
         self.epoch = 0
+        self.neighbours: dict[str, np.ndarray] | None = None
         self._portions_per_group = -(-self.captions_per_group // pairs_per_group)
         self._portions_per_batch = batch_size // pairs_per_group
 
@@ -191,12 +207,22 @@ class GroupBatchSampler(Sampler[list[Pair]]):
         Yields:
             The (row, portion) pairs of a batch; the batches come in random order.
         """
-        vectors = F.normalize(self.class_vectors().detach().float().cpu(), dim=-1)  # type: ignore[misc]
-        batches = []
         # The k-th portions of all groups that have so many are batched by themselves, so no group meets itself.
-        for portion in range(int(self._portions_per_group.max())):
-            rows = np.flatnonzero(self._portions_per_group > portion)
-            in_runs = rows[neighbour_order(vectors[torch.from_numpy(rows)], self.neighbour_run, rng)]
+        with_portion = [
+            np.flatnonzero(self._portions_per_group > k) for k in range(int(self._portions_per_group.max()))
+        ]
+        if self.neighbours is not None and self.neighbours["epoch"] == self.epoch:
+            for rows in with_portion:
+                rng.permutation(len(rows))  # what ordering draws: the batches are shuffled after it
+        else:
+            vectors = F.normalize(self.class_vectors().detach().float().cpu(), dim=-1)  # type: ignore[misc]
+            runs = [
+                rows[neighbour_order(vectors[torch.from_numpy(rows)], self.neighbour_run, rng)] for rows in with_portion
+            ]
+            self.neighbours = {"epoch": np.array(self.epoch), "rows": np.concatenate(runs).astype(np.int32)}
+        batches = []
+        of_portions = np.split(self.neighbours["rows"], np.cumsum([len(rows) for rows in with_portion])[:-1])
+        for portion, in_runs in enumerate(of_portions):
             parts = np.array_split(in_runs, -(-len(in_runs) // self._portions_per_batch))
             batches += [[(int(row), portion) for row in part] for part in parts]
         for i in rng.permutation(len(batches)):
@@ -295,6 +321,7 @@ class PairChunks(torch.utils.data.Dataset):
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            worker_init_fn=outlive_termination,
             generator=torch.Generator(),  # a loader draws a seed for its workers: not from the training's numbers
         )
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from ..data.captions import Captions
 from ..data.images import Images
+from ..data.workers import outlive_termination
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..progress import progress
@@ -125,7 +126,13 @@ def pool_images(
         ValueError: if an image can't be decoded and `unreadable` is `None`.
     """
     dataset = _PixelValues(groups, processor, returns_errors=unreadable is not None)
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=_stack)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_stack,
+        worker_init_fn=outlive_termination,
+    )
     # Either way the next batch is decoded while the tower runs over this one: worker processes read in advance by
     # themselves; without any, the loader reads only when asked, so a thread asks early.
     decoded: Iterable[Any] = loader if num_workers else in_background(loader)

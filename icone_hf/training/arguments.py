@@ -108,7 +108,10 @@ class IConETrainingArguments(TrainingArguments):
     )
     neighbour_run: int = field(
         default=0,
-        metadata={"help": "Make batches of runs of this many groups with near class vectors. 0: at random."},
+        metadata={
+            "help": "Make batches of runs of this many groups with near class vectors, looked for among 8,192 at a "
+            "time. 0: at random."
+        },
     )
     class_vectors: str = field(
         default="random",

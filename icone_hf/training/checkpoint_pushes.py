@@ -51,7 +51,8 @@ class CheckpointPushes(TrainerCallback):
         shutil.rmtree(staging, ignore_errors=True)
         self.save_model(staging)
         shutil.copy(self.folder / RECIPE_FILE, staging)
-        if measured := next((entry for entry in reversed(state.log_history) if "eval_rsum" in entry), None):
+        of_this = (entry for entry in state.log_history if "eval_rsum" in entry and entry["step"] == state.global_step)
+        if measured := next(of_this, None):  # what SIGTERM has saved was not measured
             write_metrics(staging, {"validation": validation_metrics(measured)})
         # Of the checkpoints on disk the strategy may ask for the last or for all.
         deleted = None

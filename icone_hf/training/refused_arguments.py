@@ -47,6 +47,7 @@ REFUSED = {
     "batch_eval_metrics": _OF_VALIDATION,
     "bf16_full_eval": _OF_VALIDATION,
     "fp16_full_eval": _OF_VALIDATION,
+    "enable_jit_checkpoint": "every run saves a checkpoint on SIGTERM: leave it out",
     "do_train": "IConETrainer.train and .test say what is done: leave it out",
     "do_predict": "IConETrainer.train and .test say what is done: leave it out",
 }

@@ -5,9 +5,11 @@ OUTPUT_DIR/
   metrics.json                           retrieval metrics: validation, stages, test; evaluations
   recipe.json                            all that decides the numbers
   feature_cache/                         frozen towers' outputs
-  stages/0-NAME/checkpoint-*/            transformers' checkpoints; without the towers where these are frozen
+  stages/0-NAME/checkpoint-*/            transformers' checkpoints; without the towers where these are frozen. One
+                                         counts if it is whole, by its files.json (see whole_files.py)
   stages/0-NAME/stage.json               there once the stage is done: its best epoch, metrics and logs
   set_aside/0-NAME/checkpoint-*/         checkpoints later than one that a run was resumed from by name
+  set_aside/metrics.json                 the metrics of the model that they led to
   upload/                                what is on its way to the Hub (see checkpoint_pushes.py)
 """
 
@@ -22,6 +24,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import InputError
+from .whole_files import WEIGHTS, checkpoint_fault, checkpoints_of, last_whole_checkpoint, step_of, write_json
 
 METRICS_FILE = "metrics.json"
 RECIPE_FILE = "recipe.json"
@@ -68,9 +71,22 @@ class RunFolder:
 
     def last_checkpoint(self, index: int) -> Path | None:
         """Return a stage's last whole checkpoint."""
-        whole = filter(_is_whole, self.stage(index).glob("checkpoint-*"))
-        steps = {int(path.name.rsplit("-", 1)[1]): path for path in whole}
-        return steps[max(steps)] if steps else None
+        return last_whole_checkpoint(self.stage(index))
+
+    def best_checkpoint(self, index: int) -> Path:
+        """Return the checkpoint that a finished stage keeps.
+
+        Raises:
+            ValueError: if it isn't whole.
+        """
+        stage = self.stage(index)
+        best = stage / self.read_stage(index)["best_checkpoint"]
+        if fault := checkpoint_fault(best, WEIGHTS):
+            raise InputError(
+                f"Stage {self.stage_names[index]!r} is done, but {best}, which it keeps, is not whole: {fault} Delete "
+                f"{stage / STAGE_FILE} to train on from the last whole checkpoint before it, or put the file back."
+            )
+        return best
 
     def resume_point(
         self, resume_from_checkpoint: str | bool | None, recipe: Mapping[str, Any]
@@ -109,10 +125,15 @@ class RunFolder:
         # A path must be a checkpoint of this run, and all stages before it done.
         checkpoint = Path(str(resume_from_checkpoint))
         folders = [self.stage(index).resolve() for index in range(len(self.stage_names))]
-        if checkpoint.resolve().parent not in folders or not _is_whole(checkpoint):
+        if checkpoint.resolve().parent not in folders or not checkpoint.is_dir():
             raise InputError(
                 f"resume_from_checkpoint={str(checkpoint)!r} is no checkpoint of this run: give a folder "
                 f"{self.path}/stages/*/checkpoint-*, or auto."
+            )
+        if fault := checkpoint_fault(checkpoint):
+            raise InputError(
+                f"resume_from_checkpoint={str(checkpoint)!r} is not whole: {fault} Give an earlier one, or auto, which "
+                "takes the last whole one."
             )
         # Whatever the earlier stages have learned is loaded from their own best checkpoints.
         first = folders.index(checkpoint.resolve().parent)
@@ -125,19 +146,23 @@ class RunFolder:
         """Set aside what was made after a resume point.
 
         So nothing stale is taken for the run's result, and no checkpoint is lost: whoever resumes from an earlier one
-        by name finds the later ones in `OUTPUT_DIR/set_aside`. One that was cut in writing is removed.
+        by name finds the later ones in `OUTPUT_DIR/set_aside`. One that was cut in writing is removed. Metrics go too:
+        without them a run that is killed while it saves the model saves it again.
         """
+        if first < len(self.stage_names) and (self.path / METRICS_FILE).is_file():
+            (self.path / SET_ASIDE).mkdir(exist_ok=True)
+            (self.path / METRICS_FILE).replace(self.path / SET_ASIDE / METRICS_FILE)
         for index in range(first, len(self.stage_names)):
             # The mark that the stage is done, then every checkpoint after the one to start from.
             (self.stage(index) / STAGE_FILE).unlink(missing_ok=True)
-            kept = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None and index == first else -1
-            for later in self.stage(index).glob("checkpoint-*"):
-                if int(later.name.rsplit("-", 1)[1]) > kept:
+            kept = step_of(checkpoint) if checkpoint is not None and index == first else -1
+            for later in checkpoints_of(self.stage(index)):
+                if step_of(later) > kept:
                     self._set_aside(later)
 
     def _set_aside(self, checkpoint: Path) -> None:
         """Move a whole checkpoint out of its stage."""
-        if not _is_whole(checkpoint):
+        if checkpoint_fault(checkpoint):
             shutil.rmtree(checkpoint)
             return
         aside = self.path / SET_ASIDE / checkpoint.parent.name / checkpoint.name
@@ -157,14 +182,6 @@ class RunFolder:
         A test of an older model goes: it says nothing of this one.
         """
         write_json(self.path / METRICS_FILE, metrics)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Say whether a checkpoint was written to its end.
-
-    The trainer's state is written last.
-    """
-    return (checkpoint / "trainer_state.json").is_file()
 
 
 def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,11 +212,3 @@ def add_evaluation(
     others = [one for one in earlier if any(one[name] != value for name, value in what.items())]
     evaluation = {**what, "date": time.strftime("%Y-%m-%d"), "metrics": metrics}
     write_metrics(folder, {"evaluations": [*others, evaluation]})
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one step: a killed process leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.replace(path)

@@ -7,12 +7,15 @@ import numpy as np
 import torch
 import torch.distributed
 from datasets import Dataset
+from safetensors.numpy import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import rotate_checkpoints
 
 from ..compat import TrainerStepsMixin
 from ..data.batching import GroupBatchSampler, GroupDataLoader, PairChunks, PairCollator, PairDataset
+from ..data.workers import outlive_termination
 from ..embedding.encoding import GroupEmbeddings, embed_pooled, encode_groups
 from ..errors import DivergedError
 from ..evaluation.measure import measure_embeddings
@@ -25,7 +28,11 @@ from .gradient_cache import backward_in_chunks
 from .progress import TrainingProgress
 from .sparse_rows import AdamWithSparseRows, with_dense_gradients
 from .stages import Stage
+from .termination import SaveOnTermination
 from .unused_parameters import leave_out_unused
+from .whole_files import begin_checkpoint, finish_checkpoint, last_whole_checkpoint, storing
+
+NEIGHBOURS_FILE = "neighbours.safetensors"  # in a checkpoint: the order of its epoch's groups
 
 
 class StageTrainer(TrainerStepsMixin, Trainer):
@@ -55,6 +62,8 @@ class StageTrainer(TrainerStepsMixin, Trainer):
         self.pairs = train_dataset
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_steps = 0
+        self._resumed_from: str | None = None
+        self._sampler: GroupBatchSampler | None = None
         self._last_loss: tuple[int, torch.Tensor] | None = None  # the update, and its loss, that is still to check
         super().__init__(
             model,
@@ -69,13 +78,32 @@ class StageTrainer(TrainerStepsMixin, Trainer):
         if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):  # a notebook has its own table
             self.add_callback(self._progress)
         self.add_callback(_TemperatureBound())
+        self.add_callback(SaveOnTermination())
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None) -> Any:  # type: ignore[override]
         """Train, and remove the progress bar whatever happens."""
+        self._resumed_from = resume_from_checkpoint
+        if resume_from_checkpoint is not None and self._take_up_the_end(resume_from_checkpoint):
+            return None
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint)
         finally:
             self._progress.close()
+
+    def _take_up_the_end(self, checkpoint: str) -> bool:
+        """Load what a stage of `max_steps` has ended with.
+
+        It had ended, if that is True. In the middle of an epoch transformers would do another update.
+        """
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return False
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.load_best_weights()
+        else:
+            self.load_weights(checkpoint)
+        return True
 
     def get_train_dataloader(self) -> GroupDataLoader:
         args = cast(IConETrainingArguments, self.args)
@@ -90,6 +118,10 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             class_vectors=(lambda: classifier.weight) if args.neighbour_run and classifier is not None else None,
             neighbour_run=args.neighbour_run,
         )
+        # The order of an epoch that was begun depends on class vectors which have moved on since.
+        if self._resumed_from is not None and (Path(self._resumed_from) / NEIGHBOURS_FILE).is_file():
+            sampler.neighbours = load_file(Path(self._resumed_from) / NEIGHBOURS_FILE)
+        self._sampler = sampler
         # Cached outputs come as whole batches from mapped memory: worker processes would only copy them, and the heads
         # need no chunks.
         pin_memory = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
@@ -108,6 +140,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers and num_workers > 0,
+            worker_init_fn=outlive_termination,
         )
 
     @property
@@ -237,13 +270,36 @@ class StageTrainer(TrainerStepsMixin, Trainer):
     def _diverged(self, update: int, what: str) -> DivergedError:
         """Say where a run diverged, and the way out."""
         assert self.optimizer is not None
-        kept = get_last_checkpoint(str(self.args.output_dir)) if Path(str(self.args.output_dir)).is_dir() else None
+        kept = last_whole_checkpoint(Path(str(self.args.output_dir)))
         return DivergedError(
             f"Update {update} of stage {self.stage.name!r} {what}, at a learning rate of "
             f"{self.optimizer.param_groups[0]['lr']:.2e}: the run has diverged and stops here. The last checkpoint "
             f"before it: {kept or 'none of this stage'}. Start anew with a lower learning_rate of the stage, a longer "
             "warm-up (warmup_steps) or a lower max_grad_norm."
         )
+
+    def save_checkpoint(self, model: torch.nn.Module) -> None:
+        """Save a checkpoint as a whole.
+
+        It counts when all of it is on disk, and old ones are removed only then.
+        """
+        stage = Path(str(self.args.output_dir))
+        checkpoint = stage / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with storing(stage, checkpoint.name):
+                if self.args.should_save:
+                    begin_checkpoint(checkpoint)
+                super().save_checkpoint(model)
+                if self.args.should_save and self._sampler is not None and self._sampler.neighbours is not None:
+                    save_file(self._sampler.neighbours, checkpoint / NEIGHBOURS_FILE)
+                self.accelerator.wait_for_everyone()  # every process has written its part
+                if self.args.should_save:
+                    finish_checkpoint(checkpoint)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(str(stage), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._loss_steps:

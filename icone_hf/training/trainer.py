@@ -37,6 +37,7 @@ from .run_folder import RunFolder, write_metrics
 from .sharded_trainer import ShardedStageTrainer, load_weights
 from .stage_trainer import StageTrainer, embed_cached, validation_metrics
 from .stages import PAPER_STAGES, Stage
+from .termination import ends_in_order
 
 logger = logging.get_logger(__name__)
 
@@ -91,6 +92,7 @@ class IConETrainer:
     # --- the run ---
 
     @end_together()
+    @ends_in_order
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, Any]:
         """Run every stage and save the result into `args.output_dir`.
 
@@ -154,8 +156,7 @@ class IConETrainer:
         """Load the best weights of every stage before `first`."""
         for index, stage in enumerate(self.stages[:first]):
             logger.warning(f"Stage {index + 1} of {len(self.stages)}, {stage.name!r}, is done already.")
-            best = self.folder.stage(index) / self.folder.read_stage(index)["best_checkpoint"]
-            load_weights(self._trained_part(stage), best)
+            load_weights(self._trained_part(stage), self.folder.best_checkpoint(index))
 
     def _finish(self, anew: bool) -> dict[str, Any]:
         """Save model and metrics, unless saved before; return metrics."""

@@ -28,7 +28,7 @@ HONOURED = {
     *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "do_eval"),
     *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
-    *("enable_jit_checkpoint", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
     *("hub_revision", "resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
