@@ -2,6 +2,7 @@
 # make test         the tests, in the same environment
 # make test-slow    the long tests too
 # make versions     a part of the tests with the lowest and the newest supported versions (about 20 minutes, 12 GB)
+# make kills        kills runs at random moments and takes them up again: nothing may be lost (about ten minutes)
 # make check        ruff and mypy
 # make docs         builds the documentation site into site/, checks it and runs its tutorials
 # make wheel        builds the wheel into dist/ and tries it in a clean environment
@@ -24,7 +25,7 @@ export MALLOC_MMAP_MAX_ := 0
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart test test-slow versions check docs wheel smoke bench model-card reproduce clean
+.PHONY: quickstart test test-slow versions kills check docs wheel smoke bench model-card reproduce clean
 
 quickstart: outputs/towers/minilm/config.json
 	@echo "[3/4] Training both stages and testing: log and checkpoints in $(OUTPUT)"
@@ -61,6 +62,14 @@ test-slow: $(VENV)/dev
 # Pythons of pyenv are found where there are any.
 versions: $(VENV)/dev
 	PATH="$$PATH:$$(echo $$HOME/.pyenv/versions/3.1[03].*/bin | tr ' ' ':')" $(PYTHON) -m nox
+
+kills: $(VENV)/dev
+	rm -rf outputs/kills
+	PYTHONPATH=.:tests $(PYTHON) tests/kill_driver.py outputs/kills/train --kills 30
+	PYTHONPATH=.:tests $(PYTHON) tests/kill_driver.py outputs/kills/two --kills 30 --processes 2
+	PYTHONPATH=.:tests $(PYTHON) tests/kill_driver.py outputs/kills/alone --kills 30 --processes 2 --alone
+	PYTHONPATH=.:tests $(PYTHON) tests/kill_driver.py outputs/kills/encode --kills 30 --work encode
+	PYTHONPATH=.:tests $(PYTHON) tests/kill_driver.py outputs/kills/export --kills 15 --work export
 
 check: $(VENV)/dev
 	$(VENV)/bin/ruff check .
