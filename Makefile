@@ -3,6 +3,8 @@
 # make test-slow    the long tests too
 # make versions     a part of the tests with the lowest and the newest supported versions (about 20 minutes, 12 GB)
 # make kills        kills runs at random moments and takes them up again: nothing may be lost (about ten minutes)
+# make coverage     the default tests, and how much of the code they run: 95% of the lines and 90% of the branches at least
+# make mutants      small changes to losses, batches and metrics, each of which a test must notice (two hours)
 # make check        ruff and mypy
 # make docs         builds the documentation site into site/, checks it and runs its tutorials
 # make wheel        builds the wheel into dist/ and tries it in a clean environment
@@ -25,7 +27,7 @@ export MALLOC_MMAP_MAX_ := 0
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart test test-slow versions kills check docs wheel smoke bench model-card reproduce clean
+.PHONY: quickstart test test-slow coverage mutants versions kills check docs wheel smoke bench model-card reproduce clean
 
 quickstart: outputs/towers/minilm/config.json
 	@echo "[3/4] Training both stages and testing: log and checkpoints in $(OUTPUT)"
@@ -53,11 +55,22 @@ $(VENV)/dev: $(VENV)/quickstart
 	$(PYTHON) -m pip install --disable-pip-version-check --no-deps open_clip_torch==3.3.0 clip-benchmark==1.6.2
 	touch $@
 
+# Two workers of a core each; one that is done takes over half of what the other has left.
 test: $(VENV)/dev
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/dev
-	$(PYTHON) -m pytest -m "not docs and not wheel"
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not docs and not wheel"
+
+coverage: $(VENV)/dev
+	$(PYTHON) -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-report=json:build/coverage.json
+	$(PYTHON) -c "import json; total = json.load(open('build/coverage.json'))['totals']; \
+		lines, branches = total['covered_lines'] / total['num_statements'], total['covered_branches'] / total['num_branches']; \
+		print(f'{lines:.1%} of the lines, {branches:.1%} of the branches'); assert lines >= 0.95 and branches >= 0.9"
+
+mutants: $(VENV)/dev
+	$(PYTHON) -m mutmut run
+	$(PYTHON) -m mutmut results
 
 # Pythons of pyenv are found where there are any.
 versions: $(VENV)/dev

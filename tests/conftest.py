@@ -2,6 +2,8 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside other workers, each has one core; torch reads this when imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 

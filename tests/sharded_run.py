@@ -92,10 +92,10 @@ def check_checkpoint(rank, plain, folder, weight):
     assert torch.equal(cut.classifier.weight.data, weight[classifier.rows])
 
 
-def check(rank, num_ranks, port, plain, folder, weight):
+def check(rank, num_ranks, meeting, plain, folder, weight):
     """All of it, in processes that are started once."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=num_ranks)
     torch.manual_seed(0)
     check_losses(rank, num_ranks)
     check_training(rank, num_ranks)

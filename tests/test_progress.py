@@ -1,9 +1,9 @@
 import contextlib
 import os
 import pty
-import subprocess
-import sys
+import threading
 
+import children
 import pytest
 from tiny import make_groups
 
@@ -28,13 +28,18 @@ def on_a_terminal(code):
     """Run a program on a terminal of its own and return what it writes there."""
     watched, terminal = pty.openpty()
     environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=terminal, stderr=terminal, env=environment)
-    os.close(terminal)
-    seen = b""
+    wait = children.start(["-c", code], env=environment, stdout=os.ttyname(terminal))
+    codes, seen = [], b""
+
+    def close_when_done():
+        codes.append(wait().returncode)
+        os.close(terminal)
+
+    threading.Thread(target=close_when_done, daemon=True).start()
     with contextlib.suppress(OSError):  # how Linux says that the terminal has been closed
         while part := os.read(watched, 65536):
             seen += part
-    assert process.wait(60) == 0, seen
+    assert codes == [0], seen
     return seen.decode()
 
 

@@ -1,6 +1,7 @@
 """Small towers, images and groups that the tests make themselves: nothing is downloaded."""
 
 import json
+import socket
 
 import datasets
 import numpy as np
@@ -79,6 +80,13 @@ STAGES = (
     Stage("instance", 2, 1e-3, instance_weight=1, contrastive_weight=0, train_encoders=False),
     Stage("joint", 2, 5e-4, instance_weight=1, contrastive_weight=1, train_encoders=True),
 )
+
+
+def free_port():
+    """A port that nobody listens on, whatever else runs on this machine."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def losses(trainer):

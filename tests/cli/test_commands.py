@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from datasets import DatasetDict
@@ -137,7 +138,7 @@ def test_processes_on_cpus_share_an_encoding(source, checkpoint, tmp_path):
     )
     command = ["encode", checkpoint, source, str(out), "--split", "train", "--shard_size", "3", "--json"]
     done = subprocess.run(
-        [Path(sys.executable).with_name("torchrun"), "--nproc_per_node", "2", str(program), *command],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program), *command],
         capture_output=True,
         text=True,
         check=False,
@@ -285,6 +286,6 @@ def test_scripts_and_module_are_the_command():
         (["-m", "icone_hf", "tran"], "icone: error: tran is no command"),
         ([str(ROOT / "examples" / "evaluate.py"), "x", "nowhere.json"], "icone evaluate: error: nowhere.json does not"),
     ):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = children.run(command, cwd=ROOT)
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1].startswith(message)

@@ -10,10 +10,9 @@ import os
 import re
 import shlex
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from tiny import make_groups
@@ -132,7 +131,7 @@ def test_reading_by_other_tools(my_model, tmp_path):
     """In a process of its own, whose cache of travelling code is empty."""
     code = block(guide("publishing"), "trust_remote_code").replace("YOU/scenes-model", str(tmp_path / "my-model"))
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    children.run(["-c", code], check=True, env=environment)
 
 
 def test_no_block_goes_untested():

@@ -2,12 +2,13 @@ import logging as python_logging
 import os
 import signal
 
+import children
 import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from tiny import make_groups
+from tiny import free_port, make_groups
 
 import icone_hf.embedding.shards as embedding_shards
 from icone_hf import IConEModel, IConEProcessor, encode, encode_groups, load_pictures
@@ -182,8 +183,7 @@ def encode_as_a_rank(rank, num_ranks, port, towers, folder):
 
 
 def test_one_process_finishes_what_two_began(towers, make_model, processor, tmp_path, monkeypatch):
-    with pytest.raises(torch.multiprocessing.ProcessExitedException):
-        torch.multiprocessing.spawn(encode_as_a_rank, (2, 28000 + os.getpid() % 500, towers, tmp_path), nprocs=2)
+    children.spawn(encode_as_a_rank, (2, free_port(), towers, tmp_path), 2, expected=-signal.SIGKILL)
     done = {int(path.stem) for path in (tmp_path / "pictures").glob("[!.]*.parquet")}
     assert 0 in done  # the first's first shard; of the second's, 1, 3 and 5, as many as it came to
     assert done <= {0, 1, 3, 5}

@@ -1,9 +1,8 @@
 """LoRA adapters in the towers: what trains, what is saved, what loads without peft."""
 
 import json
-import subprocess
-import sys
 
+import children
 import peft
 import pytest
 import torch
@@ -160,7 +159,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = children.run(["-c", code], check=True)
     assert "pip install 'icone_hf[lora]'" in done.stdout
     loaded = IConEModel.from_pretrained(tmp_path / "adapted")
     assert torch.equal(loaded(**batch).text_embeds, model(**batch).text_embeds)

@@ -1,9 +1,9 @@
 """Class vectors spread over ranks, against all of them in one process. Each rank runs sharded_run.py."""
 
-import os
 import re
 from pathlib import Path
 
+import children
 import pytest
 import sharded_run
 import torch
@@ -30,8 +30,8 @@ def test_ranks_do_exactly_what_one_process_does_and_leave_one_checkpoint(make_mo
     whole, plain, folder = make_model(num_groups=11, learn_temperature=True), tmp_path / "plain", tmp_path / "sharded"
     whole.save_pretrained(plain)
     weight = whole.classifier.weight.data
-    port = 30600 + os.getpid() % 1000
-    torch.multiprocessing.spawn(sharded_run.check, (num_ranks, port, str(plain), str(folder), weight), nprocs=num_ranks)
+    meeting = str(tmp_path / "meeting")
+    children.spawn(sharded_run.check, (num_ranks, meeting, str(plain), str(folder), weight), num_ranks)
     loaded = IConEModel.from_pretrained(folder)
     assert loaded.config.num_groups == 11
     for name, value in whole.state_dict().items():

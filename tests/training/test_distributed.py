@@ -1,17 +1,21 @@
-"""Two processes against one: gathered losses, weights, and the gradient of the gathered losses."""
+"""Two processes against one: gathered losses, weights, and the gradient of the gathered losses.
+
+No launcher starts them here: test_commands.py has torchrun, test_launchers.py accelerate.
+"""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from ranks import start_ranks
 from safetensors.torch import load_file
+from tiny import free_port
 
 from icone_hf import IConEModel
 
@@ -21,14 +25,11 @@ TESTS = Path(__file__).parents[1]
 def launch(towers, output, processes, **options):
     """Runs distributed_run.py to its end; returns its exit code and what it wrote to stderr."""
     command = [str(TESTS / "distributed_run.py"), *towers, str(output), json.dumps(options)]
-    if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if processes == 1:
+        done = [children.run(command, with_ours=True)]
     else:
-        launcher = [sys.executable]
-    done = subprocess.run(
-        [*launcher, *command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-    )
-    return done.returncode, done.stderr
+        done = children.ranks(processes, command, free_port())
+    return max(one.returncode for one in done), "".join(one.stderr for one in done)
 
 
 def run(towers, output, processes, per_device_train_batch_size, **options):
@@ -116,9 +117,12 @@ def test_a_killed_rank_ends_the_others_and_another_number_of_ranks_goes_on(alone
 @pytest.mark.slow
 def test_torchrun_ends_the_ranks_beside_a_killed_one(towers, tmp_path):
     start = time.monotonic()
-    code, errors = launch(towers, tmp_path / "run", 2, global_batch_size=128, kill_at=["0-instance", 2, 1])
-    assert code != 0
-    assert "exitcode  : -9" in errors
+    options = json.dumps({"global_batch_size": 128, "kill_at": ["0-instance", 2, 1]})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(TESTS / "distributed_run.py"), *towers, str(tmp_path / "run"), options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "exitcode  : -9" in done.stderr
     assert time.monotonic() - start < 120  # the start of the run among them
 
 
@@ -161,13 +165,13 @@ def run_few(towers, output, processes, **options):
     return read(output, processes)
 
 
-def _gradients(rank, port, folder, group_ids, towers):
+def _gradients(rank, folder, group_ids, towers):
     """One of two processes: the gradient of its half of a batch, averaged over both as DDP does."""
     from tiny import make_groups
 
     from icone_hf import IConEModel, IConEProcessor
 
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = IConEModel.from_encoders(*towers, num_groups=8, projection_dim=16).train()
     for module in model.modules():
@@ -201,8 +205,7 @@ def test_gradients_of_the_gathered_losses_are_those_of_one_process(
     group_ids = torch.arange(8)
     if last_is_filler:
         group_ids[-1] = -100
-    port = 29600 + os.getpid() % 1000
-    torch.multiprocessing.spawn(_gradients, (port, str(tmp_path), group_ids, towers), nprocs=2)
+    children.spawn(_gradients, (str(tmp_path), group_ids, towers), 2)
     gathered = torch.load(tmp_path / "gathered.pt")
     model = make_model().train()
     for module in model.modules():
@@ -220,14 +223,14 @@ def test_gradients_of_the_gathered_losses_are_those_of_one_process(
         torch.testing.assert_close(gathered["gradients"][name], gradient, atol=1e-5, rtol=1e-4)
 
 
-def _chunked_gradients(rank, port, folder, towers):
+def _chunked_gradients(rank, folder, towers):
     """One of two processes: its half of a batch of fourteen, fillers at the end, in chunks, behind a DDP wrapper."""
     from tiny import make_groups
 
     from icone_hf import IConEModel, IConEProcessor
     from icone_hf.training.gradient_cache import backward_in_chunks
 
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = IConEModel.from_encoders(*towers, num_groups=12, projection_dim=16, **SIGMOID).train()
     for module in model.modules():
@@ -263,8 +266,7 @@ def test_chunks_on_two_ranks_have_the_gradients_of_one_process(towers, make_mode
     """Those of the learned temperature and bias too, on every rank."""
     from tiny import make_groups
 
-    port = 28600 + os.getpid() % 1000
-    torch.multiprocessing.spawn(_chunked_gradients, (port, str(tmp_path), towers), nprocs=2)
+    children.spawn(_chunked_gradients, (str(tmp_path), towers), 2)
     model = make_model(num_groups=12, **SIGMOID).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -1,15 +1,15 @@
-"""Several processes fill one cache. A file of its own: every process imports it, so it imports no Trainer."""
+"""Several processes fill one cache."""
 
 import json
 import os
 import signal
 from pathlib import Path
 
+import children
 import numpy as np
-import pytest
 import torch
 from accelerate import PartialState
-from tiny import make_groups
+from tiny import free_port, make_groups
 
 import icone_hf.training.feature_cache as feature_cache
 from icone_hf import FeatureCache, IConEModel, IConEProcessor
@@ -42,12 +42,10 @@ def fill_as_a_rank(rank, num_ranks, port, towers, folder, dies_after):
 
 
 def test_ranks_share_the_work_and_others_go_on_when_one_is_killed(towers, make_model, processor, tmp_path):
-    port = 29000 + os.getpid() % 500
-    with pytest.raises(torch.multiprocessing.ProcessExitedException):
-        torch.multiprocessing.spawn(fill_as_a_rank, (2, port, towers, tmp_path, 6), nprocs=2)
+    children.spawn(fill_as_a_rank, (2, free_port(), towers, tmp_path, 6), 2, expected=-signal.SIGKILL)
     missing = {name: tmp_path.joinpath(f"{name}.done").read_bytes().count(0) for name in ("image", "text")}
     assert 4 <= 21 - missing["image"] < 21  # but for the batch that was cut, and the one being written then
-    torch.multiprocessing.spawn(fill_as_a_rank, (3, port + 1, towers, tmp_path, None), nprocs=3)
+    children.spawn(fill_as_a_rank, (3, free_port(), towers, tmp_path, None), 3)
     counts = [json.loads((tmp_path / f"counts-{rank}.json").read_text()) for rank in range(3)]
     for name, function in (("image", "pool_images"), ("text", "pool_texts")):
         shares = [count[function] for count in counts]
