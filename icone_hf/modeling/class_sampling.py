@@ -53,12 +53,12 @@ def sample_integers(population: int, count: int) -> torch.Tensor:
         raise ValueError(f"{count} different integers cannot be drawn from {population}.")
     # A small population is shuffled whole, which costs no more than what follows.
     if population < 2 * count:
-        return torch.randperm(population)[:count]
+        return torch.randperm(population, device="cpu")[:count]
     # Draw more than needed and drop the duplicates, until there are enough. `unique` sorts: pick at random.
-    drawn = torch.empty(0, dtype=torch.long)
+    drawn = torch.empty(0, dtype=torch.long, device="cpu")
     while len(drawn) < count:
-        drawn = torch.cat((drawn, torch.randint(population, (2 * count,)))).unique()
-    return drawn[torch.randperm(len(drawn))[:count]]
+        drawn = torch.cat((drawn, torch.randint(population, (2 * count,), device="cpu"))).unique()
+    return drawn[torch.randperm(len(drawn), device="cpu")[:count]]
 
 
 def sample_classes(group_ids: torch.Tensor, num_classes: int, num_samples: int, num_ranks: int = 1) -> ScoredClasses:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icone_hf.evaluation import Ranks
+from icone_hf.evaluation import Ranks, metrics
 from icone_hf.evaluation.metrics import (
     fold_metrics,
     fold_ranks,
@@ -210,30 +210,117 @@ def test_bad_input_is_refused_by_name(images, texts, owner, message):
         retrieval_metrics(images, texts, owner)
 
 
+@pytest.mark.parametrize(
+    ("images", "texts", "owner", "message"),
+    [
+        (
+            torch.eye(3),
+            torch.eye(4),
+            torch.arange(4),
+            "image_embeds (3, 3) and text_embeds (4, 4) must be (images, dim) and (captions, dim) with the same dim.",
+        ),
+        (
+            torch.eye(3),
+            torch.eye(3),
+            torch.arange(2),
+            "text_to_image (2,) must hold one image row for each of the 3 captions.",
+        ),
+        (torch.eye(3), torch.eye(3)[:0], torch.arange(0), "There are no captions to rank."),
+        (
+            torch.eye(9),
+            torch.eye(9)[:3],
+            torch.tensor([0, 1, 7]),
+            "6 of 9 images have no caption (rows 2, 3, 4, 5, 6, ...): their image-to-text rank is undefined. Leave "
+            "these images out.",
+        ),
+        (
+            torch.eye(9),
+            torch.eye(9)[:4],
+            torch.tensor([0, 1, 2, 3]),
+            "5 of 9 images have no caption (rows 4, 5, 6, 7, 8): their image-to-text rank is undefined. Leave these "
+            "images out.",
+        ),
+    ],
+)
+def test_messages_say_what_is_wrong_and_what_to_do(images, texts, owner, message):
+    with pytest.raises(ValueError, match=r".") as caught:
+        retrieval_ranks(images, texts, owner)
+    assert str(caught.value) == message
+
+
+def test_cocos_folds_are_the_default_and_ranks_are_integers():
+    rng = np.random.default_rng(0)
+    args = torch.tensor(rng.normal(size=(30, 4))), torch.tensor(rng.normal(size=(60, 4))), torch.arange(60) // 2
+    assert fold_metrics(*args) == fold_metrics(*args, folds=5)
+    for ranks, same in zip(fold_ranks(*args), fold_ranks(*args, folds=5), strict=True):
+        assert torch.equal(ranks, same)
+        assert ranks.dtype == torch.int64
+
+
+def test_metrics_stay_on_the_device_of_the_embeddings(monkeypatch):
+    """Where torch's default is another device: what they make themselves must not land there."""
+    rng = np.random.default_rng(0)
+    args = torch.tensor(rng.normal(size=(6, 4))), torch.tensor(rng.normal(size=(12, 4))), torch.arange(12) // 2
+    expected = fold_metrics(*args, folds=2), sentence_metrics(*args[1:])
+    monkeypatch.setattr(torch, "as_tensor", lambda tensor: tensor)  # by itself it moves what it is given
+    with torch.device("meta"):
+        assert (fold_metrics(*args, folds=2), sentence_metrics(*args[1:])) == expected
+
+
+def test_every_share_has_work_in_every_fold():
+    args = torch.randn(20, 4), torch.randn(40, 4), torch.arange(40) // 2
+    for share in (0, 1):
+        ranks = fold_ranks(*args, folds=2, share=(share, 2))
+        assert [(ranks.text_to_image[0, s] > 0).sum() for s in (slice(0, 20), slice(20, 40))] == [10, 10]
+        assert [(ranks.image_to_text[0, s] > 0).sum() for s in (slice(0, 10), slice(10, 20))] == [5, 5]
+
+
 def test_chunk_size_must_be_positive():
     with pytest.raises(ValueError, match="chunk_size=0"):
         retrieval_metrics(torch.eye(2), torch.eye(2), torch.arange(2), chunk_size=0)
 
 
-def test_chunk_size_bounds_the_scores_held_at_once(monkeypatch):
-    largest = 0
+@pytest.fixture
+def largest_product(monkeypatch):
+    """The largest number of scores that one product has made."""
+    seen = [0]
     real = torch.Tensor.__matmul__
 
     def watched(a, b):
-        nonlocal largest
         result = real(a, b)
-        largest = max(largest, result.numel())
+        seen[0] = max(seen[0], result.numel())
         return result
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
-    retrieval_metrics(torch.randn(40, 4), torch.randn(200, 4), torch.arange(200) // 5, chunk_size=3)
-    assert largest == 3 * 200
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("block", "chunk_size", "of_both", "of_captions"),
+    [(2**24, 3, 600, 600), (900, None, 880, 800), (1, None, 200, 200)],
+)
+def test_chunks_bound_the_scores_held_at_once(largest_product, monkeypatch, block, chunk_size, of_both, of_captions):
+    """By the size that is asked for, or by a number of scores."""
+    monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", block)
+    args = torch.randn(40, 4), torch.randn(200, 4), torch.arange(200) // 5
+    for measure in (
+        lambda: retrieval_metrics(*args, chunk_size=chunk_size),
+        lambda: fold_metrics(*args, 2, chunk_size),
+    ):
+        largest_product[0] = 0
+        measure()
+        assert largest_product[0] == of_both  # 200 captions and 40 images
+    largest_product[0] = 0
+    sentence_metrics(*args[1:], chunk_size=chunk_size)
+    assert largest_product[0] == of_captions
 
 
 def test_table_shows_every_metric():
     metrics = retrieval_metrics(torch.eye(3), torch.eye(3), torch.arange(3))
-    header, _, row = metrics_table({"test": metrics}).splitlines()
-    assert [cell.strip() for cell in header.split("|")[2:-1]][-1] == "Rsum"
+    header, rule, row = metrics_table({"test": metrics}).splitlines()
+    names = [f"{way} {name}" for way in ("t2i", "i2t") for name in ("R@1", "R@5", "R@10", "MedR", "MnR")]
+    assert header == f"|      | {' | '.join([*names, 'Rsum'])} |"
+    assert rule == f"| ---- | {' | '.join('-' * (len(name) - 1) + ':' for name in [*names, 'Rsum'])} |"
     assert [float(cell) for cell in row.split("|")[2:-1]] == list(
         map(float, json.loads(json.dumps(list(metrics.values()))))
     )
@@ -257,5 +344,5 @@ def test_captions_find_the_others_of_their_group(counts, seed):
 
 
 def test_single_captions_have_nothing_to_find():
-    with pytest.raises(ValueError, match="two captions"):
+    with pytest.raises(ValueError, match=r"^No group has two captions: there is nothing to find\.$"):
         sentence_metrics(torch.eye(3), torch.arange(3))

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from icone_hf.modeling import class_sampling
 from icone_hf.modeling.class_sampling import sample_classes, sample_integers, scored_rows
 from icone_hf.modeling.losses import IGNORED_GROUP, instance_loss
 
@@ -67,6 +69,18 @@ def test_the_batchs_classes_are_scored_and_others_stand_for_the_rest(rows, num_s
     assert [IGNORED_GROUP if p < 0 else ids[p] for p in positions.tolist()] == groups.tolist()
 
 
+def test_classes_are_drawn_on_the_cpu_and_stay_on_the_batchs_device():
+    """Where torch's default is another device: checkpoints hold the state of the CPU's generator alone."""
+    groups = torch.tensor([2, 5, 5, IGNORED_GROUP])
+    for num_samples in (4, 30):
+        torch.manual_seed(0)
+        expected = sample_classes(groups, 40, num_samples)
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            scored = sample_classes(groups, 40, num_samples)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(scored, expected, strict=True))
+
+
 @pytest.mark.parametrize(("logits", "temperature"), LOGITS)
 @pytest.mark.parametrize("num_samples", [25, 100])
 def test_with_all_others_it_is_the_exact_loss(logits, temperature, num_samples):
@@ -104,6 +118,15 @@ def test_the_denominators_estimate_is_unbiased_and_the_loss_comes_near_from_belo
     error = estimates.std(dim=0) / math.sqrt(draws)
     assert ((estimates.mean(dim=0) - exact).abs() < 5 * error).all()
     assert torch.stack(losses).mean() <= (exact.log() - own).mean()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_all_ranks_score_what_the_first_has_drawn(monkeypatch, num_ranks):
+    """Though each has drawn other numbers."""
+    monkeypatch.setattr(class_sampling, "sample_integers", lambda *_: torch.tensor([10 + torch.distributed.get_rank()]))
+    groups = torch.tensor([1, 4])
+    scored = on_ranks(num_ranks, lambda rank: sample_classes(groups, 40, 1, num_ranks).class_ids.tolist(), monkeypatch)
+    assert scored == [[1, 4, 12]] * num_ranks  # the batch's own, and the other class number 10
 
 
 def test_the_gradient_touches_no_other_row():

@@ -4,7 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icone_hf.modeling.losses import IGNORED_GROUP, contrastive_loss, hinge_loss, instance_loss, sigmoid_loss
+from icone_hf.modeling.losses import (
+    IGNORED_GROUP,
+    contrastive_loss,
+    hinge_loss,
+    instance_loss,
+    instance_scores,
+    sigmoid_loss,
+)
 
 
 def log_softmax(x):
@@ -218,7 +225,7 @@ def test_several_positives_of_distinct_groups_are_plain_info_nce():
     images, texts = normalized(normal(5, 4)), normalized(normal(5, 4, seed=1))
     several = contrastive_loss(images, texts, 0.05, torch.arange(5), several_positives=True)
     assert several.item() == pytest.approx(contrastive_loss(images, texts, 0.05).item(), rel=1e-6)
-    with pytest.raises(ValueError, match="group_ids"):
+    with pytest.raises(ValueError, match=r"^several_positives needs group_ids"):
         contrastive_loss(images, texts, several_positives=True)
 
 
@@ -254,6 +261,37 @@ def test_the_order_of_a_batch_does_not_matter(loss, size, seed):
     groups, order = torch.tensor(rng.integers(0, 4, size)), torch.tensor(rng.permutation(size))
     before, after = loss(images, texts, groups), loss(images[order], texts[order], groups[order])
     assert after.item() == pytest.approx(before.item(), rel=1e-4, abs=1e-6)
+
+
+def test_defaults_are_the_papers_and_vsepps():
+    images, texts = (normalized(normal(5, 4, seed=s)) for s in (0, 1))
+    classes, groups = torch.tensor(normal(6, 4, seed=2)), torch.arange(5)
+    for logits, temperature in (("dot", 1.0), ("cosine", 0.05)):
+        expected = instance_loss(images, classes, groups, logits, temperature, "mean", None)
+        assert instance_loss(images, classes, groups, logits) == expected
+    assert instance_loss(images, classes, groups) == instance_loss(images, classes, groups, "dot")
+    torch.testing.assert_close(instance_scores(images, classes).double(), images @ classes.T, atol=1e-6, rtol=1e-6)
+    assert torch.equal(
+        instance_scores(images, classes, "cosine"), instance_scores(images, classes, "cosine", temperature=0.05)
+    )
+    assert contrastive_loss(images, texts) == contrastive_loss(images, texts, 0.05, None, False)
+    assert hinge_loss(images, texts) == hinge_loss(images, texts, 0.2, None, True)
+    assert sigmoid_loss(images, texts, 0.1, -3.0) == sigmoid_loss(images, texts, 0.1, -3.0, None, False)
+
+
+def test_losses_stay_on_the_device_of_their_inputs():
+    """Where torch's default is another device: what a loss makes itself must not land there."""
+    images, texts = (normalized(normal(5, 4, seed=s)) for s in (0, 1))
+    groups, classes = torch.tensor([0, 1, 0, 2, IGNORED_GROUP]), torch.tensor(normal(6, 4, seed=2))
+    losses = {
+        "instance": lambda: instance_loss(images, classes, groups, "cosine", 0.1),
+        "infonce": lambda: contrastive_loss(images, texts, 0.1),
+        **{name: lambda loss=loss: loss(images, texts, groups) for name, loss in LOSSES.items()},
+    }
+    for name, loss in losses.items():
+        expected = loss()
+        with torch.device("meta"):
+            assert torch.equal(loss(), expected), name
 
 
 @pytest.mark.parametrize("name", ["dot", "cosine", "infonce", "sigmoid", "hinge"])
