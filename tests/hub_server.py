@@ -48,9 +48,9 @@ class Repository:
 class Hub(ThreadingHTTPServer):
     """Serve repositories: `with Hub() as hub:` serves at `hub.endpoint`.
 
-    `hub.seen` holds methods and paths, `hub.resumed` the files of which only the rest was asked for. `hub.faults` holds
-    `(method, pattern, fault)`, each taken once. A fault is a status code (429 comes with Retry-After: 1), or `"cut"`:
-    the connection breaks in mid-body.
+    `hub.seen` holds methods and paths, `hub.resumed` the files of which only the rest was asked for, `hub.parts` those
+    of which a part was. `hub.faults` holds `(method, pattern, fault)`, each taken once. A fault is a status code (429
+    comes with Retry-After: 1), or `"cut"`: the connection breaks in mid-body.
     """
 
     daemon_threads = True
@@ -58,7 +58,8 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
-        self.repositories, self.objects, self.faults, self.seen, self.resumed = {}, {}, [], [], []
+        self.repositories, self.objects, self.faults, self.seen = {}, {}, [], []
+        self.resumed, self.parts = [], []
         self.lock = threading.Lock()
 
     def __enter__(self):
@@ -284,7 +285,9 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Repo_Commit": sha, "Accept_Ranges": "bytes"}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             first, last = int(match[1]), int(match[2] or len(content) - 1)
-            if first and not match[2]:
+            if match[2]:
+                self.server.parts.append(path)
+            elif first:
                 self.server.resumed.append(path)
             headers["Content_Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
             content, status = content[first : last + 1], 206

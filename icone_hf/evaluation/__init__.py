@@ -9,7 +9,10 @@ from ..lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "heat_maps": ("heat_map", "heat_maps", "pointing_game"),
+        "heat_maps": (
+            "heat_map",
+            "pointing_game",
+        ),  # `heat_maps` here is the module; the function is icone_hf.heat_maps
         "measure": ("measure_embeddings",),
         "metrics": (
             "Ranks",

@@ -1,3 +1,5 @@
+import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -50,6 +52,45 @@ def test_a_process_that_ends_is_reported():
 def test_the_pages_show_what_was_measured():
     for name, table in harness.blocks().items():
         assert table in harness.page_of(name).read_text(encoding="utf-8"), f"{name}: python -m benchmarks --report"
+
+
+def recorded(name):
+    return json.loads((ROOT / "benchmarks" / "results" / "performance" / f"{name}.json").read_text())
+
+
+def shown(name):
+    """A table of the page of speed: the cells of each line, as numbers where they are, by the first cell."""
+    text = harness.PAGE.read_text(encoding="utf-8").split(f"<!-- {name}: ")[1].split(f"<!-- end of {name}")[0]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    numbers = [[re.match(r"[\d,.]*", cell)[0].replace(",", "") for cell in cells] for _, *cells in lines]
+    return {head: [float(n or "nan") for n in ns] for (head, *_), ns in zip(lines, numbers, strict=True)}
+
+
+def test_numbers_of_the_page_are_worked_out_of_the_recorded_ones():
+    """Once more, by NumPy: medians, and the median over rounds of ratios within a round."""
+    runs, rows = recorded("stage_two"), shown("stage_two")
+    for name, seconds in runs["seconds"].items():
+        speed, ratio = rows[{"encoders alone": "towers alone"}.get(name, name)]
+        assert speed == pytest.approx(runs["pairs"] / np.median(seconds), abs=0.051), name
+        assert ratio == pytest.approx(np.median(np.divide(runs["seconds"]["bare loop"], seconds)), abs=0.0051), name
+
+    runs, rows = recorded("stage_one")["seconds"], shown("stage_one")
+    assert rows["the whole stage"] == [
+        pytest.approx(np.median(runs["stage"]), abs=0.051),
+        pytest.approx(np.median(np.divide(runs["stage"], runs["bare"])), abs=0.0051),
+    ]
+    runs, rows = recorded("retrieval")["seconds"], shown("retrieval")
+    ratio = np.median(np.divide(runs["5k and 1k"], runs["two products"]))
+    assert rows["`retrieval_metrics`, 5k and 1k"] == [
+        pytest.approx(np.median(runs["5k and 1k"]), abs=0.0051),
+        pytest.approx(ratio, abs=0.0051),
+    ]
+    runs = recorded("classifier")
+    for cell in runs["cells"]:
+        row, is_sampled = shown("classifier")[f"{cell['groups']:,}"], bool(cell["samples"])
+        assert row[0] == pytest.approx(12 * cell["groups"] * runs["dim"] / 2**20, abs=0.51)
+        assert row[2 + is_sampled] == cell["peak_mib"]
+        assert row[4 + is_sampled] == pytest.approx(1000 * np.median(cell["seconds"]), abs=0.51)
 
 
 def test_the_page_of_speed_begins_with_its_sum():

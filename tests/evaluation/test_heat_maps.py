@@ -298,8 +298,13 @@ def test_groups_without_boxes_or_names_are_refused(make_model, processor):
 def test_it_plays_on_drawn_scenes(make_model, processor):
     scenes = draw_scenes("validation", 4, 64)
     result = pointing_game(make_model(), processor, scenes, "dot")
-    named = [named_boxes(row["captions"][i % 5], row["objects"]) for i, row in enumerate(scenes)]
-    areas = [(b[2] - b[0]) * (b[3] - b[1]) / 64**2 for boxes in named for b in boxes.values()]
+    areas, hits = [], []
+    for i, row in enumerate(scenes):
+        caption = row["captions"][i % 5]
+        for words, (left, top, right, bottom) in named_boxes(caption, row["objects"]).items():
+            areas.append((right - left) * (bottom - top) / 64**2)
+            x, y = peak(heat_map(make_model(), processor, row["image"], caption, words, "dot"))
+            hits.append(left <= x <= right and top <= y <= bottom)
     assert result["trials"] == len(areas) > 4
     assert result["chance"] == pytest.approx(np.mean(areas))
-    assert 0 <= result["hit_rate"] <= 1
+    assert result["hit_rate"] == pytest.approx(np.mean(hits))

@@ -3,15 +3,14 @@
 import copy
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
+import children
+import numpy as np
 import pytest
 import torch
-from tiny import make_groups
+from tiny import free_port, make_groups
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, BertTokenizer
 
 from icone_hf import IConEModel, IConEProcessor, encode_groups, load_groups, retrieval_metrics
@@ -140,13 +139,9 @@ def test_settings_that_changed_make_another_run(tiny, tmp_path):
 
 def test_two_processes_take_part_and_one_writes(tmp_path):
     """The smoke scale has its own data, towers and recipes. test_distributed.py tests that two train as one does."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(
-        [*launcher, "-m", "icone_hf", "reproduce", "table1", "--smoke", "--output_dir", str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=True,
-        capture_output=True,
-    )
+    command = ["-m", "icone_hf", "reproduce", "table1", "--smoke", "--output_dir", tmp_path]
+    done = children.ranks(2, command, free_port())
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr[-3000:]
     results = results_of(tmp_path)
     (done,) = results["runs"].values()
     assert done["environment"]["processes"] == 2
@@ -233,6 +228,26 @@ def test_recurrent_towers_are_what_the_plan_counts(scale, name, tmp_path):
 def test_the_page_in_the_documentation_is_made_from_its_results():
     folder = ROOT / "docs" / "reproduction"
     assert (folder / "README.md").read_text() == page(json.loads((folder / "results.json").read_text()))
+
+
+def test_numbers_of_the_page_in_the_documentation_are_those_of_its_runs():
+    """Tables 1 and 2, worked out once more by NumPy."""
+    folder = ROOT / "docs" / "reproduction"
+    runs = json.loads((folder / "results.json").read_text())["runs"].values()
+    wanted = {"image": "ViT", "text": "BERT", "recipe": "full", "temperature": 0.05}
+    lines = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| **IConE (icone_hf")]
+    columns = [f"{way}_{name}" for way in ("t2i", "i2t") for name in ("r1", "r5", "r10", "medr", "mnr")]
+    for line, protocol in zip(lines, ("flickr30k", "coco_1k", "coco_5k"), strict=True):
+        of_seeds = [
+            run["metrics"][protocol] for run in runs if wanted.items() <= run.items() and protocol in run["metrics"]
+        ]
+        assert len(of_seeds) == 3
+        cells = line.removesuffix(" (n=3) |").split(" | ")[2:]
+        for cell, column in zip(cells, [*columns, "rsum"], strict=True):
+            mean, deviation = map(float, cell.split(" ± "))
+            values = [metrics[column] for metrics in of_seeds]
+            assert mean == pytest.approx(np.mean(values), abs=0.051), (protocol, column)
+            assert deviation == pytest.approx(np.std(values, ddof=1), abs=0.051), (protocol, column)
 
 
 def test_report_only_needs_results_alone(tmp_path, monkeypatch):

@@ -1,10 +1,9 @@
 """Other tools read a checkpoint and find what IConEModel finds."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import children
 import evaluate
 import numpy as np
 import pytest
@@ -109,8 +108,14 @@ def test_dtype_device_map_files_and_subfolders_are_transformers_own(checkpoint, 
 
 def test_a_pipeline_classifies_by_the_probabilities_of_all_captions(checkpoint):
     classify = pipeline("zero-shot-image-classification", model=str(checkpoint))
-    answers = classify(GROUPS[0]["image"], candidate_labels=["a dog", "a cat"])
-    assert sum(answer["score"] for answer in answers) == pytest.approx(1)
+    labels = ["a red square", "the blue ground", "a square on a green ground"]
+    answers = classify(GROUPS[0]["image"], candidate_labels=labels, hypothesis_template="{}")
+    inputs = AutoProcessor.from_pretrained(checkpoint)(images=GROUPS[0]["image"], text=labels, return_tensors="pt")
+    with torch.no_grad():
+        output = IConEModel.from_pretrained(checkpoint).eval()(**inputs)
+    expected = np.exp((output.image_embeds @ output.text_embeds.T).numpy()[0] / 0.05)
+    found = {answer["label"]: answer["score"] for answer in answers}
+    assert found == pytest.approx(dict(zip(labels, expected / expected.sum(), strict=True)), rel=1e-3)
 
 
 def test_sentence_transformers_evaluates_truncates_and_saves_it_again(checkpoint, right, tmp_path):
@@ -145,7 +150,7 @@ def test_what_has_travelled_is_saved_again(checkpoint, tmp_path):
     )
     (tmp_path / "icone_hf.py").write_text("raise ImportError\n")
     environment = {"PYTHONPATH": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
+    children.run(["-c", code], check=True, env=environment, cwd=tmp_path)
     again = AutoModel.from_pretrained(tmp_path / "again")
     assert isinstance(again, IConEModel)
     for name, value in IConEModel.from_pretrained(checkpoint).state_dict().items():
