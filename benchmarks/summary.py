@@ -1,12 +1,14 @@
-"""The table of speed at the top of docs/performance.md, one line a claim."""
+"""The table of speed at the top of docs/performance.md, one line a claim, and what has run on a GPU."""
 
 from statistics import median
 
+from benchmarks import gpu
 from benchmarks.harness import PAGE, markdown, ratio, read_results
 from benchmarks.performance import start_up
 from benchmarks.recipes_report import write_between
 
 MARKS = "<!-- speed: python -m benchmarks --report -->", "<!-- end of speed -->"
+GPU_MARKS = "<!-- gpu: make gpu -->", "<!-- end of gpu -->"
 
 
 def table() -> str:
@@ -54,5 +56,6 @@ def table() -> str:
 
 
 def write() -> None:
-    """Put the table between its marks in the page."""
+    """Put both tables between their marks in the page."""
     write_between(PAGE, MARKS, table())
+    write_between(PAGE, GPU_MARKS, gpu.table())
