@@ -10,6 +10,8 @@
 # make wheel        builds the wheel into dist/ and tries it in a clean environment
 # make smoke        every experiment of the paper on a handful of scenes, in minutes: that it runs from data to page
 # make bench        how fast it is, beside bare loops and peers: every table of docs/performance.md (80 minutes, on a quiet machine)
+# make gpu          all that a GPU could break or measure, on one card in under nine minutes; without a card it says so
+# make fuzz         the tests of random input, with fifty times as many inputs as make test tries, and others each time
 # make model-card   MODEL_CARD.md and its pictures, from the quickstart's run
 # make reproduce    every experiment in miniature, and its page and pictures into docs/reproduction (about an hour)
 
@@ -27,7 +29,7 @@ export MALLOC_MMAP_MAX_ := 0
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart test test-slow coverage mutants versions kills check docs wheel smoke bench model-card reproduce clean
+.PHONY: quickstart test test-slow coverage mutants versions kills check docs wheel smoke bench gpu fuzz model-card reproduce clean
 
 quickstart: outputs/towers/minilm/config.json
 	@echo "[3/4] Training both stages and testing: log and checkpoints in $(OUTPUT)"
@@ -102,6 +104,12 @@ smoke: $(VENV)/quickstart
 
 bench: $(VENV)/dev outputs/towers/minilm/config.json
 	$(PYTHON) -m benchmarks all
+
+gpu: $(VENV)/dev outputs/towers/minilm/config.json
+	$(PYTHON) -m benchmarks.gpu
+
+fuzz: $(VENV)/dev
+	$(PYTHON) -m pytest tests/fuzz --hypothesis-profile fuzz --hypothesis-show-statistics
 
 model-card: quickstart
 	$(PYTHON) -m benchmarks.model_card $(OUTPUT)

@@ -10,10 +10,17 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tiny import WORDS, make_groups, tiny_text_config, tiny_vision_config
 from transformers import BertModel, BertTokenizer, CLIPImageProcessorPil, CLIPVisionModel
 
 from icone_hf import IConEModel, IConEProcessor
+
+# The default run tries the same inputs each time. `make fuzz` tries others, and a hundred times as many (tests/fuzz).
+_CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("default", deadline=None, derandomize=True, suppress_health_check=_CHECKS, max_examples=100)
+settings.register_profile("fuzz", settings.get_profile("default"), derandomize=False, max_examples=5000)
+settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 import weakref
 from collections.abc import Iterable
 from functools import cached_property
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # commands that only read data do not wait for torch
     import torch
 
 SHOWN = 5  # how many offenders an error message names
+_INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of controls, joiners and separators
 
 
 class Captions:
@@ -67,6 +69,8 @@ class Captions:
     def check(self, where: str) -> None:
         """Refuse groups without a caption and empty captions.
 
+        A caption of spaces and invisible characters alone is empty.
+
         Raises:
             ValueError: naming `where`, the first rows and their number.
         """
@@ -114,4 +118,5 @@ def first_of(items: Iterable[Any], separator: str = ", ") -> str:
 
 
 def _says_something(caption: Any) -> bool:
-    return isinstance(caption, str) and bool(caption.strip())
+    # Of characters that show nothing, `strip` takes the spaces alone: control characters and joiners are some too.
+    return isinstance(caption, str) and any(unicodedata.category(sign) not in _INVISIBLE for sign in caption)

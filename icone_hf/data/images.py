@@ -43,9 +43,12 @@ class Images:
         Raises:
             ValueError: if it can't be decoded, naming the row and, where it is a file, the path.
         """
-        stored = self._stored[row]["image"]
+        # Imported here: what only lists images does not wait for torch.
+        from ..modeling.processing_icone import with_eight_bits
+
+        stored = self._stored[row]["image"] or {"bytes": None, "path": None}
         try:
-            return self._decode(stored)
+            return with_eight_bits(self._decode(stored))
         except Exception as error:
             raise InputError(
                 f"The image of row {row} ({stored['path'] or 'embedded'}) cannot be decoded: {error}. Replace it or "

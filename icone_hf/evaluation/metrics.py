@@ -88,11 +88,12 @@ def fold_ranks(
     if not 0 <= share[0] < share[1]:
         raise ValueError(f"share={share} must be (k, n) with 0 <= k < n.")
     _check(image_embeds, text_embeds, text_to_image)
+    text_to_image = text_to_image.long()
     if folds < 1 or len(image_embeds) % folds:
         raise ValueError(f"{len(image_embeds)} images cannot be cut into {folds} folds of equal size.")
     image_embeds, text_embeds = image_embeds.float(), text_embeds.float()
     # Sort the captions by their images: the captions of consecutive images are then consecutive columns.
-    image_rows, order = torch.sort(text_to_image.long().to(image_embeds.device), stable=True)
+    image_rows, order = torch.sort(text_to_image.to(image_embeds.device), stable=True)
     captions = _SortedCaptions(text_embeds[order], image_rows, len(image_embeds))
     text_ranks = torch.zeros(2, len(text_embeds), dtype=torch.int64, device=image_embeds.device)
     image_ranks = torch.zeros(2, len(image_embeds), dtype=torch.int64, device=image_embeds.device)
@@ -207,42 +208,51 @@ def _count(is_rival: torch.Tensor, fold: slice) -> torch.Tensor:
 
 def _check(image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor) -> None:
     """Refuse input that has no ranks."""
-    # The shapes must fit together.
-    if image_embeds.ndim != 2 or text_embeds.ndim != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
+    if image_embeds.ndim != 2 or text_embeds.ndim != 2 or not image_embeds.shape[1] == text_embeds.shape[1] > 0:
         raise ValueError(
             f"image_embeds {tuple(image_embeds.shape)} and text_embeds {tuple(text_embeds.shape)} must be (images, "
-            "dim) and (captions, dim) with the same dim."
+            "dim) and (captions, dim) with the same dim, 1 or more."
         )
-    if text_to_image.shape != text_embeds.shape[:1]:
-        raise ValueError(
-            f"text_to_image {tuple(text_to_image.shape)} must hold one image row for each of the {len(text_embeds)} "
-            "captions."
-        )
-    if not len(text_embeds):
-        raise ValueError("There are no captions to rank.")
-    # Every caption needs an image that exists.
-    if text_to_image.is_floating_point():
-        raise ValueError(f"text_to_image holds {text_to_image.dtype}; row numbers are integers.")
+    _check_captions(text_embeds, text_to_image)
+    text_to_image = text_to_image.long()  # not all comparisons know the unsigned types
     outside = (text_to_image < 0) | (text_to_image >= len(image_embeds))
     if outside.any():
         position = int(outside.nonzero()[0])
         raise ValueError(
-            f"text_to_image[{position}] is {int(text_to_image[position])}, but image rows are "
-            f"0..{len(image_embeds) - 1}."
+            f"text_to_image[{position}] is {text_to_image[position]}, but image rows are 0..{len(image_embeds) - 1}."
         )
-    # Every image needs a caption.
-    without = (torch.bincount(text_to_image.long(), minlength=len(image_embeds)) == 0).nonzero().flatten().tolist()
+    without = (torch.bincount(text_to_image, minlength=len(image_embeds)) == 0).nonzero().flatten().tolist()
     if without:
         shown = ", ".join(map(str, without[:5])) + (", ..." if len(without) > 5 else "")
         raise ValueError(
             f"{len(without)} of {len(image_embeds)} images have no caption (rows {shown}): their image-to-text rank "
             "is undefined. Leave these images out."
         )
-    # NaN compares as false with everything, so a broken model would rank first.
-    for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
-        bad = (~embeds.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    _check_values(("image_embeds", image_embeds), ("text_embeds", text_embeds))
+
+
+def _check_captions(text_embeds: torch.Tensor, text_to_image: torch.Tensor) -> None:
+    """Refuse captions without a row number each."""
+    if text_embeds.ndim != 2 or text_to_image.shape != text_embeds.shape[:1]:
+        shape = tuple(text_to_image.shape)
+        raise ValueError(f"text_to_image {shape} must hold one image row for each of the {len(text_embeds)} captions.")
+    if not len(text_embeds):
+        raise ValueError("There are no captions to rank.")
+    if text_to_image.is_floating_point() or text_to_image.is_complex() or text_to_image.dtype == torch.bool:
+        raise ValueError(f"text_to_image holds {text_to_image.dtype}; row numbers are integers.")
+
+
+def _check_values(*embeds: tuple[str, torch.Tensor]) -> None:
+    """Refuse embeddings whose scores would not be finite."""
+    # NaN compares as false with everything, so a broken model would rank first. Scores are made in float32.
+    bound = float(embeds[0][1].shape[1])
+    for name, rows in embeds:
+        bad = (~rows.float().isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"{name} holds NaN or infinite values in {len(bad)} rows, the first is row {bad[0]}.")
+        bound *= torch.linalg.vector_norm(rows.float(), math.inf).item()
+    if bound > torch.finfo(torch.float32).max:
+        raise ValueError("The embeddings are so large that their scores would be infinite: normalise them.")
 
 
 def metrics_of_ranks(text_ranks: torch.Tensor, image_ranks: torch.Tensor) -> dict[str, float]:
@@ -269,7 +279,7 @@ def mean_over_folds(
         folds: number of folds.
     """
     size = len(image_ranks) // folds
-    of_fold = text_to_image // size
+    of_fold = text_to_image.long() // size  # the unsigned types can't be divided
     results = [
         metrics_of_ranks(text_ranks[of_fold == fold], image_ranks[fold * size : (fold + 1) * size])
         for fold in range(folds)
@@ -280,7 +290,10 @@ def mean_over_folds(
 def _of_ranks(direction: str, ranks: torch.Tensor) -> dict[str, float]:
     """Summarise one direction's ranks as recalls, median and mean."""
     recalls = {f"{direction}_r{k}": 100 * (ranks <= k).double().mean().item() for k in RECALL_RANKS}
-    return {**recalls, f"{direction}_medr": ranks.quantile(0.5).item(), f"{direction}_mnr": ranks.mean().item()}
+    # `quantile` takes 16 million numbers at most, and `median` the lower of two.
+    ordered = ranks.sort().values
+    median = (ordered[(len(ranks) - 1) // 2] + ordered[len(ranks) // 2]) / 2
+    return {**recalls, f"{direction}_medr": median.item(), f"{direction}_mnr": ranks.mean().item()}
 
 
 def retrieval_metrics(
@@ -345,8 +358,12 @@ def sentence_metrics(
         caption of the group. Ranks start at 1, ties count against the model.
 
     Raises:
-        ValueError: if no group has two captions.
+        ValueError: if no group has two captions, shapes do not fit, or an embedding is not finite.
     """
+    text_embeds, text_to_image = torch.as_tensor(text_embeds), torch.as_tensor(text_to_image)
+    _check_captions(text_embeds, text_to_image)
+    _check_values(("text_embeds", text_embeds), ("text_embeds", text_embeds))
+    text_embeds, text_to_image = text_embeds.float(), text_to_image.long()
     counts = torch.bincount(text_to_image)[text_to_image]
     if not (counts > 1).any():
         raise ValueError("No group has two captions: there is nothing to find.")

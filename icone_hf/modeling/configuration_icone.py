@@ -1,8 +1,10 @@
 """The configuration of IConE."""
 
+import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -105,7 +107,10 @@ class IConEConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)  # makes configs of dicts
+        try:
+            super().__post_init__(**kwargs)  # makes configs of dicts
+        except (ValueError, TypeError, LookupError, StrictDataclassError) as error:
+            raise ModelError(f"No tower's config can be made of vision_config and text_config: {error}") from error
         for field, tower in (("vision_pooling", self.vision_config), ("text_pooling", self.text_config)):
             if getattr(self, field) is None:
                 setattr(self, field, guess_pooling(tower, field))
@@ -129,10 +134,12 @@ class IConEConfig(PreTrainedConfig):
             raise ModelError(f"instance_samples={self.instance_samples} must be 0 (all classes) or more.")
         for name in ("temperature", "instance_temperature"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ModelError(f"{name}={value} must be greater than 0: similarities are divided by it.")
-        if not self.margin > 0:
-            raise ModelError(f"margin={self.margin} must be greater than 0.")
+            if value is not None and not 0 < value < math.inf:
+                raise ModelError(f"{name}={value} must be greater than 0, and finite: similarities are divided by it.")
+        if not 0 < self.margin < math.inf:
+            raise ModelError(f"margin={self.margin} must be greater than 0, and finite.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ModelError(f"initializer_range={self.initializer_range} must be 0 or more, and finite.")
 
         # Losses.
         for name, choices in (("instance_logits", INSTANCE_LOGITS), ("contrastive_loss", CONTRASTIVE_LOSSES)):
@@ -152,6 +159,19 @@ class IConEConfig(PreTrainedConfig):
             if isinstance(sub_config, PreTrainedConfig):
                 tower_width(sub_config)
 
+
+_set_checked = IConEConfig.__setattr__
+
+
+def _set_field(config: IConEConfig, name: str, value: Any) -> None:
+    try:
+        _set_checked(config, name, value)
+    except StrictDataclassFieldValidationError as error:
+        raise ModelError(str(error)) from error
+
+
+# `@strict` checks types whenever a field is set. Its error is no ValueError, and of no class that says who can mend it.
+IConEConfig.__setattr__ = _set_field  # type: ignore[assignment]
 
 AutoConfig.register("icone", IConEConfig, exist_ok=True)
 IConEConfig.register_for_auto_class()  # copies this module into a checkpoint, which then loads without the package

@@ -24,6 +24,7 @@ from .towers import max_text_tokens
 
 logger = logging.get_logger(__name__)
 
+TEXT_PADDINGS = ("longest", "max_length")
 # These towers were trained on captions padded to full length, and attend to the padding.
 _FULL_LENGTH_TEXT = ("siglip_text_model", "siglip2_text_model")
 
@@ -64,6 +65,10 @@ class IConEProcessor(ProcessorMixin):
             if tokenizer.eos_token is None:
                 raise ModelError(f"{type(tokenizer).__name__} has no padding token: set tokenizer.pad_token.")
             tokenizer.pad_token = tokenizer.eos_token
+        if text_padding not in TEXT_PADDINGS:
+            raise ModelError(f"text_padding={text_padding!r} must be one of {', '.join(TEXT_PADDINGS)}.")
+        if not isinstance(jpeg_draft, bool):
+            raise ModelError(f"jpeg_draft={jpeg_draft!r} must be true or false.")
         self.text_padding = text_padding
         self.jpeg_draft = jpeg_draft
         super().__init__(image_processor, tokenizer, **kwargs)
@@ -121,7 +126,12 @@ class IConEProcessor(ProcessorMixin):
         Returns:
             `pixel_values`, `(images, channels, height, width)`, and `input_ids` and `attention_mask`, `(captions,
             tokens)`.
+
+        Raises:
+            ValueError: for captions that are no Unicode text or have no token, and for images of floats or of more
+                than 16 bits a channel, whose range nobody knows.
         """
+        images = with_eight_bits(images)
         if text is None:
             return super().__call__(images=images, **kwargs)
 
@@ -135,11 +145,14 @@ class IConEProcessor(ProcessorMixin):
             "truncation": True,
         }
         text_kwargs = {name: value for name, value in defaults.items() if name not in kwargs} | text_kwargs
+        _check_text(text)
         inputs = super().__call__(images=images, text=text, text_kwargs=text_kwargs, **kwargs)
 
         # Warn once if captions were cut. A caption that fills all positions has very likely been.
         options = {**text_kwargs, **kwargs}
         longest = len(inputs["input_ids"][0])
+        if not longest:
+            raise ModelError("No caption has a token: all are empty, or of characters that the tokenizer doesn't know.")
         is_full = longest == options.get("max_length", self.tokenizer.model_max_length)
         if options["padding"] == "max_length":  # then every row is as long: look for one without padding
             is_full = any(self.tokenizer.pad_token_id not in row for row in inputs["input_ids"])
@@ -149,6 +162,38 @@ class IConEProcessor(ProcessorMixin):
                 "tower has no positions for it. (Said once.)"
             )
         return inputs
+
+
+def _check_text(text: Any) -> None:
+    """Refuse what no tokenizer can read."""
+    if isinstance(text, list | tuple) and not text:
+        raise ModelError("text holds no captions: leave it out, or pass one or more.")
+    for caption in [text] if isinstance(text, str) else text:
+        if isinstance(caption, str) and not caption.isascii():
+            try:
+                caption.encode()
+            except UnicodeEncodeError as error:
+                raise ModelError(f"The caption {caption!r:.60} is no Unicode text: {error.reason}.") from error
+
+
+def with_eight_bits(images: Any) -> Any:
+    """Scale images of 16 bits to 8.
+
+    PIL's own conversion cuts values off at 255, so that nearly all pixels become white.
+    """
+    if isinstance(images, list | tuple):
+        return [with_eight_bits(image) for image in images]
+    mode = str(getattr(images, "mode", ""))
+    if not mode.startswith("I") and mode != "F":
+        return images
+    lowest, highest = images.getextrema()
+    if mode == "F" or lowest < 0 or highest > 65535:
+        raise ModelError(
+            f"An image has pixels of mode {mode!r} from {lowest} to {highest}, whose range is unknown: convert it to 8 "
+            "or 16 bits a channel."
+        )
+    wide = images if mode == "I" else images.convert("I")
+    return wide.point(lambda value: value * (1 / 257) + 0.5).convert("L")
 
 
 def _load_image_processor(vision: str | os.PathLike) -> Any:

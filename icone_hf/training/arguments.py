@@ -1,6 +1,7 @@
 """Arguments of a run: transformers' own with our defaults, and a few more."""
 
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from transformers import TrainingArguments
@@ -35,6 +36,10 @@ DECISIVE_ARGUMENTS = (
 )
 
 
+# Numbers of things, and the least that each may be.
+_COUNTS = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "pairs_per_group": 1, "neighbour_run": 0}
+
+
 @dataclass
 class IConETrainingArguments(TrainingArguments):
     """Hold transformers' training arguments with our defaults.
@@ -51,8 +56,9 @@ class IConETrainingArguments(TrainingArguments):
     - `use_cpu` is set where there is no accelerator.
 
     Raises:
-        ValueError: for a `global_batch_size` or `per_device_chunk_size` that is out of range, or that is given beside
-            `gradient_accumulation_steps`; for FSDP, DeepSpeed and other engines that spread a model over processes.
+        ValueError: for a number of pairs, groups or images that is out of range; for a `global_batch_size` or
+            `per_device_chunk_size` beside `gradient_accumulation_steps`; for FSDP, DeepSpeed and other engines that
+            spread a model over processes.
     """
 
     _argument_group_name = "run (transformers' TrainingArguments and, at their end, ours)"
@@ -138,12 +144,13 @@ class IConETrainingArguments(TrainingArguments):
         super().__post_init__()
         check_device(self.device)
         # Check what describes a batch.
+        for name, least in _COUNTS.items():
+            _check_count(name, getattr(self, name), least)
         for name in ("global_batch_size", "per_device_chunk_size"):
             value = getattr(self, name)
             if value is None:
                 continue
-            if value < 1:
-                raise InputError(f"{name}={value} must be 1 or more.")
+            _check_count(name, value, 1)
             if self.gradient_accumulation_steps > 1:
                 raise InputError(
                     f"{name}={value} describes one update, of which gradient_accumulation_steps="
@@ -157,8 +164,15 @@ class IConETrainingArguments(TrainingArguments):
                 )
             # transformers, the sampler and the recipe all count by this field.
             self.per_device_train_batch_size = self.global_batch_size // self.world_size
+        if not isinstance(self.shard_classifier, bool):
+            raise InputError(f"shard_classifier={self.shard_classifier!r} must be true or false.")
 
     @property
     def pushes_checkpoints(self) -> bool:
         """Say whether checkpoints are uploaded during the run."""
         return self.push_to_hub and self.hub_strategy != HubStrategy.END
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name}={value!r} must be {least} or more, a whole number.")

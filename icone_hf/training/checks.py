@@ -146,7 +146,7 @@ def check_batches(model: IConEModel, args: IConETrainingArguments) -> None:
 
 def check_storage(args: IConETrainingArguments) -> None:
     """Refuse unknown cache types and unmeasured checkpoints."""
-    if args.feature_cache_dtype not in STORED_DTYPES:
+    if args.feature_cache_dtype not in list(STORED_DTYPES):
         raise InputError(f"feature_cache_dtype={args.feature_cache_dtype!r} must be one of {', '.join(STORED_DTYPES)}.")
     # Every checkpoint needs its validation Rsum, or none could be the best.
     strategies = args.to_dict()

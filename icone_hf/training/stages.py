@@ -1,8 +1,10 @@
 """Stages as data: the paper's two, the recommended two, and any other list."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 from ..errors import InputError
@@ -34,18 +36,26 @@ class Stage:
     train_encoders: bool
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w-]+", self.name):
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):
             raise InputError(f"The stage name {self.name!r} must be letters, digits, '_' and '-': it names a folder.")
         for field in ("num_train_epochs", "learning_rate"):
-            if not getattr(self, field) > 0:
-                raise InputError(f"Stage {self.name!r}: {field}={getattr(self, field)} must be greater than 0.")
+            value = getattr(self, field)
+            if not _is_number(value) or not 0 < value < math.inf:
+                raise InputError(f"Stage {self.name!r}: {field}={value!r} must be greater than 0, and finite.")
         for field in ("instance_weight", "contrastive_weight"):
-            if not getattr(self, field) >= 0:
-                raise InputError(f"Stage {self.name!r}: {field}={getattr(self, field)} must be 0 or more.")
+            value = getattr(self, field)
+            if not _is_number(value) or not 0 <= value < math.inf:
+                raise InputError(f"Stage {self.name!r}: {field}={value!r} must be 0 or more, and finite.")
+        if not isinstance(self.train_encoders, bool):  # a string "false" would count as true
+            raise InputError(f"Stage {self.name!r}: train_encoders={self.train_encoders!r} must be true or false.")
         if not self.instance_weight and not self.contrastive_weight:
             raise InputError(
                 f"Stage {self.name!r}: instance_weight and contrastive_weight are both 0, so nothing is trained."
             )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 PAPER_STAGES = (
@@ -78,14 +88,29 @@ def parse_stages(stages: Sequence[dict[str, Any]]) -> tuple[Stage, ...]:
         ValueError: if a dict lacks a field of [`Stage`], has another one, or a value is out of range.
     """
     types = {field.name: field.type for field in fields(Stage)}
+    if not isinstance(stages, list | tuple):
+        raise InputError(f"stages={stages!r:.60} must be a list, of one mapping a stage.")
     parsed = []
     for position, stage in enumerate(stages):
+        if not isinstance(stage, Mapping):
+            raise InputError(f"Stage {position} is {stage!r:.60}, no mapping; a stage's fields are {', '.join(types)}.")
         if set(stage) != set(types):
-            missing, unknown = sorted(set(types) - set(stage)), sorted(set(stage) - set(types))
+            missing, unknown = sorted(set(types) - set(stage)), sorted(map(str, set(stage) - set(types)))
             problems = [f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("has", unknown)) if names]
             raise InputError(f"Stage {position} {' and '.join(problems)}; a stage's fields are {', '.join(types)}.")
         values: dict[str, Any] = {
-            name: float(value) if types[name] is float else value for name, value in stage.items()
+            name: _as_number(value) if types[name] is float else value for name, value in stage.items()
         }
         parsed.append(Stage(**values))
     return tuple(parsed)
+
+
+def _as_number(value: Any) -> Any:
+    """Read a number that YAML took for a string.
+
+    What is no number is returned as it is: [`Stage`] refuses it by its field.
+    """
+    try:
+        return float(value) if isinstance(value, str) or _is_number(value) else value
+    except (ValueError, OverflowError):
+        return value
