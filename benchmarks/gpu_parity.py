@@ -80,9 +80,10 @@ def groups_of(count: int, side: int = 96, first: int = 0) -> Dataset:
 
 def model_of(setting: Setting, num_groups: int, dropout: bool = False, **config: Any) -> IConEModel:
     """Build the same model at every call, on the CPU."""
+    both = towers(setting)  # writing them draws numbers, so the seed comes after
     torch.manual_seed(0)
     fields = {"projection_dim": 64, "text_pooling": "mean", "instance_logits": "cosine", **config}
-    model = IConEModel.from_encoders(*towers(setting), num_groups=num_groups, **fields)
+    model = IConEModel.from_encoders(*both, num_groups=num_groups, **fields)
     for module in model.modules():
         if isinstance(module, nn.Dropout) and not dropout:
             module.p = 0.0
