@@ -29,6 +29,11 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def rounds_of(setting: Setting) -> dict[str, int]:
+    """Return how often runs take turns; once, where only their code is tried."""
+    return {"rounds": 1, "warm_up": 0} if setting.is_tiny else {"rounds": 5, "warm_up": 1}
+
+
 class Clock(TrainerCallback):
     """Time a Trainer's steps, without the first few and what follows the last."""
 
@@ -180,7 +185,7 @@ def measure_encoding(setting: Setting) -> dict[str, Any]:
             "bare": bare,
             "package": lambda: encode_groups(model, processor, groups, size, workers),
         },
-        rounds=3,
+        **rounds_of(setting),
     )
     # The package embeds three captions for each image, the bare towers one.
     return {
@@ -208,7 +213,7 @@ def measure_ranking(setting: Setting) -> dict[str, Any]:
         "products": products,
         "package": lambda: retrieval_metrics(image, text, owner),
     }
-    seconds = interleaved(runs, rounds=5)
+    seconds = interleaved(runs, **rounds_of(setting))
     return {
         "products_s": median(seconds["products"]),
         "ranking_s": median(seconds["package"]),
@@ -240,7 +245,7 @@ def measure_chunk_memory(setting: Setting) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
             function()
             figures[f"{name}_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    seconds = interleaved({"plain": plain, "in_chunks": cached}, rounds=3)
+    seconds = interleaved({"plain": plain, "in_chunks": cached}, **rounds_of(setting))
     return {**figures, "time_to_plain": ratio(seconds, "in_chunks", to="plain")}
 
 
