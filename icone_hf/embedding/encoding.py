@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from ..data.captions import Captions
 from ..data.images import Images
 from ..data.workers import outlive_termination
+from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..progress import progress
@@ -41,7 +42,12 @@ def in_batches(items: Sequence[Any], batch_size: int) -> list[list[Any]]:
     """Cut `items` into lists of `batch_size`.
 
     The last may be shorter.
+
+    Raises:
+        InputError: for a `batch_size` of 0 or less.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} must be 1 or more.")
     return [list(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
 
 

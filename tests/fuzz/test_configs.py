@@ -12,6 +12,7 @@ from tower_kinds import CAPTIONS, IDS, TEXT, VISION
 from transformers import AutoConfig
 
 from icone_hf import IConEConfig, IConEModel, IConEProcessor, IConETrainingArguments, Stage
+from icone_hf.embedding.encoding import in_batches
 from icone_hf.errors import InputError
 from icone_hf.modeling.configuration_icone import CONTRASTIVE_LOSSES, INSTANCE_LOGITS
 from icone_hf.modeling.errors import ModelError
@@ -255,3 +256,9 @@ def test_arguments_are_refused_by_name(tmp_path_factory, field, value):
         return args
 
     refused_by_name(make, InputError, field, ARGUMENT_FIELDS[field](value))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batches_without_rows_are_refused(batch_size):
+    with pytest.raises(InputError, match=f"batch_size={batch_size} must be 1 or more"):
+        in_batches([1, 2], batch_size)
