@@ -178,7 +178,7 @@ class _Watch:
             os._exit(code)
 
     def fail(self, error: BaseException) -> PeerError | None:
-        """Tell the others of an error, or whose caused it."""
+        """Tell the others of an error; return its cause."""
         # torch reports by a RuntimeError that a peer has closed its connection. Our own errors follow from nothing.
         may_follow = isinstance(error, RuntimeError) and not type(error).__module__.startswith("icone_hf.")
         if may_follow:
