@@ -1,38 +1,50 @@
 """SIGTERM: a run saves its work, says how to go on, and ends with code 143."""
 
+import functools
 import logging as python_logging
 import os
 import signal
 import threading
+from concurrent.futures import Future
 
 import pytest
 import torch
 from tiny import STAGES, losses, make_groups
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 import icone_hf.training.feature_cache as feature_cache
-from icone_hf import IConETrainer, IConETrainingArguments, cli
+from icone_hf import IConEModel, IConEProcessor, IConETrainer, IConETrainingArguments, cli
 from icone_hf.data.workers import outlive_termination
 from icone_hf.errors import TerminatedRun
 from icone_hf.training.whole_files import checkpoint_fault
 
 
-@pytest.fixture
-def make_trainer(make_model, processor, tmp_path):
-    def make(output="run", callbacks=None, **arguments):
-        values = {"per_device_train_batch_size": 8, "logging_steps": 1, "report_to": "none", "use_cpu": True}
-        values |= {"disable_tqdm": True, "save_total_limit": 2}
-        return IConETrainer(
-            make_model(num_groups=16, text_pooling="mean"),
-            IConETrainingArguments(str(tmp_path / output), **{**values, **arguments}),
-            make_groups(16),
-            make_groups(10, start=16),
-            processor,
-            STAGES,
-            callbacks,
-        )
+def trainer_in(folder, towers, callbacks=None, **arguments):
+    values = {"per_device_train_batch_size": 8, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+    values |= {"disable_tqdm": True, "save_total_limit": 2}
+    torch.manual_seed(0)
+    return IConETrainer(
+        IConEModel.from_encoders(*towers, num_groups=16, projection_dim=16, text_pooling="mean"),
+        IConETrainingArguments(str(folder), **{**values, **arguments}),
+        make_groups(16),
+        make_groups(10, start=16),
+        IConEProcessor.from_encoders(*towers),
+        STAGES,
+        callbacks,
+    )
 
-    return make
+
+@pytest.fixture
+def make_trainer(towers, tmp_path):
+    return functools.partial(trainer_in, tmp_path / "run", towers)
+
+
+@pytest.fixture(scope="module")
+def whole(towers, tmp_path_factory):
+    """A run that was let be."""
+    trainer = trainer_in(tmp_path_factory.mktemp("whole"), towers)
+    trainer.train()
+    return trainer
 
 
 class Terminate(TrainerCallback):
@@ -53,13 +65,6 @@ class Terminate(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self._at("save", args, state)
-
-
-@pytest.fixture
-def whole(make_trainer):
-    trainer = make_trainer("whole")
-    trainer.train()
-    return trainer
 
 
 def check_goes_on(make_trainer, whole, **arguments):
@@ -189,3 +194,29 @@ def test_the_command_ends_with_143(monkeypatch):
 
     monkeypatch.setattr(command, "train", terminated)
     assert cli.main(["train"]) == 143
+
+
+def test_what_was_not_measured_is_pushed_without_metrics(tmp_path, monkeypatch):
+    """A checkpoint in mid-epoch must not get the metrics of an earlier one."""
+    from icone_hf.training import checkpoint_pushes
+
+    class Api:
+        def __init__(self, token):
+            pass
+
+        def upload_folder(self, folder_path, **options):
+            uploaded.append((folder_path / "metrics.json").is_file())
+            done = Future()
+            done.set_result(None)
+            return done
+
+    uploaded = []
+    monkeypatch.setattr(checkpoint_pushes, "HfApi", Api)
+    monkeypatch.setattr(checkpoint_pushes, "write_card", lambda folder, repo_id: None)
+    (tmp_path / "recipe.json").write_text("{}")
+    pushes = checkpoint_pushes.CheckpointPushes(tmp_path, "ada/model", lambda folder: folder.mkdir())
+    args = IConETrainingArguments(str(tmp_path / "stages" / "0-joint"), use_cpu=True)
+    for step in (6, 8):
+        state = TrainerState(global_step=step, log_history=[{"eval_rsum": 1.0, "step": 6}])
+        pushes.on_save(args, state, TrainerControl())
+    assert uploaded == [True, False]
