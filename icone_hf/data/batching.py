@@ -24,6 +24,7 @@ from .images import Images
 from .workers import outlive_termination
 
 NEIGHBOUR_BLOCK = 8192  # groups; their vectors of 512 dimensions take 16 MB, and stay in a processor's cache
+SHUFFLED_AT_ONCE = 2**16  # groups
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,10 @@ class GroupBatchSampler(Sampler[list[Pair]]):
             raise InputError(f"batch_size={batch_size} must be a positive multiple of the {num_ranks} processes.")
         if not 1 <= pairs_per_group <= batch_size:
             raise InputError(f"pairs_per_group={pairs_per_group} must be between 1 and batch_size={batch_size}.")
-        self.captions_per_group = np.asarray(captions_per_group, dtype=np.int64)
-        if not self.captions_per_group.size or self.captions_per_group.min() < 1:
+        counts = np.asarray(captions_per_group, dtype=np.int64)
+        if not counts.size or counts.min() < 1:
             raise InputError("There must be groups, and each needs a caption.")
+        self.captions_per_group = counts.astype(np.min_scalar_type(counts.max()))  # mostly a byte a group
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -140,7 +142,8 @@ class GroupBatchSampler(Sampler[list[Pair]]):
         self.neighbour_run = neighbour_run
         self.epoch = 0
         self.neighbours: dict[str, np.ndarray] | None = None
-        self._portions_per_group = -(-self.captions_per_group // pairs_per_group)
+        self._portions_per_group = (self.captions_per_group - 1) // pairs_per_group + 1
+        self._first_caption = _starts(self.captions_per_group)
         self._portions_per_batch = batch_size // pairs_per_group
 
     def set_epoch(self, epoch: int) -> None:
@@ -157,15 +160,41 @@ class GroupBatchSampler(Sampler[list[Pair]]):
     def global_batches(self) -> Iterator[list[Pair]]:
         """Yield the epoch's batches over all ranks, without fillers."""
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.captions_per_group))
-        # Split the captions of each group, in random order, into portions.
-        portions = {
-            int(row): np.array_split(rng.permutation(self.captions_per_group[row]), self._portions_per_group[row])
-            for row in order
-        }
+        order = rng.permutation(len(self.captions_per_group)).astype(self._first_caption.dtype)
+        captions = self._shuffle_captions(order, rng)
         batches = self._spread_groups(order, rng) if self.class_vectors is None else self._batch_neighbours(rng)
         for batch in batches:
-            yield [Pair(row, int(caption)) for row, portion in batch for caption in portions[row][portion]]
+            yield [
+                Pair(row, caption)
+                for row, portion in batch
+                for caption in captions[self._portion(row, portion)].tolist()
+            ]
+
+    def _shuffle_captions(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Shuffle the captions of each group.
+
+        Returns:
+            `(pairs,)`, the captions' numbers, group after group by row.
+        """
+        shuffled = np.empty(self.captions_per_group.sum(dtype=np.int64), dtype=self.captions_per_group.dtype)
+        for start in range(0, len(order), SHUFFLED_AT_ONCE):
+            rows = order[start : start + SHUFFLED_AT_ONCE]
+            counts = self.captions_per_group[rows]
+            # Groups with as many captions are shuffled by one call, with the draws of one call for each.
+            for run in np.split(rows, np.flatnonzero(counts[1:] != counts[:-1]) + 1):
+                numbers = np.arange(self.captions_per_group[run[0]], dtype=shuffled.dtype)
+                places = self._first_caption[run].astype(np.int64)[:, None] + numbers
+                shuffled[places] = rng.permuted(np.tile(numbers, (len(run), 1)), axis=1)
+        return shuffled
+
+    def _portion(self, row: int, portion: int) -> slice:
+        """Find a portion of a group's shuffled captions.
+
+        The first portions of a group have one caption more, if its captions don't divide.
+        """
+        size, larger = divmod(int(self.captions_per_group[row]), int(self._portions_per_group[row]))
+        start = int(self._first_caption[row]) + portion * size + min(portion, larger)
+        return slice(start, start + size + (portion < larger))
 
     def _spread_groups(self, order: np.ndarray, rng: np.random.Generator) -> Iterator[list[tuple[int, int]]]:
         """Distribute all portions so that batches mix groups well.
@@ -180,26 +209,30 @@ class GroupBatchSampler(Sampler[list[Pair]]):
             The (row, portion) pairs of a batch.
         """
         counts = self._portions_per_group[order]
-        num_batches, num_portions = len(self), int(counts.sum())
-        group_ends = np.cumsum(counts)
+        num_batches, num_portions = len(self), int(counts.sum(dtype=np.int64))
+        starts = _starts(counts)
 
-        # Draw the passes; together they say which batch each portion of the sequence goes to.
-        passes = [rng.permutation(num_batches)]
-        for start in range(num_batches, num_portions, num_batches):
+        # Draw the passes. Of each we keep which of its portions each batch is given.
+        num_passes = -(-num_portions // num_batches)
+        given = np.empty((num_passes, num_batches), dtype=np.min_scalar_type(num_batches))
+        batches = rng.permutation(num_batches)
+        given[0, batches] = np.arange(num_batches)
+        for number in range(1, num_passes):
             # The group at the boundary has `before` portions in the last pass and `after` in this one.
-            group = int(np.searchsorted(group_ends, start, side="right"))
-            before = start - int(group_ends[group] - counts[group])
-            after = int(group_ends[group]) - start
-            taken = passes[-1][num_batches - before :]
-            passes.append(_begin_without(taken, after, rng.permutation(num_batches)))
-        batch_of = np.concatenate(passes)[:num_portions]
+            start = number * num_batches
+            group = _group_at(starts, start)
+            before = start - int(starts[group])
+            after = int(counts[group]) - before
+            batches = _begin_without(batches[num_batches - before :], after, rng.permutation(num_batches))
+            given[number, batches] = np.arange(num_batches)
 
-        rows = np.repeat(order, counts)
-        portions = np.arange(num_portions) - np.repeat(group_ends - counts, counts)  # 0, 1, ... within each group
-        # A stable sort by batch: a batch's portions stand in the order of their groups, which is random.
-        position = np.argsort(batch_of, kind="stable")
-        for chosen in np.split(position, np.cumsum(np.bincount(batch_of, minlength=num_batches))[:-1]):
-            yield [(int(rows[i]), int(portions[i])) for i in chosen]
+        first_of_passes = np.arange(num_passes) * num_batches
+        for batch in range(num_batches):
+            # A batch's portions stand in the order of their groups, which is random.
+            portions = first_of_passes + given[:, batch]
+            portions = portions[portions < num_portions]  # the last pass may be short
+            groups = _group_at(starts, portions)
+            yield list(zip(order[groups].tolist(), (portions - starts[groups]).tolist(), strict=True))
 
     def _batch_neighbours(self, rng: np.random.Generator) -> Iterator[list[tuple[int, int]]]:
         """Put neighbouring groups into one batch.
@@ -234,6 +267,22 @@ class GroupBatchSampler(Sampler[list[Pair]]):
             batch += [Pair(batch[0].row, batch[0].caption, is_filler=True)] * missing
             share = len(batch) // self.num_ranks  # rows of each rank
             yield batch[self.rank * share : (self.rank + 1) * share]
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    """Say where each of a row of groups begins.
+
+    The type is as small as their total allows: these arrays are as long as the data.
+    """
+    starts = np.zeros(len(counts), dtype=np.uint32 if counts.sum(dtype=np.int64) < 2**32 else np.int64)
+    np.cumsum(counts[:-1], dtype=starts.dtype, out=starts[1:])
+    return starts
+
+
+def _group_at(starts: np.ndarray, places: Any) -> Any:
+    """Find the group that each place lies in."""
+    # Of the same type as `starts`, which NumPy would otherwise copy as a larger one at every call.
+    return np.searchsorted(starts, np.asarray(places, dtype=starts.dtype), side="right") - 1
 
 
 def _begin_without(taken: np.ndarray, count: int, batches: np.ndarray) -> np.ndarray:

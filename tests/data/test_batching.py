@@ -1,4 +1,5 @@
 import collections
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -32,6 +33,50 @@ def test_an_epoch_visits_every_pair_once_and_no_batch_holds_a_group_twice(counts
     assert max(sizes) <= batch_size
     assert max(sizes) - min(sizes) <= 1
     assert len(batches) == len(sampler) == max(-(-sum(counts) // batch_size), max(counts))
+
+
+def drawn_one_by_one(counts, batch_size, seed, epoch):
+    """The order that runs depend on, in plain lists: a draw for each group, then one for each pass over the batches."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(counts))
+    pairs = [(int(row), int(caption)) for row in order for caption in rng.permutation(counts[row])]
+    batches = [[] for _ in range(max(-(-len(pairs) // batch_size), max(counts)))]
+    for start in range(0, len(pairs), len(batches)):
+        draw, in_this_pass = list(rng.permutation(len(batches))), pairs[start : start + len(batches)]
+        # A group that lies across two passes swaps its way out of the batches that it stands in.
+        taken = [number for number, batch in enumerate(batches) if pairs[start][0] in [row for row, _ in batch]]
+        across = counts[pairs[start][0]] - sum(row == pairs[start][0] for row, _ in pairs[:start])
+        free = [place for place in range(across, len(draw)) if draw[place] not in taken]
+        for place in [place for place in range(across) if draw[place] in taken]:
+            draw[place], draw[free[0]] = draw[free[0]], draw[place]
+            free.pop(0)
+        for pair, number in zip(in_this_pass, draw, strict=False):
+            batches[number].append(pair)
+    return batches
+
+
+@given(counts_of_groups, st.integers(1, 20), st.integers(0, 1000), st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_batches_are_those_that_earlier_runs_drew(counts, batch_size, seed, epoch):
+    """A run that stopped goes on in mid-epoch, so the same seed must give the same batches for ever."""
+    sampler = GroupBatchSampler(counts, batch_size, seed)
+    sampler.set_epoch(epoch)
+    batches = [[(pair.row, pair.caption) for pair in batch] for batch in sampler.global_batches()]
+    assert batches == drawn_one_by_one(counts, batch_size, seed, epoch)
+
+
+@pytest.mark.parametrize("batch_size", [64, 8192])
+def test_an_epoch_takes_few_bytes_a_group(batch_size):
+    counts = np.full(200_000, 5, dtype=np.uint8)
+    tracemalloc.start()
+    try:
+        batches = GroupBatchSampler(counts, batch_size).global_batches()
+        first = next(batches)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert batch_size * 0.99 < len(first) <= batch_size
+    assert peak / len(counts) < 64  # docs/scaling.md: 15 + s (1 + 2 or 4)
 
 
 @given(counts_of_groups, st.integers(1, 6), st.sampled_from([2, 3, 4]), st.integers(0, 1000))
