@@ -108,11 +108,13 @@ class ShortHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def embed_images(groups: "Dataset", batch_size: int, description: str) -> "Dataset":
-    """Copy images that are files into the data set."""
+    """Copy images that are files into memory."""
     # `push_to_hub` of datasets does it by this function; no public one does it for a local file.
     from datasets.table import embed_table_storage
 
-    return groups.with_format("arrow").map(embed_table_storage, batched=True, batch_size=batch_size, desc=description)
+    return groups.with_format("arrow").map(
+        embed_table_storage, batched=True, batch_size=batch_size, desc=description, keep_in_memory=True
+    )
 
 
 def mteb_model_meta(facts: Mapping[str, Any]) -> "ModelMeta":

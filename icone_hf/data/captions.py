@@ -98,17 +98,28 @@ def as_captions(value: Any, where: str) -> list[str]:
         where: of the value, for the message.
 
     Raises:
-        InputError: for dicts without `raw`, such as the turns of a conversation.
+        InputError: for anything else, such as numbers or the turns of a conversation.
     """
-    if value is None or isinstance(value, str | dict):
-        value = [value or ""]
+    if not isinstance(value, list | tuple):
+        value = [value]
+    captions = []
     for caption in value:
-        if isinstance(caption, dict) and "raw" not in caption:
+        if isinstance(caption, dict):
+            if "raw" not in caption:
+                raise InputError(
+                    f"{where} holds records of {', '.join(map(str, caption))}, no captions: a caption is a string, or "
+                    'stands in a record under "raw". Name another column by caption_column=.'
+                )
+            caption = caption["raw"]
+        if caption is None:  # an empty one, which is refused with the others that say nothing
+            caption = ""
+        if not isinstance(caption, str):
             raise InputError(
-                f"{where} holds records of {', '.join(map(str, caption))}, no captions: a caption is a string, or "
-                'stands in a record under "raw". Name another column by caption_column=.'
+                f"{where} holds {caption!r} of type {type(caption).__name__}, no caption: a caption is a string. Write "
+                "it as text, or name another column by caption_column=."
             )
-    return [caption["raw"] if isinstance(caption, dict) else caption for caption in value]
+        captions.append(caption)
+    return captions
 
 
 def first_of(items: Iterable[Any], separator: str = ", ") -> str:

@@ -1,9 +1,12 @@
 """Parquet files of groups, in the layout that the Hub shows."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import datasets
+import pyarrow.compute
 from datasets import Dataset
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
@@ -11,37 +14,65 @@ from ..compat import embed_images
 from ..errors import InputError
 
 SHARD_BYTES = 500 * 2**20  # of images and captions in a file, about
+UNFINISHED = ".unfinished"  # in a folder: files that are still being written. Readers pass over hidden names
 
 
 def save_groups(splits: Mapping[str, Dataset], folder: str | os.PathLike, shard_bytes: int = SHARD_BYTES) -> Path:
     """Save groups as Parquet files with a card.
 
     [`load_groups`] reads the folder. The files are `data/SPLIT-00000-of-00001.parquet` and so on, images included; the
-    card names splits, columns and sizes.
+    card names splits, columns and sizes. `data` appears in one step, when all is written: what a killed process leaves
+    is refused by [`load_groups`] and written over by the next call.
 
     Args:
         splits: groups by split; images that are files are copied in.
         folder: must not hold data already.
-        shard_bytes: images and captions in a file, about.
+        shard_bytes: images and captions in a file, about. A file is made in memory.
 
     Raises:
         ValueError: if the folder holds data.
     """
     folder = Path(folder)
-    if any(folder.glob("data/*.parquet")):
-        raise InputError(f"{folder} holds data already: give another folder, or remove {folder / 'data'}.")
-    (folder / "data").mkdir(parents=True, exist_ok=True)
+    check_free(folder)
+    unfinished = folder / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a call that was killed
+    unfinished.mkdir(parents=True)
     for split, groups in splits.items():
         whole = groups.select_columns(["image", "captions", "image_id"])
-        whole = embed_images(whole, batch_size=100, description=f"Embedding {split} images")
-        # The size is known only now that files have become bytes.
-        size = whole.data.nbytes
-        num_shards = min(len(groups), -(-size // shard_bytes))
+        num_shards = min(len(groups), -(-_size(whole) // shard_bytes))
         for number in range(num_shards):
-            shard = whole.shard(num_shards, number, contiguous=True).with_format(None)
-            shard.to_parquet(folder / "data" / f"{split}-{number:05}-of-{num_shards:05}.parquet")
+            shard = whole.shard(num_shards, number, contiguous=True)
+            # Images are copied in file by file: all at once would lie in datasets' cache too.
+            shard = embed_images(shard, batch_size=100, description=f"Embedding {split} images")
+            shard.with_format(None).to_parquet(unfinished / f"{split}-{number:05}-of-{num_shards:05}.parquet")
     dataset_card({split: len(groups) for split, groups in splits.items()}).save(folder / "README.md")
+    unfinished.rename(folder / "data")
     return folder
+
+
+def check_free(folder: str | os.PathLike) -> None:
+    """Refuse a folder that holds data, or is none.
+
+    Raises:
+        ValueError: naming the way out.
+    """
+    data = Path(folder) / "data"
+    if data.is_dir() and any(data.iterdir()):
+        raise InputError(f"{folder} holds data already: give another folder, or remove {data}.")
+    taken = next((path for path in (data, Path(folder)) if path.exists() and not path.is_dir()), None)
+    if taken is not None:
+        raise InputError(f"{taken} is a file: give another folder.")
+
+
+def _size(groups: Dataset) -> int:
+    """Estimate the bytes of groups with their images."""
+    stored = groups.cast_column("image", datasets.Image(decode=False)).data
+    image = stored.column("image")
+    is_file = pyarrow.compute.is_null(pyarrow.compute.struct_field(image, "bytes"))
+    files = pyarrow.compute.struct_field(image, "path").filter(is_file).to_pylist()
+    size = stored.nbytes + sum(os.path.getsize(path) for path in files if path and os.path.isfile(path))
+    # The table may hold rows that were left out, such as those of other splits.
+    return size * len(groups) // max(len(stored), 1)
 
 
 def dataset_card(sizes: Mapping[str, int]) -> DatasetCard:

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from .arguments import CLASS_VECTORS, IConETrainingArguments
 from .feature_cache import STORED_DTYPES
+from .late_failures import check_late_failures
 from .refused_arguments import check_arguments
 from .stages import Stage
 
@@ -44,6 +45,7 @@ def check_run(
     check_batches(model, args)
     check_storage(args)
     check_hub_strategy(args)
+    check_late_failures(model, args, stages)
 
 
 def check_data(splits: Mapping[str, Dataset]) -> None:

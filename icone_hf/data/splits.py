@@ -1,0 +1,29 @@
+"""The three splits, and the names that sources give them."""
+
+from collections.abc import Iterable
+
+from ..errors import InputError
+
+SPLITS = ("train", "validation", "test")
+# Other names under which sources keep the three splits. Karpathy's COCO file keeps 30,504 training images as "restval".
+SPLIT_NAMES = {"train": ("train", "restval"), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
+
+
+class MissingSplitError(InputError):
+    """Report that a source has no such split."""
+
+
+def no_split_error(split: str, source: str, found: Iterable[str]) -> MissingSplitError:
+    """Name the splits that a source has instead."""
+    way_out = (
+        "Name the split's folder or files after it, or cut one off with Dataset.train_test_split and pass the data "
+        "sets to IConETrainer."
+    )
+    return MissingSplitError(
+        f"There is no {split} split in {source}; there is: {', '.join(sorted(found)) or 'none'}. {way_out}"
+    )
+
+
+def standard_split(name: str) -> str:
+    """Translate a source's name for a split."""
+    return next((standard for standard, names in SPLIT_NAMES.items() if name in names), name)
