@@ -14,11 +14,14 @@ from typing import Any, cast
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+from transformers.utils import logging
 
 from ..compat import ShortHelpFormatter, actions_of
 from ..data.groups import SPLITS
 from ..errors import InputError
 from ..training.stages import PAPER_STAGES, RECOMMENDED_CONFIG, RECOMMENDED_STAGES, Stage, parse_stages
+
+logger = logging.get_logger(__name__)
 
 # The recipes that have a name: their stages, and the fields of the config that go with them.
 RECIPES: dict[str, tuple[tuple[Stage, ...], Mapping[str, Any]]] = {
@@ -28,6 +31,7 @@ RECIPES: dict[str, tuple[tuple[Stage, ...], Mapping[str, Any]]] = {
 # Positional arguments of several commands.
 CHECKPOINT = {"help": "Hub id or folder of an IConE checkpoint."}
 SOURCE = {"help": "What load_groups takes: a Karpathy JSON, a Hub id, a folder, a CSV file, openmoji-scenes."}
+PRIVATE = {"help": "Make a new repository private."}  # of several commands too
 TRUTH_VALUES = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}  # what HfArgumentParser reads as one
 
 
@@ -143,7 +147,8 @@ class DataArguments:
         keywords = asdict(self)
         num_groups = {name: keywords.pop(f"num_{name}_groups") for name in SPLITS}
         seed = keywords.pop("scenes_seed")
-        return {**keywords, "seed": seed, "split": split, "num_groups": num_groups[split]}
+        # An unknown split is refused by load_groups.
+        return {**keywords, "seed": seed, "split": split, "num_groups": num_groups.get(split)}
 
 
 @dataclass
@@ -183,10 +188,13 @@ class EncodeArguments:
     """Hold what `icone encode` and `icone evaluate` share."""
 
     _argument_group_name = "encoding"
+    _former_names = MappingProxyType(
+        {"batch_size": "per_device_eval_batch_size", "num_workers": "dataloader_num_workers"}
+    )
 
     split: str = field(default="test", metadata={"help": "Which split to take."})
-    batch_size: int = field(default=64, metadata={"help": "Images, or captions, encoded at a time."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode images ahead."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images, or captions, encoded at a time."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images ahead."})
     jpeg_draft: bool = field(
         default=False,
         metadata={
@@ -194,6 +202,12 @@ class EncodeArguments:
             "faster, slightly other pixels."
         },
     )
+
+    def __post_init__(self) -> None:
+        if self.per_device_eval_batch_size < 1:
+            raise InputError(f"per_device_eval_batch_size={self.per_device_eval_batch_size} must be 1 or more.")
+        if self.dataloader_num_workers < 0:
+            raise InputError(f"dataloader_num_workers={self.dataloader_num_workers} must be 0 or more.")
 
 
 @dataclass
@@ -227,7 +241,8 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Read `POSITIONAL... [FILE.yaml] [--argument value ...]`.
 
-    Arguments win over the file, and the file wins over the defaults.
+    Arguments win over the file, and the file wins over the defaults. The file may stand anywhere among them. An
+    argument that a dataclass names among its `_former_names` is read under its new name, with a warning.
 
     Args:
         dataclass_types: one instance of each is returned, in this order.
@@ -253,24 +268,23 @@ def parse_arguments(
             action.help = argparse.SUPPRESS
     for name, keywords in positionals.items():
         parser.add_argument(name, **keywords)
+    former_names = {old: new for of in dataclass_types for old, new in getattr(of, "_former_names", {}).items()}
+    argv = [_with_new_name(argument, former_names) for argument in argv]
     # A YAML file's values become the defaults.
-    files = [argument for argument in argv[: len(positionals) + 1] if argument.endswith((".yaml", ".yml"))]
-    if files:
-        argv.remove(files[0])
-        path = Path(files[0])
-        if not path.is_file():
-            parser.error(f"{path} does not exist.")
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(values, dict):
-            parser.error(f"{path} must hold 'argument: value' lines.")
+    path, argv = _take_file(parser, argv)
+    if path is not None:
+        values = _read_file(parser, path, former_names)
         actions = {action.dest: action for action in actions_of(parser) if action.dest != "help"}
         for name, value in values.items():
             if name not in actions:
                 nearest = difflib.get_close_matches(str(name), actions, n=1)
                 parser.error(f"{path}: {name} is no argument." + (f" Did you mean {nearest[0]}?" if nearest else ""))
             actions[name].required = False
-            # argparse converts a default that is a string like an argument.
-            values[name] = json.dumps(value) if isinstance(value, list | dict) else value
+            # argparse converts a default that is a string like an argument. So a number is checked too.
+            if isinstance(value, dict) or (isinstance(value, list) and actions[name].nargs is None):
+                values[name] = json.dumps(value)
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                values[name] = str(value)
         parser.set_defaults(**values)
     # Refuse what is unknown before anything is converted.
     argv = _with_flags_set(parser, argv)
@@ -283,6 +297,58 @@ def parse_arguments(
         return parser.parse_args_into_dataclasses(argv)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _with_new_name(argument: str, former_names: Mapping[str, str]) -> str:
+    """Translate an argument's former name, with a warning."""
+    name, equals, value = argument.partition("=")
+    old = name.removeprefix("--").replace("-", "_")
+    if not name.startswith("--") or old not in former_names:
+        return argument
+    _warn_of_former_name(name, f"--{former_names[old]}")
+    return f"--{former_names[old]}{equals}{value}"
+
+
+def _warn_of_former_name(old: str, new: str) -> None:
+    logger.warning(f"{old} is now called {new}. The old name still works; it will go with version 1.")
+
+
+def _take_file(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Take the YAML file out of the arguments.
+
+    It is the one that is no other argument's value.
+    """
+    no_value = {option for action in actions_of(parser) if _is_flag(action) for option in action.option_strings}
+    files: list[str] = []
+    others: list[str] = []
+    is_value = False
+    for argument in argv:
+        is_file = argument.endswith((".yaml", ".yml")) and not argument.startswith("-") and not is_value
+        (files if is_file else others).append(argument)
+        is_value = argument.startswith("--") and "=" not in argument and argument not in no_value
+    if len(files) > 1:
+        parser.error(f"{' and '.join(files)} are several files of arguments: give one.")
+    return Path(files[0]) if files else None, others
+
+
+def _read_file(parser: HfArgumentParser, path: Path, former_names: Mapping[str, str]) -> dict[str, Any]:
+    """Read a YAML file's values, under present names."""
+    if not path.is_file():
+        parser.error(f"{path} does not exist.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"{path} can't be read as YAML: {' '.join(str(error).split())}")
+    if not isinstance(values, dict):
+        parser.error(f"{path} must hold 'argument: value' lines.")
+    for old in former_names.keys() & values.keys():
+        _warn_of_former_name(f"{path}: {old}", former_names[old])
+    return {former_names.get(name, name): value for name, value in values.items()}
+
+
+def _is_flag(action: argparse.Action) -> bool:
+    """Say whether an argument needs no value."""
+    return action.type is string_to_bool or action.nargs == 0
 
 
 def _with_flags_set(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..processes import together
 from . import COMMANDS
 from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments, parse_arguments
-from .loading import embed_split, join_processes, load_checkpoint, load_split
+from .loading import embed, join_processes, load_checkpoint, load_split
 
 
 @dataclass
@@ -28,6 +28,13 @@ class ShardArguments:
     )
     shard_size: int = field(default=10_000, metadata={"help": "Images, or captions, in a shard."})
     embedding_dtype: str = field(default="float32", metadata={"help": "Of the embeddings in shards: float32, float16."})
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise InputError(f"shard_size={self.shard_size} must be 1 or more.")
+        if self.embedding_dtype not in shards.SHARD_DTYPES:
+            names = ", ".join(shards.SHARD_DTYPES)
+            raise InputError(f"embedding_dtype={self.embedding_dtype!r} must be one of {names}.")
 
 
 def encode(argv: Sequence[str]) -> None:
@@ -50,15 +57,19 @@ def encode(argv: Sequence[str]) -> None:
     if out.suffix != ".safetensors":
         if out.suffix and not (out.is_dir() or positional.out.endswith("/")):
             raise InputError(f"OUT={out} is neither FILE.safetensors nor a folder: end a new folder's name with a /.")
+        if out.exists() and not out.is_dir():
+            raise InputError(f"OUT={out} is a file, and no FILE.safetensors: give a folder.")
         _encode_shards(positional.checkpoint, data_args, encode_args, shard_args, output, out)
         return
     if shard_args != ShardArguments():
         raise InputError(f"pictures_only, shard_size and embedding_dtype are for shards: make OUT={out} a folder.")
+    if out.is_dir():
+        raise InputError(f"OUT={out} is a folder, though it is called like a file: give another name.")
+    out.parent.mkdir(parents=True, exist_ok=True)  # before any work: it may fail
     # One file, with what made it in its metadata.
-    _, embeds = embed_split(positional.checkpoint, data_args, encode_args)
+    embeds = embed(positional.checkpoint, load_split(data_args, encode_args.split), encode_args)
     with together():
         if state.is_main_process:
-            out.parent.mkdir(parents=True, exist_ok=True)
             origin = {"checkpoint": positional.checkpoint, "source": data_args.source, "split": encode_args.split}
             unfinished = out.with_name(f".{out.name}")  # a killed command leaves no half file under OUT's name
             save_file({name: tensor.contiguous() for name, tensor in embeds._asdict().items()}, unfinished, origin)
@@ -85,8 +96,8 @@ def _encode_shards(
         out,
         shard_size=shard_args.shard_size,
         dtype=shard_args.embedding_dtype,
-        batch_size=encode_args.batch_size,
-        num_workers=encode_args.num_workers,
+        batch_size=encode_args.per_device_eval_batch_size,
+        num_workers=encode_args.dataloader_num_workers,
     )
     if PartialState().is_main_process:
         captions = 0 if shard_args.pictures_only else len(Captions.read(source))

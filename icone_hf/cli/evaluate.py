@@ -1,17 +1,19 @@
 """`icone evaluate`: retrieval metrics of a checkpoint, and an image of what it retrieves."""
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import InputError, MissingPackageError
 from ..evaluation.measure import measure_embeddings
 from ..evaluation.metrics import metrics_table
 from ..processes import together
 from ..training.run_folder import add_evaluation
 from . import COMMANDS
 from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments, parse_arguments
-from .loading import embed_split, join_processes
+from .loading import embed, join_processes, load_split
 
 
 @dataclass
@@ -23,6 +25,34 @@ class EvaluateArguments:
     folds: int | None = field(default=None, metadata={"help": "Also the mean over this many equal folds."})
     chunk_size: int | None = field(default=None, metadata={"help": "Queries ranked at a time: bounds the memory."})
     grid: str | None = field(default=None, metadata={"help": "Image file for retrieved results of some queries."})
+
+    def check(self) -> None:
+        """Refuse before the work what would fail after it."""
+        for name in ("folds", "chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be 1 or more.")
+        if self.grid is None:
+            return
+        if importlib.util.find_spec("matplotlib") is None:
+            raise MissingPackageError("--grid needs matplotlib: pip install 'icone_hf[figures]', or leave it out.")
+        from matplotlib.figure import Figure  # an extra: the metrics need none
+
+        kinds = Figure().canvas.get_supported_filetypes()
+        path = Path(self.grid)
+        if path.suffix[1:].lower() not in kinds:
+            raise InputError(f"--grid {path} must end in one of {', '.join(sorted(kinds))}.")
+        if path.is_dir() or not path.parent.is_dir():
+            raise InputError(f"--grid {path} must be a file in a folder that exists.")
+
+    def check_folds(self, num_groups: int, split: str) -> None:
+        """Refuse folds that don't divide a split."""
+        if self.folds is not None and num_groups % self.folds:
+            divisors = [n for n in range(2, min(num_groups, 100) + 1) if num_groups % n == 0]
+            raise InputError(
+                f"folds={self.folds} does not divide the {num_groups} images of the {split} split: use one of "
+                f"{', '.join(map(str, divisors))}, or leave --folds out."
+            )
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -42,8 +72,11 @@ def evaluate(argv: Sequence[str]) -> None:
         description=COMMANDS["evaluate"],
     )
     state = join_processes()
-    groups, embeds = embed_split(positional.checkpoint, data_args, encode_args)
+    args.check()
     split = encode_args.split
+    groups = load_split(data_args, split)
+    args.check_folds(len(groups), split)
+    embeds = embed(positional.checkpoint, groups, encode_args)
     whole, of_folds = measure_embeddings(embeds, args.folds, args.chunk_size)
     # One pass over the data gives both protocols.
     metrics = {split: whole}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
@@ -31,6 +32,8 @@ def export(argv: Sequence[str]) -> None:
     )
     if args.format != "onnx":
         raise InputError(f"format={args.format!r} must be onnx.")
+    if Path(positional.out).exists() and not Path(positional.out).is_dir():
+        raise InputError(f"OUT={positional.out} is a file: give a folder.")
     from ..publishing.onnx_export import export_onnx  # onnxruntime is an extra
 
     model = IConEModel.from_pretrained(positional.checkpoint, num_groups=0)

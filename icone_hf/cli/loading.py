@@ -62,18 +62,17 @@ def _find_split(data_args: DataArguments, split: str) -> Dataset | MissingSplitE
 def load_checkpoint(checkpoint: str, encode_args: EncodeArguments) -> tuple[IConEModel, IConEProcessor]:
     """Load a model and its processor.
 
-    The model goes onto this process's device.
+    The model goes onto this process's device. Its class vectors, which no embedding needs and which may be most of a
+    checkpoint, stay on disk.
     """
-    model = IConEModel.from_pretrained(checkpoint).to(PartialState().device)
+    model = IConEModel.from_pretrained(checkpoint, num_groups=0).to(PartialState().device)
     processor = IConEProcessor.from_pretrained(checkpoint)
     processor.jpeg_draft |= encode_args.jpeg_draft
     return model, processor
 
 
-def embed_split(
-    checkpoint: str, data_args: DataArguments, encode_args: EncodeArguments
-) -> tuple[Dataset, GroupEmbeddings]:
-    """Load a split and embed it by a checkpoint."""
-    groups = load_split(data_args, encode_args.split)
+def embed(checkpoint: str, groups: Dataset, encode_args: EncodeArguments) -> GroupEmbeddings:
+    """Embed groups by a checkpoint."""
     model, processor = load_checkpoint(checkpoint, encode_args)
-    return groups, encode_groups(model, processor, groups, encode_args.batch_size, encode_args.num_workers)
+    batch_size, num_workers = encode_args.per_device_eval_batch_size, encode_args.dataloader_num_workers
+    return encode_groups(model, processor, groups, batch_size, num_workers)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from ..errors import InputError
 from ..paper.experiments import experiments_file, make_plan
@@ -18,6 +19,7 @@ class ReproduceArguments:
     """Hold what `icone reproduce` takes beside the experiments' names."""
 
     _argument_group_name = "experiments"
+    _former_names = MappingProxyType({"num_workers": "dataloader_num_workers"})
 
     flickr30k: str | None = field(default=None, metadata={"help": "Folder with dataset_flickr30k.json and images."})
     coco: str | None = field(default=None, metadata={"help": "Folder with dataset_coco.json and images."})
@@ -30,7 +32,15 @@ class ReproduceArguments:
         default=None, metadata={"help": "Default: outputs/reproduction, or outputs/reproduction-miniature, -smoke."}
     )
     bf16: bool = field(default=False, metadata={"help": "Train in bfloat16."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode images ahead, for each process."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that decode images ahead, for each process."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.dataloader_num_workers < 0:
+            raise InputError(f"dataloader_num_workers={self.dataloader_num_workers} must be 0 or more.")
+        if any(seed < 0 for seed in self.seeds or ()):
+            raise InputError(f"seeds={self.seeds} must be 0 or more.")
 
     @property
     def scale(self) -> str:
@@ -63,4 +73,4 @@ def reproduce(argv: Sequence[str]) -> None:
         rewrite_page(plan, folder)
         return
     roots = {"flickr30k": args.flickr30k, "coco": args.coco}
-    run_plan(plan, folder, roots, args.dry_run, args.bf16, args.num_workers)
+    run_plan(plan, folder, roots, args.dry_run, args.bf16, args.dataloader_num_workers)

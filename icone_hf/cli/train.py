@@ -1,5 +1,6 @@
 """`icone train`: from captioned images to a tested checkpoint with its card."""
 
+import sys
 from collections.abc import Sequence
 
 from transformers import set_seed
@@ -13,7 +14,7 @@ from ..processes import together
 from ..training.arguments import IConETrainingArguments
 from ..training.trainer import IConETrainer
 from . import COMMANDS
-from .arguments import DataArguments, ModelArguments, RecipeArguments, parse_arguments
+from .arguments import DataArguments, ModelArguments, OutputArguments, RecipeArguments, parse_arguments
 from .loading import join_processes, load_splits
 
 NO_SOURCE = """there is no --source, the captioned images to train on. For example:
@@ -24,8 +25,8 @@ NO_SOURCE = """there is no --source, the captioned images to train on. For examp
 
 def train(argv: Sequence[str]) -> None:
     """Run `icone train [FILE.yaml] [--argument value ...]`: train, test, and leave a checkpoint folder."""
-    model_args, data_args, recipe_args, args = parse_arguments(
-        (ModelArguments, DataArguments, RecipeArguments, IConETrainingArguments),
+    model_args, data_args, recipe_args, args, output = parse_arguments(
+        (ModelArguments, DataArguments, RecipeArguments, IConETrainingArguments, OutputArguments),
         argv,
         prog="icone train",
         description=COMMANDS["train"],
@@ -34,14 +35,15 @@ def train(argv: Sequence[str]) -> None:
         raise InputError(NO_SOURCE)
     stages = recipe_args.parse()
     state = join_processes()
-    print(f"Process {args.process_index + 1} of {args.world_size} on {args.device}.", flush=True)
+    log = sys.stderr if output.json else sys.stdout  # a program reads stdout
+    print(f"Process {args.process_index + 1} of {args.world_size} on {args.device}.", flush=True, file=log)
 
     # Load the data; a test split may be missing.
     splits, missing = load_splits(data_args)
     for split, error in missing.items():
         if split != "test":
             raise error
-        print(f"{data_args.source} has no test split: the model will be validated only.")
+        print(f"{data_args.source} has no test split: the model will be validated only.", file=log)
     check_disjoint(splits)
 
     # Join the towers and train.
@@ -64,7 +66,7 @@ def train(argv: Sequence[str]) -> None:
             rows = {f"validation, after {name}": stage for name, stage in metrics["stages"].items()}
             if "test" in metrics:
                 rows["test"] = metrics["test"]
-            print(metrics_table(rows))
-            print(f"Checkpoint, model card, metrics.json and recipe.json: {args.output_dir}")
-            if args.push_to_hub:
-                print(f"On the Hub: {trainer.push_to_hub()}")
+            url = trainer.push_to_hub() if args.push_to_hub else None
+            text = f"{metrics_table(rows)}\nCheckpoint, model card, metrics.json and recipe.json: {args.output_dir}"
+            text += f"\nOn the Hub: {url}" if url else ""
+            output.print({"out": args.output_dir, **metrics, "url": url}, text)

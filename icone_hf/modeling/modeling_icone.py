@@ -50,6 +50,7 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
     base_model_prefix = "icone"
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.weight$"]  # noqa: RUF012 - num_groups=0 leaves it on disk
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -1,4 +1,6 @@
 import json
+import logging
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +18,9 @@ from icone_hf import (
     Stage,
     load_groups,
 )
-from icone_hf.cli.arguments import DataArguments, ModelArguments, RecipeArguments, parse_arguments
+from icone_hf.cli import COMMANDS, main
+from icone_hf.cli.arguments import DataArguments, EncodeArguments, ModelArguments, RecipeArguments, parse_arguments
+from icone_hf.cli.reproduce import ReproduceArguments
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 ALL = (ModelArguments, DataArguments, RecipeArguments, IConETrainingArguments)
@@ -48,6 +52,87 @@ def test_arguments_win_over_the_file_and_the_file_over_defaults(tmp_path):
 def test_a_flag_needs_no_value_wherever_it_stands(argv, expected):
     args, positional = parse_arguments((IConETrainingArguments,), argv, positionals={"name": {}})
     assert (args.shard_classifier, positional.name) == (expected, "x")
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_the_file_may_stand_anywhere(tmp_path, place):
+    argv = ["x", "--shard_classifier", "--warmup_steps", "3", "--log_level=info"]
+    argv.insert(place, write(tmp_path, seed=5))
+    if place == 3:  # behind --warmup_steps, whose value it then is
+        with pytest.raises(SystemExit):
+            parse_arguments((IConETrainingArguments,), argv, positionals={"name": {}})
+        return
+    args, positional = parse_arguments((IConETrainingArguments,), argv, positionals={"name": {}})
+    assert (positional.name, args.seed, args.warmup_steps, args.shard_classifier) == ("x", 5, 3, True)
+
+
+def test_a_value_that_ends_like_a_file_is_no_file_and_two_files_are_refused(tmp_path, capsys):
+    data, _ = parse_arguments(
+        (DataArguments, EncodeArguments), ["--source", "table.yaml", write_values(tmp_path, split="x")]
+    )
+    assert data.source == "table.yaml"
+    with pytest.raises(SystemExit):
+        parse_arguments(ALL, ["a.yaml", "--seed", "1", "b.yml"])
+    assert "a.yaml and b.yml are several files of arguments: give one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--batch_size", "3", "--num_workers=2"], "--batch_size is now called --per_device_eval_batch_size"),
+        (["--num-workers", "2", "--batch-size=3"], "--num-workers is now called --dataloader_num_workers"),
+        (["FILE"], "run.yaml: batch_size is now called per_device_eval_batch_size"),
+    ],
+)
+def test_former_names_still_work_with_a_warning(tmp_path, argv, named, caplog):
+    path = tmp_path / "run.yaml"
+    path.write_text("batch_size: 3\nnum_workers: 2\n")
+    logging.getLogger("icone_hf").propagate = True
+    argv = [str(path) if argument == "FILE" else argument for argument in argv]
+    with caplog.at_level("WARNING"):
+        (args,) = parse_arguments((EncodeArguments,), argv)
+    assert (args.per_device_eval_batch_size, args.dataloader_num_workers) == (3, 2)
+    assert named in caplog.text
+
+
+def test_a_guessed_name_of_another_meaning_is_no_alias(capsys):
+    """In training `batch_size` might be either of two."""
+    with pytest.raises(SystemExit):
+        parse_arguments(ALL, ["--batch_size", "3"])
+    assert "--batch_size is no argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "info"])
+def test_options_of_one_meaning_have_one_name(name, capsys):
+    """Those that transformers' own arguments have."""
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    shown = set(re.findall(r"(--\w+)", capsys.readouterr().out))
+    assert not shown & {"--num_workers", "--batch_size", "--private", "--revision"}
+
+
+def test_values_of_a_file_are_checked_like_arguments(tmp_path, capsys):
+    data, _ = parse_arguments((DataArguments, EncodeArguments), [write_values(tmp_path, image_root=3, image_size=64)])
+    assert (data.image_root, data.image_size) == ("3", 64)
+    with pytest.raises(SystemExit):
+        parse_arguments((DataArguments, EncodeArguments), [write_values(tmp_path, image_size=6.5)])
+    assert "invalid int value: '6.5'" in capsys.readouterr().err
+    for content, message in ((": [", "can't be read as YAML"), (b"\xff\xfe", "can't be read as YAML")):
+        (tmp_path / "bad.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(SystemExit):
+            parse_arguments((EncodeArguments,), [str(tmp_path / "bad.yaml")])
+        assert message in capsys.readouterr().err
+
+
+def test_a_list_of_a_file_is_a_list(tmp_path):
+    (args,) = parse_arguments((ReproduceArguments,), [write_values(tmp_path, seeds=[3, 4])])
+    assert args.seeds == [3, 4]
+
+
+def write_values(tmp_path, **values):
+    path = tmp_path / "values.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
 
 
 def test_a_flag_that_may_be_unset_needs_no_value_either():

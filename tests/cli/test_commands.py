@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -56,7 +57,10 @@ def test_every_command_explains_itself(name, capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert f"usage: icone {name}" in shown
-    assert any(argument in shown for argument in ("--output_dir", "--split", "--revision", "--push", "--int8"))
+    assert any(
+        argument in shown
+        for argument in ("--output_dir", "--split", "--revision", "--hub_revision", "--push", "--int8")
+    )
     assert not any(clutter in shown for clutter in ("--output-dir", "--output_dir OUTPUT_DIR", "default: None)"))
 
 
@@ -73,7 +77,7 @@ def test_help_is_in_groups_and_names_each_argument_once(capsys):
         "output:",
     ]
     assert "--source" not in shown  # a positional argument
-    assert "  --batch_size N " in shown
+    assert "  --per_device_eval_batch_size N" in shown
 
 
 def test_train_evaluate_encode(source, towers, tmp_path, capsys):
@@ -81,9 +85,11 @@ def test_train_evaluate_encode(source, towers, tmp_path, capsys):
     towers = ["--vision_model_name_or_path", towers[0], "--text_model_name_or_path", towers[1]]
     stages = json.dumps([{**STAGE, "train_encoders": False}])
     more = ["--projection_dim", "16", "--stages", stages, "--use_cpu", "true", "--report_to", "none"]
-    assert main(["train", "--source", source, "--output_dir", str(output), *towers, *more]) == 0
+    assert main(["train", "--source", source, "--json", "--output_dir", str(output), *towers, *more]) == 0
+    printed = json.loads(capsys.readouterr().out)
     trained = json.loads((output / "metrics.json").read_text())
     assert set(trained) == {"validation", "stages", "test"}
+    assert printed == {"out": str(output), **trained, "url": None}
 
     assert main(["evaluate", str(output), source, "--folds", "2", "--grid", str(tmp_path / "grid.png")]) == 0
     written = json.loads((output / "metrics.json").read_text())
@@ -106,7 +112,10 @@ def test_train_evaluate_encode(source, towers, tmp_path, capsys):
 
 def test_encode_writes_what_encode_groups_returns(source, checkpoint, processor, tmp_path):
     out = tmp_path / "validation.safetensors"
-    assert main(["encode", checkpoint, source, str(out), "--split", "validation", "--batch_size", "5"]) == 0
+    assert (
+        main(["encode", checkpoint, source, str(out), "--split", "validation", "--per_device_eval_batch_size", "5"])
+        == 0
+    )
     expected = encode_groups(IConEModel.from_pretrained(checkpoint), processor, load_groups(source, "validation"))
     with safe_open(out, "pt") as file:
         for name, tensor in expected._asdict().items():
@@ -224,6 +233,84 @@ def test_evaluating_other_data_leaves_the_runs_own_metrics(checkpoint, source, t
     shown = capsys.readouterr().out
     assert "test of made-up/flickr30k: Rsum 300.0" in shown
     assert f"test of {other}: Rsum" in shown
+
+
+def exit_code(command):
+    """The code that a command ends with; argparse raises it."""
+    try:
+        return command()
+    except SystemExit as stop:
+        return stop.code
+
+
+class NoWorkError(Exception):
+    """Long work has begun."""
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Whatever takes long fails: models, features, uploads, drawn scenes of a paper's run."""
+
+    def begin(*args, **kwargs):
+        raise NoWorkError
+
+    for name in (
+        *("loading.IConEModel.from_pretrained", "loading.encode_groups", "encode.shards.encode", "data.save_groups"),
+        *("data.push_groups", "push.hub.push", "reproduce.run_plan"),
+    ):
+        monkeypatch.setattr(f"icone_hf.cli.{name}", begin)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["evaluate", "--folds", "3"], "folds=3 does not divide the 8 images of the test split: use one of 2, 4, 8"),
+        (["evaluate", "--folds", "0"], "folds=0 must be 1 or more"),
+        (["evaluate", "--chunk_size", "0"], "chunk_size=0 must be 1 or more"),
+        (["evaluate", "--grid", "grid.tex"], "--grid grid.tex must end in one of "),
+        (["evaluate", "--grid", "nowhere/grid.png"], "--grid nowhere/grid.png must be a file in a folder that exists"),
+        (["evaluate", "--per_device_eval_batch_size", "0"], "per_device_eval_batch_size=0 must be 1 or more"),
+        (["evaluate", "--dataloader_num_workers", "-1"], "dataloader_num_workers=-1 must be 0 or more"),
+        (["evaluate", "--split", "tests"], "split='tests' is unknown"),
+        (["encode", "out/", "--shard_size", "0"], "shard_size=0 must be 1 or more"),
+        (["encode", "out/", "--embedding_dtype", "int8"], "embedding_dtype='int8' must be one of float32"),
+        (["encode", "file"], "OUT=file is a file"),
+        (["encode", "folder.safetensors"], "OUT=folder.safetensors is a folder"),
+        (["encode", "file/x.safetensors"], "file"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_work(argv, message, source, tmp_path, monkeypatch, capsys, no_work):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("folder.safetensors").mkdir()
+    command, *others = argv
+    assert exit_code(lambda: main([command, "checkpoint", source, *others])) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["evaluate", "--folds", "4"], ["encode", "out/"], ["encode", "out.safetensors"]])
+def test_what_is_right_begins_the_work(argv, source, tmp_path, monkeypatch, no_work):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NoWorkError):
+        main([argv[0], "checkpoint", source, *argv[1:]])
+
+
+def test_class_vectors_stay_on_disk(source, checkpoint, tmp_path, monkeypatch, caplog):
+    """A checkpoint's classifier, the part that grows with the groups, is neither loaded nor missed."""
+    logging.getLogger("transformers").propagate = True
+    loaded = []
+    original = IConEModel.from_pretrained
+    monkeypatch.setattr(
+        IConEModel, "from_pretrained", lambda *args, **kwargs: loaded.append(original(*args, **kwargs)) or loaded[-1]
+    )
+    with caplog.at_level("WARNING"):
+        assert main(["evaluate", checkpoint, source]) == 0
+        assert main(["encode", checkpoint, source, str(tmp_path / "shards")]) == 0
+    assert [model.classifier for model in loaded] == [None, None]
+    assert "classifier" not in caplog.text
+    whole, info = original(checkpoint, output_loading_info=True)
+    assert whole.classifier is not None
+    assert not info["unexpected_keys"] | info["missing_keys"]
 
 
 def test_an_interrupted_command_says_how_it_goes_on(monkeypatch, capsys):

@@ -1,6 +1,11 @@
 """Test the layouts of Flickr30k and COCO on the Hub, rebuilt small, and the one that save_groups writes."""
 
+import multiprocessing
+import os
+import signal
+
 import datasets
+import pyarrow.parquet
 import pytest
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 from huggingface_hub import DatasetCard
@@ -10,6 +15,7 @@ from icone_hf import load_groups
 from icone_hf.cli import main
 from icone_hf.data.group_files import save_groups
 from icone_hf.data.groups import MissingSplitError
+from icone_hf.errors import InputError
 
 IMAGES = make_groups(6)["image"][:]
 STRING, STRINGS = Value("string"), List(Value("string"))
@@ -144,3 +150,100 @@ def test_large_splits_become_several_files(tmp_path):
     read = load_dataset(str(tmp_path))["train"]
     assert read["captions"][:] == groups["captions"][:]
     assert isinstance(read.features["image"], datasets.Image)
+
+
+def is_small(folder):
+    """Nothing in a folder of caches is as large as the images."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 20_000
+
+
+@pytest.mark.parametrize("layout", ["rows of one image", "a column of splits", "a column of ids"])
+def test_no_image_is_copied_into_a_cache(layout, tmp_path, monkeypatch):
+    """Choosing rows and then adding a column had datasets write all columns again, images too."""
+    noise = [datasets.Image().encode_example(os.urandom(50_000)) for _ in range(4)]
+    columns = {"image": noise, "caption": ["a", "b", "c", "d"]}
+    features = {"image": Image(), "caption": STRING}
+    if layout == "a column of splits":
+        columns["split"], features["split"] = ["train", "test", "train", "test"], STRING
+    if layout != "a column of splits":
+        columns["image_id"], features["image_id"] = ["x", "x", "y", "z"], STRING
+    Dataset.from_dict(columns, Features(features)).save_to_disk(tmp_path / "source")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    before = set((tmp_path / "source").rglob("*"))
+    groups = load_groups(tmp_path / "source", "train")
+    assert len(groups) == {"a column of splits": 2}.get(layout, 3)
+    assert groups["captions"][0] == (["a"] if layout == "a column of splits" else ["a", "b"])
+    assert set((tmp_path / "source").rglob("*")) == before  # datasets puts caches beside the data
+    assert is_small(tmp_path / "cache")
+    # Neither does writing groups, whose files it has to read.
+    stored = groups.cast_column("image", Image(decode=False))
+    expected = [image["bytes"] for image in stored["image"]]
+    save_groups({"train": groups}, tmp_path / "out", shard_bytes=60_000)
+    assert set((tmp_path / "source").rglob("*")) == before
+    assert is_small(tmp_path / "cache")
+    written = load_dataset("parquet", data_dir=str(tmp_path / "out" / "data"), cache_dir=str(tmp_path / "read"))
+    written = written["train"].cast_column("image", Image(decode=False))
+    assert [image["bytes"] for image in written["image"]] == expected
+
+
+def kill_at(step, groups, folder):
+    """Write groups in a process that is killed, by SIGKILL, before its step with this number."""
+    steps = iter(range(10_000))
+
+    def wrap(owner, name):
+        original = getattr(owner, name)
+
+        def one_step(*args, **kwargs):
+            if next(steps) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, one_step)
+
+    wrap(pyarrow.parquet.ParquetWriter, "write_table")
+    wrap(pyarrow.parquet.ParquetWriter, "write_batch")
+    wrap(pyarrow.parquet.ParquetWriter, "close")
+    wrap(DatasetCard, "save")
+    for name in ("rename", "mkdir", "replace"):
+        wrap(os, name)
+    save_groups(groups, folder, shard_bytes=400)
+
+
+def test_what_a_killed_process_wrote_is_not_taken_for_whole(tmp_path):
+    """Killed before every write, rename and folder in turn."""
+    groups = {"train": make_groups(5), "test": make_groups(3, start=5)}
+    fork = multiprocessing.get_context("fork")
+    for step in range(200):
+        folder = tmp_path / str(step)
+        child = fork.Process(target=kill_at, args=(step, groups, folder))
+        child.start()
+        child.join(60)
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        with pytest.raises(InputError):
+            load_groups(folder, "train")
+        with pytest.raises(Exception, match=r"."):
+            load_dataset(str(folder))
+        if step % 5 == 0:  # the next call writes all of it
+            save_groups(groups, folder)
+            assert [len(load_groups(folder, split)) for split in groups] == [5, 3]
+    assert step > 10
+    assert load_groups(folder, "train")["captions"][:] == groups["train"]["captions"][:]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "data"]
+
+
+def test_a_folder_that_holds_something_is_refused_before_the_data_are_read(tmp_path, capsys):
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    (tmp_path / "out" / "data" / "notes.txt").write_text("mine")
+    assert main(["data", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
+    assert "holds data already: give another folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["data", str(tmp_path / "nowhere"), str(tmp_path / "file")]) == 2
+    assert "is a file: give another folder" in capsys.readouterr().err
+    new = str(tmp_path / "new")
+    assert main(["data", str(tmp_path / "nowhere"), new, "--push", "a/b/c"]) == 2
+    assert "--push" in capsys.readouterr().err
+    assert main(["data", str(tmp_path / "nowhere"), new, "--hub_private_repo"]) == 2
+    assert "--push" in capsys.readouterr().err

@@ -157,7 +157,7 @@ def test_a_bare_checkpoint_has_a_card_too(make_model, processor, tmp_path):
 
 
 def test_a_run_is_pushed_loaded_and_loaded_again_offline(hub, run, tmp_path):
-    done = client(hub, tmp_path / "a", "-m", "icone_hf", "push", str(run), "ada/scenes", "--private", "true")
+    done = client(hub, tmp_path / "a", "-m", "icone_hf", "push", str(run), "ada/scenes", "--hub_private_repo", "true")
     assert done.returncode == 0, done.stderr[-3000:]
     repository = hub.repositories["ada/scenes"]
     assert repository.private
