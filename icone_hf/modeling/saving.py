@@ -33,7 +33,9 @@ class SavingMixin(BeforeUploadMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint, as in transformers.
 
-        With another `num_groups` than the checkpoint's the classifier starts fresh, and a warning is logged.
+        Its weights are read from safetensors files alone, unless `use_safetensors=False` is passed. `num_groups=0`
+        leaves the class vectors on disk. With another `num_groups` than the checkpoint's the classifier starts fresh,
+        and a warning is logged.
 
         Raises:
             RuntimeError: if any other weight differs in shape, unless `ignore_mismatched_sizes=True` is passed; if a
@@ -41,6 +43,7 @@ class SavingMixin(BeforeUploadMixin):
             ValueError: if adapters are asked for that the checkpoint doesn't have.
             ImportError: if the checkpoint has adapters (`config.vision_lora`, `text_lora`) and peft is missing.
         """
+        kwargs.setdefault("use_safetensors", True)  # any other format is a pickle
         if kwargs.get("ignore_mismatched_sizes"):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
