@@ -15,7 +15,7 @@ from .splits import SPLIT_NAMES, no_split_error, standard_split
 
 
 def load_karpathy(path: Path, split: str, image_root: str | os.PathLike | None) -> Dataset:
-    """Load one split of a Karpathy JSON; see [`load_groups`]."""
+    """Load a split of a JSON, as [`load_groups`] does."""
     if not path.is_file():
         raise MissingFileError(
             f"{path} does not exist. Karpathy's splits are in caption_datasets.zip: "

@@ -46,7 +46,7 @@ def load_columns(
     caption_column: str | None,
     id_column: str | None,
 ) -> Dataset:
-    """Load one split of a table, a folder or a data set; see [`load_groups`]."""
+    """Load a split of columns, as [`load_groups`] does."""
     table, rows = _load_table(source, split)
     names = table.column_names
     image_column, caption_column, id_column = _choose_columns(source, names, image_column, caption_column, id_column)
@@ -160,7 +160,7 @@ def _choose_columns(
 
 
 def _check_downloaded(source: str, paths: Sequence[str]) -> None:
-    """Refuse a downloaded data set that names files of this machine.
+    """Refuse a downloaded data set that names local files.
 
     Its images are in it, or in the cache that it was downloaded into. A stranger's data set with any other path would
     have this machine's own files read, and published by `icone data --push`.
@@ -199,7 +199,7 @@ def _read(source: str, *args: Any, **kwargs: Any) -> Dataset | DatasetDict:
 
 
 def _unreadable(source: str, error: BaseException) -> InputError:
-    """Say which file can't be read, why, and what it must be."""
+    """Say which file can't be read, and why."""
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     why = " ".join(str(error).split()).rstrip(".!") or type(error).__name__

@@ -28,7 +28,7 @@ def check_late_failures(model: IConEModel, args: IConETrainingArguments, stages:
 
 
 def check_best_metric(args: IConETrainingArguments) -> None:
-    """Refuse to pick the best epoch by an unknown metric.
+    """Refuse an unknown metric of the best epoch.
 
     It is looked up after the first epoch's validation.
     """
@@ -74,7 +74,7 @@ def check_activation_checkpointing(model: IConEModel, args: IConETrainingArgumen
 
 
 def check_optimizer(model: IConEModel, args: IConETrainingArguments) -> None:
-    """Refuse an optimizer or a schedule that can't be made."""
+    """Refuse an optimizer or schedule that can't be made."""
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, model)
     except (ImportError, ValueError, TypeError) as error:
