@@ -75,6 +75,10 @@ def load_columns(
     missing = [
         paths[row] or f"row {row}" for row in rows if not is_embedded[row] and not os.path.isfile(paths[row] or "")
     ]
+    if packed := [path for path in missing if "::" in path]:  # as datasets names a file in an archive
+        raise InputError(
+            f"{len(packed)} images of {source} lie in archives: {first_of(packed)}. Unpack them, and give the folder."
+        )
     if missing:
         raise MissingFileError(f"{len(missing)} of {len(rows)} images of {source} are missing: {first_of(missing)}")
     if not os.path.exists(source):
