@@ -34,7 +34,8 @@ def load_karpathy(path: Path, split: str, image_root: str | os.PathLike | None) 
         splits_of[name].add(standard_split(record["split"]))
         if record["split"] in SPLIT_NAMES[split]:
             captions[name] += as_captions(record["sentences"], f'record {row} of {path}, "sentences"')
-            ids[name] = str(record.get("cocoid", record.get("imgid", name)))
+            numbers = (record.get(field) for field in ("cocoid", "imgid"))  # null is none
+            ids[name] = str(next((number for number in numbers if number is not None), name))
 
     # Check splits and files.
     if not captions:
@@ -84,6 +85,12 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
             "there: filename, filepath and split are strings, sentences is a list. Mend these records or leave them "
             "out."
         )
+    # JSON can write half of a character, which no text can hold.
+    halves = [row for row, record in enumerate(records) if not _is_unicode(record)]
+    if halves:
+        raise InputError(
+            f"{path}: records {first_of(halves)} hold halves of characters (surrogates): mend these texts."
+        )
     # A file of a stranger's must not have images read that lie anywhere else.
     outside = [row for row, record in enumerate(records) if _leaves_its_root(record)]
     if outside:
@@ -98,3 +105,12 @@ def _leaves_its_root(record: dict[str, Any]) -> bool:
     """Say whether a record's file lies outside its root."""
     parts = record.get("filepath", ""), record["filename"]
     return any(os.path.isabs(part) for part in parts) or os.path.normpath(os.path.join(*parts)).split(os.sep)[0] == ".."
+
+
+def _is_unicode(record: dict[str, Any]) -> bool:
+    """Say whether all texts of a record are whole."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

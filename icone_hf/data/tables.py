@@ -15,14 +15,14 @@ from transformers.utils import logging
 from ..errors import InputError, MissingFileError
 from .captions import as_captions, first_of
 from .group_files import UNFINISHED
+from .separated import SEPARATORS, read_separated
 from .splits import SPLIT_NAMES, SPLITS, no_split_error, standard_split
 
 logger = logging.get_logger(__name__)
 
-TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}  # and the builder that reads them
+TABLES = {".jsonl": "json", ".parquet": "parquet"}  # and the builder that reads them
 # What a file must be; said where it can't be read.
 LAYOUTS = {
-    "csv": "UTF-8 text, a line of column names and then a line for each caption",
     "json": "UTF-8 text, a JSON object on each line, and one line at least",
     "parquet": "a whole Parquet file",
 }
@@ -35,7 +35,7 @@ ID_COLUMNS = ("image_id", "cocoid", "img_id", "imgid")
 
 def is_table(source: str) -> bool:
     """Say whether a source is a table of paths."""
-    return os.path.splitext(source)[1].lower() in TABLES
+    return os.path.splitext(source)[1].lower() in (*SEPARATORS, *TABLES)
 
 
 def load_columns(
@@ -53,6 +53,8 @@ def load_columns(
     if not len(table):
         raise InputError(f"The {split} split of {source} has no rows.")
     rows = range(len(table)) if rows is None else rows
+    for name in filter(None, (image_column, caption_column, id_column)):
+        _check_text(source, table, name)
 
     # Turn paths into images.
     if is_table(source) and getattr(table.features[image_column], "dtype", None) in ("string", "large_string"):
@@ -87,7 +89,8 @@ def load_columns(
     # Join the rows of one image. Without an id, a local file is known by its path; embedded images are not.
     if id_column is not None:
         all_keys = table[id_column][:]
-        keys = ["" if all_keys[row] is None else str(all_keys[row]).strip() for row in rows]
+        is_missing = [key is None or key != key for key in all_keys]  # NaN is no id
+        keys = ["" if is_missing[row] else str(all_keys[row]).strip() for row in rows]
         if nameless := [row for row, key in enumerate(keys) if not key]:  # one group, it would seem
             where = f"{len(nameless)} rows of {source} have no id in the column {id_column!r}: {first_of(nameless)}"
             raise InputError(f"{where}. Fill them in, leave these rows out, or name another column by id_column=.")
@@ -163,6 +166,17 @@ def _choose_columns(
     return image_column, caption_column, id_column
 
 
+def _check_text(source: str, table: Dataset, name: str) -> None:
+    """Refuse a column of other bytes than UTF-8.
+
+    Some readers take any bytes for text.
+    """
+    try:
+        table.data.column(name).validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"The column {name!r} of {source} is no UTF-8 text: {error}. Write it as UTF-8.") from error
+
+
 def _check_downloaded(source: str, paths: Sequence[str]) -> None:
     """Refuse a downloaded data set that names local files.
 
@@ -196,8 +210,10 @@ def _read(source: str, *args: Any, **kwargs: Any) -> Dataset | DatasetDict:
             f"{source} holds nothing that can be read: {why}. It must be a CSV, TSV, JSONL or Parquet file of paths "
             "and captions, a Karpathy JSON, or a folder with Parquet files or with images and a metadata.csv."
         ) from error
-    except (OSError, MemoryError):  # the disk's or the machine's own
-        raise
+    except (OSError, MemoryError) as error:  # the disk's or the machine's own, unless it is Arrow's, without a number
+        if not isinstance(error, OSError) or error.errno is not None:
+            raise
+        raise _unreadable(source, error) from error
     except Exception as error:  # whatever the readers of datasets raise, it is what they found in the user's files
         raise _unreadable(source, error) from error
 
@@ -229,8 +245,10 @@ def _load_table(source: str, split: str) -> tuple[Dataset, Sequence[int] | None]
         if not os.path.isfile(source):
             raise MissingFileError(f"{source} does not exist.")
         ending = os.path.splitext(source)[1].lower()
-        options = {"sep": "\t"} if ending == ".tsv" else {}
-        loaded = _read(source, TABLES[ending], data_files=source, split="train", **options)
+        if ending in SEPARATORS:
+            loaded = read_separated(source)
+        else:
+            loaded = _read(source, TABLES[ending], data_files=source, split="train")
     else:
         # A Hub id has one slash at most, and a name before it.
         if not os.path.exists(source) and (source.count("/") > 1 or source[:1] in ("/", ".", "~", "")):
@@ -244,6 +262,7 @@ def _load_table(source: str, split: str) -> tuple[Dataset, Sequence[int] | None]
     # A column `split` counts if it names splits in every row; other columns of that name say something else.
     if all("split" in names for names in loaded.column_names.values()):
         table = datasets.concatenate_datasets(list(loaded.values()))
+        _check_text(source, table, "split")
         split_of = [standard_split(name) if isinstance(name, str) else None for name in table["split"]]
         if set(split_of) <= set(SPLITS):
             if split not in split_of:
