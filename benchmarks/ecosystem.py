@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,28 @@ def expected(checkpoint: Path, groups: Dataset) -> dict[str, np.ndarray]:
     return {**{name: value.numpy() for name, value in embeds.items()}, "rsum": np.array(rsum)}
 
 
+def python(arguments: Sequence[Any], env: dict[str, str], cwd: str) -> subprocess.CompletedProcess:
+    """Run Python with command line arguments to its end."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, check=False)
+
+
 def largest_difference(
-    reader: str, checkpoint: Path, inputs: Path, right: dict[str, np.ndarray], with_package: bool
+    reader: str,
+    checkpoint: Path,
+    inputs: Path,
+    right: dict[str, np.ndarray],
+    with_package: bool,
+    run: Callable[..., Any] = python,
 ) -> float:
     """Run a reader in a fresh process and compare what it finds.
+
+    Args:
+        reader: its name.
+        checkpoint, inputs: folders that it reads.
+        right: what it should find.
+        with_package: whether icone_hf can be imported.
+        run: starts the process, as [`python`] does.
 
     Raises:
         RuntimeError: if the reader fails.
@@ -79,10 +97,8 @@ def largest_difference(
             Path(folder, "icone_hf.py").write_text("raise ImportError('icone_hf is not installed here.')\n")
             environment["PYTHONPATH"] = folder
         out = Path(folder, "out.npz")
-        command = [sys.executable, str(ROOT / "examples" / "readers" / f"{reader}.py"), checkpoint, inputs, out]
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, env=environment, cwd=folder, check=False
-        )
+        script = ROOT / "examples" / "readers" / f"{reader}.py"
+        done = run([script, checkpoint, inputs, out], env=environment, cwd=folder)
         if done.returncode:
             raise RuntimeError(f"{reader}: {done.stderr[-3000:]}")
         found = dict(np.load(out))

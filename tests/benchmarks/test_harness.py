@@ -50,6 +50,7 @@ def test_a_process_that_ends_is_reported():
 
 
 def test_the_pages_show_what_was_measured():
+    assert {path.stem for path in harness.RESULTS.glob("*.json")} == set(harness.blocks())
     for name, table in harness.blocks().items():
         assert table in harness.page_of(name).read_text(encoding="utf-8"), f"{name}: python -m benchmarks --report"
 

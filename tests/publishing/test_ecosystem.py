@@ -63,7 +63,8 @@ RUNS = [
 def test_readers_find_what_the_model_finds(checkpoint, exported, inputs, right, reader, with_package):
     """They run in a process of their own, beside the package and where it cannot be imported."""
     is_export = reader in ecosystem.READ_THE_EXPORT
-    found = ecosystem.largest_difference(reader, exported if is_export else checkpoint, inputs, right, with_package)
+    read = exported if is_export else checkpoint
+    found = ecosystem.largest_difference(reader, read, inputs, right, with_package, children.run)
     assert found <= (1e-4 if is_export else 1e-5)
 
 
@@ -79,7 +80,7 @@ def test_the_page_has_a_row_for_every_run():
 
 def test_a_reader_that_fails_is_no_reader(tmp_path, inputs, right):
     with pytest.raises(RuntimeError, match="with_transformers"):
-        ecosystem.largest_difference("with_transformers", tmp_path, inputs, right, True)
+        ecosystem.largest_difference("with_transformers", tmp_path, inputs, right, True, children.run)
 
 
 def embeds(model, processor):
