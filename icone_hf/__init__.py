@@ -44,10 +44,8 @@ _public, __dir__, __all__ = lazy_names(
     {
         "data": ("GroupBatchSampler", "PairCollator", "PairDataset", "draw_scenes", "load_groups", "load_pictures"),
         "embedding": ("GroupEmbeddings", "encode", "encode_groups"),
-        "evaluation": (
-            *("fold_metrics", "fold_ranks", "retrieval_metrics", "retrieval_ranks", "sentence_metrics"),
-            *("heat_map", "heat_maps", "pointing_game"),
-        ),
+        "evaluation": ("fold_metrics", "fold_ranks", "retrieval_metrics", "retrieval_ranks", "sentence_metrics"),
+        "evaluation.heat_maps": ("heat_map", "heat_maps", "pointing_game"),
         "modeling": (
             *("IConEConfig", "IConEModel", "IConEOutput", "IConEProcessor", "contrastive_loss", "instance_loss"),
             *("EfficientNetLiteConfig", "EfficientNetLiteModel", "RecurrentTextConfig", "RecurrentTextModel"),
