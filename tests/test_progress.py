@@ -1,11 +1,14 @@
 import contextlib
+import io
 import os
 import pty
 import threading
 
 import children
 import pytest
-from tiny import make_groups
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
+from tiny import StopAt, make_groups
 
 from icone_hf import IConEProcessor, IConETrainer, IConETrainingArguments, Stage, progress
 from icone_hf.progress import duration
@@ -95,3 +98,29 @@ def test_a_stage_says_its_losses_and_validations(make_model, towers, tmp_path, c
     assert any(f"validation Rsum {metrics['validation']['rsum']:.1f}" in line for line in validations)
     assert lines[-1].startswith("joint: 12 updates in ")
     assert "/12 [" not in captured.err + captured.out  # transformers' own bar
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stage_on_a_terminal_has_a_bar_that_is_gone_at_its_end(make_model, towers, tmp_path, monkeypatch, fails):
+    screen, made = io.StringIO(), []
+
+    def new_bars():
+        console = Console(file=screen, force_terminal=True, width=120)
+        made.append(Progress(TextColumn("{task.description}"), MofNCompleteColumn(), console=console))
+        return made[-1]
+
+    monkeypatch.setattr("icone_hf.training.progress.is_terminal", lambda: True)
+    monkeypatch.setattr("icone_hf.training.progress.new_bars", new_bars)
+    args = IConETrainingArguments(tmp_path, use_cpu=True, per_device_train_batch_size=6, logging_steps=2)
+    processor, stage = IConEProcessor.from_encoders(*towers), Stage("joint", 1, 1e-3, 1, 1, True)
+    callbacks = [StopAt("0-joint", 4)] if fails else None
+    trainer = IConETrainer(
+        make_model(12), args, make_groups(12), make_groups(6, start=12), processor, [stage], callbacks
+    )
+    with pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext():
+        trainer.train()
+    (bars,) = made
+    assert not bars.live.is_started
+    (task,) = bars.tasks
+    assert task.description.startswith("joint: loss ")
+    assert (task.completed, task.total) == ((3 if fails else 6), 6)

@@ -13,6 +13,7 @@ from datasets import DatasetDict
 from safetensors import safe_open
 from tiny import make_groups
 
+import icone_hf
 from icone_hf import IConEModel, contrastive_loss, encode_groups, fold_metrics, load_groups, retrieval_metrics
 from icone_hf.cli import COMMANDS, main
 from icone_hf.errors import DivergedError
@@ -62,6 +63,11 @@ def test_every_command_explains_itself(name, capsys):
         for argument in ("--output_dir", "--split", "--revision", "--hub_revision", "--push", "--int8")
     )
     assert not any(clutter in shown for clutter in ("--output-dir", "--output_dir OUTPUT_DIR", "default: None)"))
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{icone_hf.__version__}\n"
 
 
 def test_help_is_in_groups_and_names_each_argument_once(capsys):
