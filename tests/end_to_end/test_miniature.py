@@ -14,7 +14,7 @@ from tiny import free_port
 from icone_hf import Stage
 
 ROOT = Path(__file__).parents[2]
-SIZES = ["--num_train_groups", "400", "--num_validation_groups", "50", "--num_test_groups", "100"]
+SIZES = ["--num_train_groups", "160", "--num_validation_groups", "50", "--num_test_groups", "100"]
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,10 @@ def test_the_quickstart_in_miniature(workspace):
     folder = workspace / "outputs/quickstart"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics) == {"validation", "stages", "test"}
-    # Chance is 32 (2 x (1 + 5 + 10)); the two stages each have to learn something.
-    assert metrics["stages"]["heads"]["rsum"] > 200
+    # Chance is 64 among 50 (2 x (2 + 10 + 20)) and 32 among 100; the two stages each have to learn something.
+    assert metrics["stages"]["heads"]["rsum"] > 180
     assert metrics["validation"]["rsum"] > metrics["stages"]["heads"]["rsum"]
-    assert metrics["test"]["rsum"] > 200
+    assert metrics["test"]["rsum"] > 140
     assert f"{metrics['test']['rsum']:.1f}" in output
 
     # A second run finds all of it done.
