@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .data.groups import load_groups, load_pictures
     from .data.scenes import draw_scenes
     from .embedding.encoding import GroupEmbeddings, encode_groups
-    from .embedding.shards import encode
+    from .embedding.shards import encode, read_embeddings
     from .evaluation.heat_maps import heat_map, heat_maps, pointing_game
     from .evaluation.metrics import fold_metrics, fold_ranks, retrieval_metrics, retrieval_ranks, sentence_metrics
     from .modeling.configuration_icone import IConEConfig
@@ -43,7 +43,7 @@ _public, __dir__, __all__ = lazy_names(
     __name__,
     {
         "data": ("GroupBatchSampler", "PairCollator", "PairDataset", "draw_scenes", "load_groups", "load_pictures"),
-        "embedding": ("GroupEmbeddings", "encode", "encode_groups"),
+        "embedding": ("GroupEmbeddings", "encode", "encode_groups", "read_embeddings"),
         "evaluation": ("fold_metrics", "fold_ranks", "retrieval_metrics", "retrieval_ranks", "sentence_metrics"),
         "evaluation.heat_maps": ("heat_map", "heat_maps", "pointing_game"),
         "modeling": (

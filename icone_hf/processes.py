@@ -8,13 +8,15 @@ import contextlib
 import pickle
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from .errors import InputError
+
+Result = TypeVar("Result")
 
 # Seconds that a process may wait for another, which downloads, decodes or uploads. Only a deadlock takes so long: the
 # death of a process is noticed at once.
@@ -49,11 +51,16 @@ def together() -> Iterator[None]:
     _raise_in_all(error)
 
 
-def by_main_process(work: Callable[..., Any], *args: Any) -> None:
-    """Have the main process work while the others wait."""
+def by_main_process(work: Callable[..., Result], *args: Any) -> Result:
+    """Have the main process work; all get its result.
+
+    The others wait meanwhile.
+    """
+    result: list[Any] = [None]
     with together():
         if PartialState().is_main_process:
-            work(*args)
+            result[0] = work(*args)
+    return broadcast_object_list(result)[0] if PartialState().num_processes > 1 else result[0]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What the commit before the folders left on disk loads, goes on and resumes: see data/before_folders/README.md."""
 
 import json
+import logging as python_logging
 import os
 import pickle
 import shutil
@@ -23,6 +24,7 @@ from icone_hf import (
     encode,
     encode_groups,
     load_groups,
+    read_embeddings,
     retrieval_metrics,
 )
 from icone_hf.modeling import ShardedClassifier
@@ -79,7 +81,9 @@ def test_a_run_that_was_stopped_goes_on_with_the_numbers_of_one_that_was_not(
 ):
     computed = []
     pool_images = feature_cache.pool_images
-    monkeypatch.setattr(feature_cache, "pool_images", lambda *args: computed.append(args) or pool_images(*args))
+    monkeypatch.setattr(
+        feature_cache, "pool_images", lambda *args, **kwargs: computed.append(args) or pool_images(*args, **kwargs)
+    )
     trainer_of(folder, **options).train(resume_from_checkpoint="auto")
     assert not computed  # the cache that was there is read
     if not options:  # class vectors in shards start from other random numbers
@@ -109,18 +113,39 @@ def test_a_finished_run_is_not_run_again(files, monkeypatch):
     assert (files / "finished" / "model.safetensors").stat().st_mtime_ns == before
 
 
-@same_transformers
-def test_shards_are_kept_and_the_missing_one_is_made(files):
-    shards = sorted(files.glob("shards/*/*.parquet"))
-    before = {path: path.read_bytes() for path in shards}
+def test_shards_are_set_aside_and_made_again(files, caplog):
+    """They know rows by number. The embeddings are the same, here of all rows that were there."""
+    python_logging.getLogger("transformers").propagate = True
+    before = {path.relative_to(files / "shards"): path.read_bytes() for path in files.glob("shards/*/*.parquet")}
     model = IConEModel.from_pretrained("finished")
     processor = IConEProcessor.from_encoders("towers/vision", "towers/text")  # as it was then
-    assert encode(model, processor, load_groups("groups", "train"), "shards", shard_size=8) == {}
-    assert {path: path.read_bytes() for path in shards} == before
-    captions = load_dataset("parquet", data_dir="shards/sentences", split="train").with_format("torch")
-    assert len(captions) == 36
-    embeds = encode_groups(model, processor, load_groups("groups", "train"))
-    torch.testing.assert_close(captions["embedding"][:], embeds.text_embeds)
+    groups = load_groups("groups", "train")
+    assert encode(model, processor, groups, "shards", shard_size=8) == {}
+    aside = files / "shards" / "set_aside"
+    assert {path.relative_to(aside): path.read_bytes() for path in aside.glob("*/*.parquet")} == before
+    assert "An earlier version made 2 shards in shards/pictures" in caplog.text
+    found = read_embeddings("shards", groups)
+    pictures = load_dataset("parquet", data_dir="shards/set_aside/pictures", split="train").with_format("torch")
+    torch.testing.assert_close(found.image_embeds[pictures["row"][:]], pictures["embedding"][:])
+    captions = load_dataset("parquet", data_dir="shards/set_aside/sentences", split="train").with_format("torch")
+    torch.testing.assert_close(
+        found.text_embeds[3 * captions["row"][:] + captions["caption"][:]], captions["embedding"][:]
+    )
+    assert (len(pictures), len(captions)) == (12, 28)
+
+
+@same_transformers
+def test_a_stopped_run_in_bf16_goes_on_with_a_cache_of_its_own(files, caplog):
+    """Its cache was computed in float32; now the towers compute as in training."""
+    python_logging.getLogger("transformers").propagate = True
+    recipe = json.loads((files / "stopped_in_heads" / "recipe.json").read_text())
+    recipe["decisive"]["bf16"] = True
+    (files / "stopped_in_heads" / "recipe.json").write_text(json.dumps(recipe))
+    before = (files / "stopped_in_heads" / "feature_cache" / "train" / "image.npy").read_bytes()
+    trainer_of("stopped_in_heads", bf16=True).train(resume_from_checkpoint="auto")
+    assert "isn't read, and may be deleted: these changed since, or may have: the precision of computing" in caplog.text
+    assert (files / "stopped_in_heads" / "feature_cache" / "train" / "image.npy").read_bytes() == before
+    assert json.loads((files / "stopped_in_heads" / "metrics.json").read_text())["validation"]["rsum"] > 0
 
 
 def test_a_checkpoint_loads_and_gives_its_metrics(files):

@@ -1,7 +1,8 @@
 """Embeddings of images and captions.
 
-`encode_groups` embeds a split in memory; `encode` embeds any number of images and captions into Parquet shards and
-goes on after an interruption. Both share the work over all processes. Digests say what an embedding depends on.
+`encode_groups` embeds a split in memory; `encode` embeds any number of images and captions into Parquet shards, of
+which it makes what is missing, and `read_embeddings` reads them. Both share the work over all processes. Digests say
+what an embedding depends on.
 """
 
 from ..lazy import lazy_names
@@ -10,6 +11,6 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "encoding": ("GroupEmbeddings", "encode_groups", "group_means"),
-        "shards": ("encode",),
+        "shards": ("encode", "read_embeddings"),
     },
 )

@@ -112,6 +112,7 @@ def pool_images(
     batches: Sequence[list[int]],
     num_workers: int = 0,
     unreadable: dict[int, str] | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Iterator[torch.Tensor]:
     """Run the vision tower over images, batch by batch.
 
@@ -124,6 +125,7 @@ def pool_images(
         batches: the rows of each batch.
         num_workers: processes that decode images. At 0 a thread does it.
         unreadable: filled with the images that can't be decoded, as `{row: why}`; they are left out of their batches.
+        autocast: the type that `torch.autocast` computes in. `None`: the weights' own, without autocast.
 
     Yields:
         The pooled outputs of a batch, `(batch, width)`.
@@ -148,14 +150,19 @@ def pool_images(
             if unreadable is not None:
                 unreadable |= {row: error for row, error in zip(rows, errors, strict=True) if error}
             if len(pixel_values):
-                yield model.pool_image(model.run_vision_tower(pixel_values.to(model.device, model.dtype)))
+                with in_precision(model.device, autocast):
+                    pooled = model.pool_image(model.run_vision_tower(pixel_values.to(model.device, model.dtype)))
+                yield pooled.to(model.dtype)
             else:  # no image of the batch could be decoded
                 yield torch.empty(0, model.visual_projection.in_features, device=model.device, dtype=model.dtype)
 
 
 @torch.no_grad()
 def pool_texts(
-    model: IConEModel, processor: IConEProcessor, batches: Sequence[Sequence[str]]
+    model: IConEModel,
+    processor: IConEProcessor,
+    batches: Sequence[Sequence[str]],
+    autocast: torch.dtype | None = None,
 ) -> Iterator[torch.Tensor]:
     """Run the text tower over captions, batch by batch.
 
@@ -165,6 +172,7 @@ def pool_texts(
         model: on the device it should run on.
         processor: of the model.
         batches: the captions of each batch.
+        autocast: see [`pool_images`].
 
     Yields:
         The pooled outputs of a batch, `(batch, width)`.
@@ -173,7 +181,18 @@ def pool_texts(
     with eval_mode(model):
         for _, inputs in _progress(zip(batches, tokenised, strict=True), sum(map(len, batches)), "captions"):
             inputs = inputs.to(model.device)
-            yield model.pool_text(model.text_model(**inputs, return_dict=True), inputs.get("attention_mask"))
+            with in_precision(model.device, autocast):
+                pooled = model.pool_text(model.text_model(**inputs, return_dict=True), inputs.get("attention_mask"))
+            yield pooled.to(model.dtype)
+
+
+def in_precision(device: torch.device, autocast: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Run a block under `torch.autocast`, or as it is.
+
+    One forward pass is one block: autocast keeps its copies of the weights until the block ends, and a generator must
+    not leave it open while others compute.
+    """
+    return contextlib.nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
 
 
 def by_length(processor: IConEProcessor, captions: Sequence[str]) -> np.ndarray:
@@ -190,22 +209,32 @@ def by_length(processor: IConEProcessor, captions: Sequence[str]) -> np.ndarray:
     return np.argsort(lengths, kind="stable")
 
 
-def embed_pooled(pooled: torch.Tensor, projection: torch.nn.Linear) -> torch.Tensor:
+def embed_pooled(
+    pooled: torch.Tensor, projection: torch.nn.Linear, autocast: torch.dtype | None = None
+) -> torch.Tensor:
     """Project pooled outputs into the common space.
 
     Args:
         pooled: `(rows, width)`.
         projection: of the same tower.
+        autocast: see [`pool_images`].
 
     Returns:
         Embeddings `(rows, projection_dim)`, L2-normalised in float32, on the CPU.
     """
-    return F.normalize(projection(pooled).float(), dim=-1).cpu()
+    with in_precision(pooled.device, autocast):
+        features = projection(pooled)
+    return F.normalize(features.float(), dim=-1).cpu()
 
 
 @torch.no_grad()
 def encode_groups(
-    model: IConEModel, processor: IConEProcessor, groups: Dataset, batch_size: int = 64, num_workers: int = 0
+    model: IConEModel,
+    processor: IConEProcessor,
+    groups: Dataset,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    autocast: torch.dtype | None = None,
 ) -> GroupEmbeddings:
     """Embed all images and captions of a split.
 
@@ -218,6 +247,8 @@ def encode_groups(
         groups: rows with `image` and `captions`.
         batch_size: images, or captions, in a forward pass.
         num_workers: processes that decode images in advance.
+        autocast: the type that towers and projections compute in, by `torch.autocast`: `torch.bfloat16` or
+            `torch.float16`. `None`: the weights' own.
 
     Raises:
         ValueError: if an image can't be decoded.
@@ -225,12 +256,14 @@ def encode_groups(
     captions = Captions.read(groups)
 
     def embed_images(rows: np.ndarray) -> Iterator[torch.Tensor]:
-        for pooled in pool_images(model, processor, groups, in_batches(rows.tolist(), batch_size), num_workers):
-            yield embed_pooled(pooled, model.visual_projection)
+        batches = in_batches(rows.tolist(), batch_size)
+        for pooled in pool_images(model, processor, groups, batches, num_workers, autocast=autocast):
+            yield embed_pooled(pooled, model.visual_projection, autocast)
 
     def embed_captions(rows: np.ndarray) -> Iterator[torch.Tensor]:
-        for pooled in pool_texts(model, processor, in_batches([captions.flat[row] for row in rows], batch_size)):
-            yield embed_pooled(pooled, model.text_projection)
+        batches = in_batches([captions.flat[row] for row in rows], batch_size)
+        for pooled in pool_texts(model, processor, batches, autocast):
+            yield embed_pooled(pooled, model.text_projection, autocast)
 
     return GroupEmbeddings(
         _over_processes(np.arange(len(groups)), embed_images),

@@ -1,24 +1,22 @@
-"""Embeddings of any number of images and captions, as Parquet shards.
+"""Embeddings of any number of images and captions, as Parquet shards that grow with their source.
 
 FOLDER/
-  pictures/00000.parquet, ...     row, image_id (if the source has it), embedding
-  sentences/00000.parquet, ...    row (of its image), caption (which of that image's), text, embedding
+  pictures/00000-DIGEST.parquet, ...     image_id, content (SHA-256 of the image file), model, embedding
+  sentences/00000-DIGEST.parquet, ...    image_id, caption (which of that image's), text, model, embedding
 
-A shard is written in one step when all its rows are embedded, so it is done if it exists. Its metadata says what made
-it: digests of model, processor and rows, by names that later runs look for.
+`model` is a digest of all that the embedding depends on besides. Rows are added and, unless asked for, none is removed:
+see `stored_rows.py`.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -30,15 +28,15 @@ from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..process_watch import end_together
-from ..processes import together
-from .digests import digest_heads, digest_pictures, digest_processor, digest_towers
-from .encoding import by_length, embed_pooled, in_batches, pool_images, pool_texts
+from ..processes import by_main_process
+from .digests import digest_images, digest_projection, digest_text, digest_vision
+from .encoding import GroupEmbeddings, by_length, embed_pooled, in_batches, pool_images, pool_texts
+from .stored_rows import Snapshot, StoredRows, places_of, refuse_mismatches
 
 logger = logging.get_logger(__name__)
 
 SHARD_DTYPES = ("float32", "float16")
-# Metadata keys of a shard: what made it, and which images of it can't be decoded.
-_ORIGIN_KEY, _UNREADABLE_KEY = b"icone_hf.made_by", b"icone_hf.unreadable"
+_PICTURES, _SENTENCES = ("image_id", "content"), ("image_id", "caption", "text")  # what a row is known by
 
 
 @end_together()
@@ -53,232 +51,276 @@ def encode(
     dtype: str = "float32",
     batch_size: int = 64,
     num_workers: int = 0,
+    autocast: torch.dtype | None = None,
+    prune: bool = False,
 ) -> dict[int, str]:
     """Embed images and captions into Parquet shards.
 
-    All images of `source` are embedded, and all captions if it has any. Shards that exist are kept; the processes share
-    the others: process r of n makes every n-th from the r-th on. So you finish a run that was killed by calling it
-    again, with any number of processes; they share nothing but the folder.
-    `datasets.load_dataset("parquet", data_dir=f"{folder}/pictures")` reads the result. An image that can't be decoded
-    has no row; the log names it.
+    All images of `source` are embedded, and all captions if it has any. What `folder` holds already is kept, and only
+    what is missing is embedded: call it again when the source has changed, or when a run was killed, with any number of
+    processes, which share the work. An image is known by its `image_id` and its content, a caption by its image's id,
+    its number and its text; of one content, one embedding is computed, whatever ids it has or gets.
+
+    [`read_embeddings`] reads the result in the source's order; `datasets.load_dataset("parquet",
+    data_dir=f"{folder}/pictures")` reads all rows. An image that can't be decoded has no row; the log names it, and the
+    next call tries it again.
 
     Args:
         model: on the device it should run on.
         processor: of the model.
-        source: groups ([`load_groups`]), or images without captions ([`load_pictures`]).
+        source: groups ([`load_groups`]), or images without captions ([`load_pictures`]). Without `image_id` an image's
+            id is the digest of its content.
         folder: for the shards.
         shard_size: images, or captions, in a shard: what a killed process loses at most.
         dtype: of the embeddings on disk, `"float32"` or `"float16"`. They are L2-normalised.
         batch_size: images, or captions, in a forward pass.
         num_workers: processes that decode images in advance.
+        autocast: the type that the model computes in; see [`encode_groups`].
+        prune: whether rows of what is no longer in the source are removed. If not, the log counts them.
 
     Returns:
-        Why an image has no embedding, by row, over all shards.
+        Why an image has no embedding, by row.
 
     Raises:
-        ValueError: before anything is computed, if a shard in `folder` was made by another model or processor, of other
-            images or captions, in another type or size; if `dtype` or `shard_size` is out of range.
+        ValueError: before anything is computed, if a shard in `folder` was made by another model or processor, or is of
+            another type; if `dtype` or `shard_size` is out of range.
     """
     if dtype not in SHARD_DTYPES:
         raise InputError(f"dtype={dtype!r} must be one of {', '.join(SHARD_DTYPES)}.")
     if shard_size < 1:
         raise InputError(f"shard_size={shard_size} must be 1 or more.")
 
-    # Refuse to mix these embeddings with shards of something else.
-    digests = {**digest_towers(model), **digest_heads(model), "processor": digest_processor(processor)}
-    origin = {**digests, "dtype": dtype, "shard_size": str(shard_size)}
-    image_shards = _Shards(Path(folder) / "pictures", len(source), shard_size, origin)
-    mismatches = image_shards.mismatches(lambda rows: _digest_images(source, rows))
-    captions: list[str] = []
-    if "captions" in source.column_names:
-        of_source = Captions.read(source)
-        captions, text_to_image = of_source.flat, of_source.text_to_image
-        caption_shards = _Shards(Path(folder) / "sentences", len(captions), shard_size, origin)
-        mismatches += caption_shards.mismatches(lambda rows: _digest_captions(captions, text_to_image, rows))
-    if mismatches := sorted(_gather(mismatches)):
-        raise InputError(
-            f"{len(mismatches)} shards in {folder} are not those of this model, processor and source. "
-            f"{first_of(mismatches, ' ')} Choose another folder, or delete these to have them made again."
-        )
+    # Refuse to mix these embeddings with those of something else.
+    folder, on_disk = Path(folder), {"the type on disk (embedding_dtype)": dtype}
+    of_images = {**digest_vision(model, processor, autocast), **digest_projection(model, "vision"), **on_disk}
+    of_captions = {**digest_text(model, processor, autocast), **digest_projection(model, "text"), **on_disk}
+    pictures = StoredRows(folder / "pictures", _PICTURES, of_images, dtype)
+    sentences = StoredRows(folder / "sentences", _SENTENCES, of_captions, dtype)
+    kinds = [pictures, sentences] if "captions" in source.column_names else [pictures]
+    by_main_process(lambda: refuse_mismatches(folder, kinds))
 
     # Embed what is missing.
-    _encode_images(model, processor, source, image_shards, batch_size, num_workers)
-    if captions:
-        _encode_captions(model, processor, captions, text_to_image, caption_shards, batch_size)
+    unreadable: dict[int, str] = {}
+    contents = _share_digests(source, unreadable)
+    of_source = np.flatnonzero([content != "" for content in contents])  # rows of images that can be read
+    wanted = [_pictures(pictures, source, contents).take(of_source)]
 
-    # Name the images that have no embedding, those of earlier runs too.
-    unreadable = image_shards.unreadable()
+    def embed_images(batches: list[list[int]]) -> Iterator[torch.Tensor]:
+        rows = [of_source[batch].tolist() for batch in batches]
+        pooled = pool_images(model, processor, source, rows, num_workers, unreadable, autocast)
+        return (embed_pooled(batch, model.visual_projection, autocast) for batch in pooled)
+
+    plan = by_main_process(lambda: _plan(pictures, wanted[0], shard_size))
+    of_images_kind = _Kind(pictures, wanted[0], embed_images, lambda row: int(of_source[row]) not in unreadable)
+    _embed(of_images_kind, plan, batch_size)
+    if "captions" in source.column_names:
+        captions = Captions.read(source)
+        wanted.append(_sentences(sentences, source, contents))
+
+        def embed_captions(batches: list[list[int]]) -> Iterator[torch.Tensor]:
+            texts = [[captions.flat[row] for row in batch] for batch in batches]
+            pooled = pool_texts(model, processor, texts, autocast)
+            return (embed_pooled(batch, model.text_projection, autocast) for batch in pooled)
+
+        def shortest_first(rows: np.ndarray) -> np.ndarray:
+            return rows[by_length(processor, [captions.flat[row] for row in rows])]  # to save padding
+
+        plan = by_main_process(lambda: _plan(sentences, wanted[1], shard_size))
+        _embed(_Kind(sentences, wanted[1], embed_captions, order=shortest_first), plan, batch_size)
+
+    # All have written their shards once all have told what they can't read.
+    unreadable = dict(_gather([*unreadable.items()]))
+    reasons = {contents[row]: why for row, why in unreadable.items() if contents[row]}
+    unreadable |= {row: reasons[content] for row, content in enumerate(contents) if content in reasons}
     if unreadable:
-        where = sorted({str(image_shards.path(row // shard_size)) for row in unreadable})
         logger.warning(
             f"{len(unreadable)} images cannot be decoded and have no embedding: "
-            f"{first_of((unreadable[row] for row in sorted(unreadable)), ' ')} Once they are replaced, delete "
-            f"{first_of(where, ' ')} and encode again."
+            f"{first_of((unreadable[row] for row in sorted(unreadable)), ' ')} Once they are replaced, encode again."
         )
+    may_prune = prune and "" not in contents  # what can't be read now may be there again
+    for kind, of_kind in zip(kinds, wanted, strict=True):
+        by_main_process(partial(_report_gone, kind, of_kind, may_prune))
     return unreadable
 
 
-def _encode_images(
-    model: IConEModel, processor: IConEProcessor, source: Dataset, shards: "_Shards", batch_size: int, num_workers: int
-) -> None:
-    """Make this process's share of the image shards."""
-    # One stream of batches for all shards: the next shard's images are decoded while the last batches are embedded.
-    batches = {shard: in_batches(shards.rows(shard), batch_size) for shard in shards.share()}
-    unreadable: dict[int, str] = {}
-    pooled = pool_images(model, processor, source, [*chain(*batches.values())], num_workers, unreadable)
-    embeds = (embed_pooled(batch, model.visual_projection) for batch in pooled)
-    for shard in batches:
-        # zip asks the batches first: when they end, no embedding of the next shard is taken.
-        parts = [part for _, part in zip(batches[shard], embeds, strict=False)]
-        rows = [row for row in shards.rows(shard) if row not in unreadable]
-        columns: dict[str, Any] = {"row": pa.array(rows, pa.int64())}
-        if "image_id" in source.column_names:
-            columns["image_id"] = pa.array(map(str, source.select(rows)["image_id"]), pa.string())
-        of_shard = {row: error for row, error in unreadable.items() if row in shards.rows(shard)}
-        shards.write(shard, columns, torch.cat(parts), _digest_images(source, shards.rows(shard)), of_shard)
+def read_embeddings(folder: str | os.PathLike, source: Dataset) -> GroupEmbeddings:
+    """Read what [`encode`] wrote, in the source's order.
 
-
-def _encode_captions(
-    model: IConEModel,
-    processor: IConEProcessor,
-    captions: list[str],
-    text_to_image: torch.Tensor,
-    shards: "_Shards",
-    batch_size: int,
-) -> None:
-    """Make this process's share of the caption shards."""
-    first = torch.searchsorted(text_to_image, text_to_image)  # the first caption of the same image
-    # Within a shard captions are embedded by length, to save padding.
-    orders = {shard: by_length(processor, [captions[row] for row in shards.rows(shard)]) for shard in shards.share()}
-    batches = {
-        shard: in_batches([captions[shards.rows(shard)[i]] for i in order], batch_size)
-        for shard, order in orders.items()
-    }
-    pooled = pool_texts(model, processor, [*chain(*batches.values())])
-    embeds = (embed_pooled(batch, model.text_projection) for batch in pooled)
-    for shard, order in orders.items():
-        parts = torch.cat([part for _, part in zip(batches[shard], embeds, strict=False)])
-        # Back into the order of the rows.
-        embeddings = torch.empty_like(parts)
-        embeddings[torch.from_numpy(order)] = parts
-        rows = shards.rows(shard)
-        chosen = slice(rows.start, rows.stop)
-        columns = {
-            "row": text_to_image[chosen].numpy(),
-            "caption": (torch.arange(rows.start, rows.stop) - first[chosen]).numpy(),
-            "text": captions[chosen],
-        }
-        shards.write(shard, columns, embeddings, _digest_captions(captions, text_to_image, rows))
-
-
-@dataclass(frozen=True)
-class _Shards:
-    """Manage the shards of one kind, images or captions.
+    All images of the source are read in full, since a row is known by its image's content.
 
     Args:
-        folder: that holds them.
-        num_rows: of all shards together.
-        shard_size: rows of a shard; the last may have fewer.
-        origin: what every shard of this run says of its origin; beside it each has the digest of its own rows.
+        folder: of the shards.
+        source: images, with captions or without. Rows of anything else are left out.
+
+    Returns:
+        The embeddings in float32; without captions `text_embeds` and `text_to_image` are empty.
+
+    Raises:
+        ValueError: if an image or a caption has no embedding there.
+    """
+    contents = digest_images(source)
+    pictures = StoredRows(Path(folder) / "pictures", _PICTURES, {})
+    image_embeds = _read(pictures, _pictures(pictures, source, contents))
+    if "captions" not in source.column_names:
+        return GroupEmbeddings(image_embeds, image_embeds.new_empty(0, image_embeds.shape[1]), torch.empty(0).long())
+    sentences = StoredRows(Path(folder) / "sentences", _SENTENCES, {})
+    text_embeds = _read(sentences, _sentences(sentences, source, contents))
+    return GroupEmbeddings(image_embeds, text_embeds, Captions.read(source).text_to_image)
+
+
+def _read(stored: StoredRows, wanted: pa.Table) -> torch.Tensor:
+    there = Snapshot(stored)
+    places = there.find(wanted)
+    if len(missing := np.flatnonzero(places < 0)):
+        ids = first_of(wanted["image_id"].take(missing).to_pylist())
+        raise InputError(
+            f"{len(missing)} of {len(wanted)} rows of the source have no embedding in {stored.folder}: those of the "
+            f"images {ids}. Call encode again for this source."
+        )
+    return torch.from_numpy(there.embeddings(places))
+
+
+# --- what a source's rows are of ---
+
+
+def _share_digests(source: Dataset, unreadable: dict[int, str]) -> list[str]:
+    """Digest all images, each process a part of them."""
+    state = PartialState()
+    ends = [len(source) * number // state.num_processes for number in range(state.num_processes + 1)]
+    share = range(*ends[state.process_index : state.process_index + 2])
+    return _gather(digest_images(source, share, unreadable))
+
+
+def _image_ids(source: Dataset, contents: list[str]) -> list[str]:
+    if "image_id" not in source.column_names:
+        return contents
+    ids = source["image_id"][:]
+    return [content if name is None else str(name) for name, content in zip(ids, contents, strict=True)]
+
+
+def _pictures(stored: StoredRows, source: Dataset, contents: list[str]) -> pa.Table:
+    return stored.table({"image_id": _image_ids(source, contents), "content": contents})
+
+
+def _sentences(stored: StoredRows, source: Dataset, contents: list[str]) -> pa.Table:
+    captions, ids = Captions.read(source), _image_ids(source, contents)
+    of_images = captions.text_to_image.tolist()
+    numbers = [number for count in captions.counts for number in range(count)]
+    return stored.table({"image_id": [ids[row] for row in of_images], "caption": numbers, "text": captions.flat})
+
+
+# --- from what is wanted to what is there ---
+
+
+class _Plan(NamedTuple):
+    """Say what is to embed.
+
+    Args:
+        number: of the first shard.
+        shards: rows of what is wanted, by shard; those of one content stand beside each other.
     """
 
-    folder: Path
-    num_rows: int
-    shard_size: int
-    origin: Mapping[str, str]
-
-    def path(self, shard: int) -> Path:
-        """Name the file of a shard."""
-        return self.folder / f"{shard:05d}.parquet"
-
-    def rows(self, shard: int) -> range:
-        """Give the rows of a shard."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_rows))
-
-    def numbers(self) -> range:
-        """Number all shards."""
-        return range(-(-self.num_rows // self.shard_size))
-
-    def mismatches(self, digest: Callable[[range], str]) -> list[str]:
-        """Say which shards this run would write differently.
-
-        Every process looks at its share of the files.
-
-        Args:
-            digest: of the source's rows that a shard should hold.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = PartialState()
-        mismatches = []
-        for path in sorted(self.folder.glob("[!.]*.parquet"))[state.process_index :: state.num_processes]:
-            number = int(path.stem) if path.stem.isdecimal() else -1
-            rows = digest(self.rows(number)) if number in self.numbers() else "none"
-            wanted, found = {**self.origin, "rows": rows}, _metadata(path, _ORIGIN_KEY)
-            if changed := sorted(name for name in wanted if found.get(name) != wanted[name]):
-                mismatches.append(f"{path} was made with another {', '.join(changed)}.")
-        return mismatches
-
-    def share(self) -> list[int]:
-        """List the missing shards that this process makes."""
-        with together():  # all have looked before one writes
-            missing = [shard for shard in self.numbers() if not self.path(shard).is_file()]
-        state = PartialState()
-        return missing[state.process_index :: state.num_processes]
-
-    def write(
-        self,
-        shard: int,
-        columns: Mapping[str, Any],
-        embeddings: torch.Tensor,
-        digest: str,
-        unreadable: Mapping[int, str] | None = None,
-    ) -> None:
-        """Write a shard in one step, with its origin.
-
-        Args:
-            shard: its number.
-            columns: all but the embeddings.
-            embeddings: `(rows, dim)`.
-            digest: of the source's rows that the shard stands for.
-            unreadable: which of them can't be decoded, `{row: why}`.
-        """
-        flat = embeddings.numpy().astype(self.origin["dtype"]).reshape(-1)
-        table = pa.table({**columns, "embedding": pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])})
-        origin = json.dumps({**self.origin, "rows": digest})
-        table = table.replace_schema_metadata({_ORIGIN_KEY: origin, _UNREADABLE_KEY: json.dumps(unreadable or {})})
-        # Write under another name first, so that a killed run leaves no half shard.
-        unfinished = self.path(shard).with_name(f".{self.path(shard).name}")  # hidden, and so no part of the data set
-        with open(unfinished, "wb") as file:
-            pq.write_table(table, file, use_dictionary=False)
-            file.flush()
-            os.fsync(file.fileno())  # before it gets the name that says that it is whole
-        unfinished.replace(self.path(shard))
-
-    def unreadable(self) -> dict[int, str]:
-        """Collect the images without an embedding, `{row: why}`.
-
-        All shards are read, after all processes have written theirs.
-        """
-        state = PartialState()
-        state.wait_for_everyone()
-        share = self.numbers()[state.process_index :: state.num_processes]
-        found = [_metadata(self.path(shard), _UNREADABLE_KEY).items() for shard in share]
-        return {int(row): why for row, why in _gather([item for items in found for item in items])}
+    number: int
+    shards: list[np.ndarray]
 
 
-def _metadata(path: Path, key: bytes) -> dict[str, str]:
-    return json.loads((pq.read_schema(path).metadata or {}).get(key, b"{}"))
+class _Kind(NamedTuple):
+    """Say how images, or captions, are embedded.
+
+    Args:
+        stored: where embeddings go.
+        wanted: the table of all rows.
+        embed: yields the embeddings of batches of rows, without those that can't be read.
+        is_readable: says so of a row, once its batch was embedded.
+        order: puts rows in the order in which they are embedded.
+    """
+
+    stored: StoredRows
+    wanted: pa.Table
+    embed: Callable[[list[list[int]]], Iterator[torch.Tensor]]
+    is_readable: Callable[[int], bool] = lambda row: True
+    order: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
+
+
+def _plan(stored: StoredRows, wanted: pa.Table, shard_size: int) -> _Plan:
+    """Find what is missing.
+
+    What is there by another id is copied. One process does it, so that all go by one plan while they write.
+    """
+    stored.set_aside_earlier()
+    there = Snapshot(stored)
+    missing = np.flatnonzero(there.find(wanted) < 0)
+    missing = missing[_first_of_each(stored.keys(wanted.take(missing)))]
+    number, same = there.next_number(), there.find_contents(wanted.take(missing))
+    copied = np.flatnonzero(same >= 0)
+    for start in range(0, len(copied), shard_size):
+        chosen = copied[start : start + shard_size]
+        stored.write(number, wanted.take(missing[chosen]), there.embeddings(same[chosen]))
+        number += 1
+
+    # The others, content by content, in the source's order.
+    new = missing[same < 0]
+    codes = _codes(stored.contents(wanted.take(new)))
+    order = np.argsort(codes, kind="stable")
+    ends = np.searchsorted(codes[order], np.arange(shard_size, codes.max(initial=0) + 1, shard_size))
+    return _Plan(number, [shard for shard in np.split(new[order], ends) if len(shard)])
+
+
+def _embed(kind: _Kind, plan: _Plan, batch_size: int) -> None:
+    """Make this process's share of the shards."""
+    stored, wanted = kind.stored, kind.wanted
+    state = PartialState()
+    # One stream of batches for all shards: the next shard's images are decoded while the last batches are embedded.
+    batches = {}
+    for number in range(len(plan.shards))[state.process_index :: state.num_processes]:
+        rows = plan.shards[number]
+        once = rows[_first_of_each(stored.contents(wanted.take(rows)))]
+        batches[number] = in_batches(kind.order(once).tolist(), batch_size)
+    if not batches:
+        return
+    embeds = kind.embed([*chain(*batches.values())])
+    for number, of_shard in batches.items():
+        # zip asks the batches first: when they end, no embedding of the next shard is taken.
+        parts = [part for _, part in zip(of_shard, embeds, strict=False)]
+        done = [row for row in chain(*of_shard) if kind.is_readable(row)]
+        if not done:
+            continue
+        # Back into the order of the rows; where several have one content, each receives its embedding.
+        rows = plan.shards[number]
+        places = places_of(stored.contents(wanted.take(rows)), stored.contents(wanted.take(done)))
+        is_done = places >= 0
+        stored.write(plan.number + number, wanted.take(rows[is_done]), torch.cat(parts).numpy()[places[is_done]])
+
+
+def _report_gone(stored: StoredRows, wanted: pa.Table, prune: bool) -> None:
+    """Log the rows that the source no longer has.
+
+    They are removed if asked for.
+    """
+    there = Snapshot(stored)
+    gone = there.beyond(wanted)
+    if not len(gone):
+        return
+    ids = first_of(dict.fromkeys(there.rows["image_id"].take(gone).to_pylist()))
+    if prune:
+        there.remove(gone)
+    done = "They are removed." if prune else "They are kept: prune=True (--prune) removes them."
+    logger.warning(
+        f"{len(gone)} rows in {stored.folder} are of what the source no longer has, or has changed (images {ids}). "
+        f"{done}"
+    )
+
+
+def _codes(texts: pa.Array) -> np.ndarray:
+    """Number texts by their first appearance."""
+    return texts.dictionary_encode().indices.to_numpy(zero_copy_only=False)
+
+
+def _first_of_each(texts: pa.Array) -> np.ndarray:
+    """Find the first place of each text, in order."""
+    return np.unique(_codes(texts), return_index=True)[1]
 
 
 def _gather(items: list[Any]) -> list[Any]:
     """Join the lists of all processes."""
     return gather_object(items) if PartialState().num_processes > 1 else items
-
-
-def _digest_images(source: Dataset, rows: range) -> str:
-    return digest_pictures(source.select(rows))
-
-
-def _digest_captions(captions: list[str], text_to_image: torch.Tensor, rows: range) -> str:
-    chosen = slice(rows.start, rows.stop)
-    return hashlib.sha256(json.dumps([captions[chosen], text_to_image[chosen].tolist()]).encode()).hexdigest()

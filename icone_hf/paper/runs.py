@@ -253,7 +253,7 @@ def run_one(run: Run, output_dir: Path, data: _Data, bf16: bool = False, num_wor
         trainer = IConETrainer(model, args, splits["train"], splits["validation"], processor, run.stages)
         validation = trainer.train(resume_from_checkpoint="auto")
         trainer.model.to(args.device)  # type: ignore[arg-type]
-        metrics = measure(run, trainer.model, processor, splits["test"], num_workers)
+        metrics = measure(run, trainer.model, processor, splits["test"], num_workers, args.autocast)
         seconds = time.perf_counter() - start
 
         # Record the results.
@@ -278,13 +278,19 @@ def run_one(run: Run, output_dir: Path, data: _Data, bf16: bool = False, num_wor
 
 
 def measure(
-    run: Run, model: IConEModel, processor: IConEProcessor, groups: Dataset, num_workers: int = 0
+    run: Run,
+    model: IConEModel,
+    processor: IConEProcessor,
+    groups: Dataset,
+    num_workers: int = 0,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure retrieval by each protocol of the data set.
 
-    The test groups are ranked all at once. COCO's are also ranked in folds, whose metrics are averaged.
+    The test groups are ranked all at once. COCO's are also ranked in folds, whose metrics are averaged. The model
+    computes in the precision that it was trained in.
     """
-    embeds = encode_groups(model, processor, groups, num_workers=num_workers)
+    embeds = encode_groups(model, processor, groups, num_workers=num_workers, autocast=autocast)
     folds = run.settings["dataset"].get("folds")
     whole = protocols_of(run.dataset)[-1]
     metrics = {protocols_of(run.dataset)[0]: fold_metrics(*embeds, folds)} if folds else {}

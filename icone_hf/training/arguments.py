@@ -1,5 +1,6 @@
 """Arguments of a run: transformers' own with our defaults, and a few more."""
 
+import os
 from dataclasses import dataclass, field
 from numbers import Integral
 
@@ -166,6 +167,17 @@ class IConETrainingArguments(TrainingArguments):
             self.per_device_train_batch_size = self.global_batch_size // self.world_size
         if not isinstance(self.shard_classifier, bool):
             raise InputError(f"shard_classifier={self.shard_classifier!r} must be true or false.")
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Return the type that mixed precision computes in.
+
+        Training, validation, the feature cache and whatever else the trainer encodes run in it; `None` is the weights'
+        own.
+        """
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # `accelerate launch --mixed_precision bf16`
+        precision = "fp16" if self.fp16 else "bf16" if self.bf16 else launcher
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
     @property
     def pushes_checkpoints(self) -> bool:

@@ -1,13 +1,14 @@
 """Frozen towers' pooled outputs, computed once and memory-mapped from disk.
 
-A folder holds `image.npy` `(groups, width)`, `text.npy` `(captions, width)`, `image.done` and `text.done`, one byte a
-row, 1 once the row is written, and `key.json`, digests of all that the outputs depend on. Every process fills its own
-batches; after an interruption any number of processes goes on with the rows that are missing.
+A split's folder has a folder for each key, named by its digest, so runs with other towers or data leave each other's
+outputs alone (`cache_folder.py`). It holds `image.npy` `(groups, width)`, `text.npy` `(captions, width)`, `image.done`
+and `text.done`, one byte a row, 1 once the row is written, `key.json`, digests of all that the outputs depend on, and
+`images.sha256`, the images' digests. Every process fills its own batches; after an interruption any number of processes
+goes on with the rows that are missing.
 """
 
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,13 +20,13 @@ from transformers.utils import logging
 
 from ..data.batching import Pair
 from ..data.captions import Captions
-from ..embedding.digests import digest_pictures, digest_processor, digest_towers
+from ..embedding.digests import digest_images, digest_text, digest_vision
+from ..embedding.earlier_digests import earlier_cache_key
 from ..embedding.encoding import by_length, in_batches, pool_images, pool_texts
 from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
-from ..processes import together
-from .run_folder import write_json
+from .cache_folder import ARRAYS, CacheFolder
 
 logger = logging.get_logger(__name__)
 
@@ -40,9 +41,10 @@ class FeatureCache(torch.utils.data.Dataset):
     cache may be larger than the memory.
 
     Args:
-        folder: of this split's cache, filled.
+        folder: of one key, filled; [`build`] finds it in a split's folder.
         captions_per_group: number of captions of each group, by row.
         dtype: of the features that are served, the model's, whatever they are stored as.
+        autocast: what the towers computed in; see [`build`].
 
     Attributes:
         image: memory-mapped `(groups, width)`, the input of `visual_projection`: float32, or bfloat16's bits as uint16.
@@ -50,8 +52,15 @@ class FeatureCache(torch.utils.data.Dataset):
         text_to_image: `(captions,)`, the group of every caption.
     """
 
-    def __init__(self, folder: Path, captions_per_group: list[int], dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        folder: Path,
+        captions_per_group: list[int],
+        dtype: torch.dtype = torch.float32,
+        autocast: torch.dtype | None = None,
+    ):
         self.folder = folder
+        self.autocast = autocast
         self.image = np.load(folder / "image.npy", mmap_mode="r")
         self.text = np.load(folder / "text.npy", mmap_mode="r")
         self.dtype = dtype
@@ -85,51 +94,62 @@ class FeatureCache(torch.utils.data.Dataset):
         batch_size: int = 64,
         num_workers: int = 0,
         dtype: str = "float32",
+        autocast: torch.dtype | None = None,
     ) -> "FeatureCache":
-        """Open the cache in `folder`, computing missing rows first.
+        """Open this key's cache, computing missing rows first.
 
-        A cache made with other tower weights, another processor, other data or as another type is thrown away, and the
-        log says which of them changed. Each of several processes computes its share, and all wait for the last.
+        A cache made with other tower weights, another processor, other data, in another precision or as another type
+        stays beside it, and the log says in what it differs. Each of several processes computes its share, and all wait
+        for the last. Of two runs that want the same cache, one fills it and the other waits.
 
         Args:
-            folder: of this split's cache, which all processes see.
+            folder: of this split's caches, which all processes see.
             model, processor, groups: what to encode, and with what.
             batch_size: images, or captions, a forward pass.
             num_workers: processes that decode images ahead, for each process.
             dtype: what features are stored as: `"float32"`, or `"bfloat16"`, which takes half the disk.
+            autocast: the type that the towers compute in, by `torch.autocast`. `None`: the weights' own.
 
         Raises:
             ValueError: if an image can't be decoded (what was computed before it is kept), or `dtype` is neither.
         """
         if dtype not in STORED_DTYPES:
             raise InputError(f"dtype={dtype!r} must be one of {', '.join(STORED_DTYPES)}.")
-        folder = Path(folder)
         captions = Captions.read(groups)
-        images, texts = (_Rows(folder, name, dtype) for name in ("image", "text"))
-        state = PartialState()
-        # One process removes another key's cache and makes empty arrays.
-        with together():
-            if state.is_main_process:
-                _remove_other_key(folder, {**cache_key(model, processor, groups), "dtype": dtype}, (images, texts))
-                images.create(len(groups), model.visual_projection.in_features)
-                texts.create(len(captions), model.text_projection.in_features)
-        with together():  # all have seen what is missing before one fills some of it
-            no_image, no_text = images.missing(), texts.missing()
-        for what, missing in (("image", no_image), ("text", no_text)):
-            if 0 < missing.sum() < len(missing):
-                logger.info(f"The feature cache in {folder} goes on: {missing.sum()} rows of {what} features missing.")
-        # Every process runs the towers on its share of the missing rows; captions of one length go together.
-        if no_image.any():
-            batches = _share(np.flatnonzero(no_image), batch_size)
-            images.fill(batches, pool_images(model, processor, groups, batches, num_workers))
-        if no_text.any():
-            order = by_length(processor, captions.flat)
-            batches = _share(order[no_text[order]], batch_size)
-            texts.fill(
-                batches, pool_texts(model, processor, [[captions.flat[row] for row in batch] for batch in batches])
-            )
-        state.wait_for_everyone()
-        return cls(folder, captions.counts, model.dtype)
+        stored_dtype = STORED_DTYPES[dtype][1]
+        arrays = {
+            "image": ((len(groups), model.visual_projection.in_features), stored_dtype),
+            "text": ((len(captions), model.text_projection.in_features), stored_dtype),
+        }
+        cache = CacheFolder.of_key(
+            folder, lambda: (cache_key(model, processor, captions, dtype, autocast), digest_images(groups))
+        )
+        images, texts = (_Rows(cache.path, name, dtype) for name in ARRAYS)
+
+        def earlier_key() -> dict[str, str]:
+            # An earlier version computed in the weights' own precision.
+            precision = {} if autocast is None else {"the precision of computing": str(autocast)}
+            return {**earlier_cache_key(model, processor, groups, dtype), **precision}
+
+        with cache.filling(arrays, earlier_key) as is_missing:
+            no_image, no_text = (images.missing(), texts.missing()) if is_missing else (np.zeros(0), np.zeros(0))
+            PartialState().wait_for_everyone()  # all have seen what is missing before one fills some of it
+            for what, missing in (("image", no_image), ("text", no_text)):
+                if 0 < missing.sum() < len(missing):
+                    logger.info(
+                        f"The feature cache in {cache.path} goes on: {missing.sum()} rows of {what} features missing."
+                    )
+            # Every process runs the towers on its share of the missing rows; captions of one length go together.
+            if no_image.any():
+                batches = _share(np.flatnonzero(no_image), batch_size)
+                images.fill(batches, pool_images(model, processor, groups, batches, num_workers, autocast=autocast))
+            if no_text.any():
+                order = by_length(processor, captions.flat)
+                batches = _share(order[no_text[order]], batch_size)
+                chosen = [[captions.flat[row] for row in batch] for batch in batches]
+                texts.fill(batches, pool_texts(model, processor, chosen, autocast))
+            PartialState().wait_for_everyone()
+        return cls(cache.path, captions.counts, model.dtype, autocast)
 
 
 class _Rows:
@@ -141,21 +161,7 @@ class _Rows:
 
     def __init__(self, folder: Path, name: str, dtype: str):
         self.array, self.done = folder / f"{name}.npy", folder / f"{name}.done"
-        self.dtype, self.stored_dtype = STORED_DTYPES[dtype]
-
-    def remove(self) -> None:
-        """Remove the array and its marks."""
-        for path in (self.done, self.array):  # in this order: without marks a killed run leaves nothing that counts
-            path.unlink(missing_ok=True)
-
-    def create(self, count: int, width: int) -> None:
-        """Make an array of empty rows, unless it exists."""
-        if self.done.is_file():  # made last, so the array exists too
-            return
-        np.lib.format.open_memmap(self.array, mode="w+", dtype=self.stored_dtype, shape=(count, width))
-        unfinished = self.done.with_suffix(".tmp")
-        unfinished.write_bytes(bytes(count))
-        unfinished.replace(self.done)
+        self.dtype = STORED_DTYPES[dtype][0]
 
     def missing(self) -> np.ndarray:
         """Return which rows are missing: `(rows,)` bool."""
@@ -199,36 +205,28 @@ def as_features(stored: np.ndarray) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if stored.dtype == np.uint16 else tensor
 
 
-def _remove_other_key(folder: Path, key: dict[str, str], arrays: Iterable[_Rows]) -> None:
-    """Remove a cache that another key has made.
-
-    This key is written in its place.
-    """
-    saved = json.loads((folder / "key.json").read_text()) if (folder / "key.json").is_file() else {}
-    if saved == key:
-        return
-    if saved:
-        changed = sorted(name for name in key if saved.get(name) != key[name])
-        logger.warning(f"The feature cache in {folder} is thrown away, since these changed: {', '.join(changed)}.")
-    for rows in arrays:
-        rows.remove()
-    write_json(folder / "key.json", key)
-
-
 def _share(rows: np.ndarray, batch_size: int) -> list[list[int]]:
     """Return this process's batches of `rows`: every n-th, so that all get short and long captions."""
     state = PartialState()
     return in_batches(rows.tolist(), batch_size)[state.process_index :: state.num_processes]
 
 
-def cache_key(model: IConEModel, processor: IConEProcessor, groups: Dataset) -> dict[str, str]:
-    """Digest all that a pooled output depends on.
+def cache_key(
+    model: IConEModel,
+    processor: IConEProcessor,
+    captions: Captions,
+    dtype: str = "float32",
+    autocast: torch.dtype | None = None,
+) -> dict[str, str]:
+    """Digest what decides cached outputs, besides the images.
 
-    These are both towers, the processor, the images and the captions.
+    Args:
+        model, processor, captions: what encodes, and what is encoded.
+        dtype, autocast: see [`FeatureCache.build`].
     """
     return {
-        **digest_towers(model),
-        "processor": digest_processor(processor),
-        "pictures": digest_pictures(groups),
-        "captions": Captions.read(groups).digest,
+        **digest_vision(model, processor, autocast),
+        **digest_text(model, processor, autocast),
+        "the captions": captions.digest,
+        "the type on disk (feature_cache_dtype)": dtype,
     }

@@ -4,7 +4,7 @@ OUTPUT_DIR/
   config.json, model.safetensors, ...    the trained model and its processor
   metrics.json                           retrieval metrics: validation, stages, test; evaluations
   recipe.json                            all that decides the numbers
-  feature_cache/                         frozen towers' outputs
+  feature_cache/SPLIT/DIGEST/            frozen towers' outputs (see cache_folder.py)
   stages/0-NAME/checkpoint-*/            transformers' checkpoints; without the towers where these are frozen. One
                                          counts if it is whole, by its files.json (see whole_files.py)
   stages/0-NAME/stage.json               there once the stage is done: its best epoch, metrics and logs
@@ -193,7 +193,12 @@ def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> dict
 
 
 def add_evaluation(
-    folder: str | os.PathLike, data: str, split: str, sizes: Mapping[str, int], metrics: Mapping[str, Any]
+    folder: str | os.PathLike,
+    data: str,
+    split: str,
+    sizes: Mapping[str, int],
+    metrics: Mapping[str, Any],
+    dtype: str = "float32",
 ) -> None:
     """Add an evaluation to a checkpoint's `metrics.json`.
 
@@ -206,9 +211,10 @@ def add_evaluation(
         split: of the source.
         sizes: the numbers of `groups` and `captions`.
         metrics: by protocol: the whole split, and the mean over folds.
+        dtype: what the model computed in.
     """
     what = {"data": data, "split": split, **sizes}
     earlier = (RunFolder(folder, ()).read_metrics() or {}).get("evaluations", [])
     others = [one for one in earlier if any(one[name] != value for name, value in what.items())]
-    evaluation = {**what, "date": time.strftime("%Y-%m-%d"), "metrics": metrics}
+    evaluation = {**what, "dtype": dtype, "date": time.strftime("%Y-%m-%d"), "metrics": metrics}
     write_metrics(folder, {"evaluations": [*others, evaluation]})

@@ -329,6 +329,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
                 dataset,
                 self.args.per_device_eval_batch_size,
                 self.args.dataloader_num_workers,
+                cast(IConETrainingArguments, self.args).autocast,
             )
         if not all(embeds.isfinite().all() for embeds in embeds[:2]):
             raise self._diverged(self.state.global_step, "has left weights that embed nothing")
@@ -364,6 +365,8 @@ def _unchanged(batch: Any) -> Any:
 def embed_cached(model: IConEModel | IConEHeads, cache: FeatureCache, chunk_size: int = 4096) -> GroupEmbeddings:
     """Embed a split from its cached outputs.
 
+    The projections compute in the precision that the towers computed in.
+
     Returns:
         L2-normalised embeddings in float32 on the CPU.
     """
@@ -372,7 +375,7 @@ def embed_cached(model: IConEModel | IConEHeads, cache: FeatureCache, chunk_size
         weight = projection.weight
         starts = range(0, len(features), chunk_size)
         chunks = (as_features(np.array(features[i : i + chunk_size])) for i in starts)
-        return torch.cat([embed_pooled(chunk.to(weight), projection) for chunk in chunks])
+        return torch.cat([embed_pooled(chunk.to(weight), projection, cache.autocast) for chunk in chunks])
 
     return GroupEmbeddings(
         project(cache.image, model.visual_projection), project(cache.text, model.text_projection), cache.text_to_image

@@ -237,6 +237,7 @@ class IConETrainer:
             self.args.per_device_eval_batch_size,
             self.args.dataloader_num_workers,
             self.args.feature_cache_dtype,
+            self.args.autocast,
         )
 
     def _is_first_with_classes(self, index: int) -> bool:
@@ -299,7 +300,7 @@ class IConETrainer:
         self._prepare()
         self.model.to(self.args.device)  # type: ignore[arg-type]
         batch_size, num_workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
-        return encode_groups(self.model, self.processor, groups, batch_size, num_workers)
+        return encode_groups(self.model, self.processor, groups, batch_size, num_workers, self.args.autocast)
 
     def evaluate(self, groups: Dataset | None = None) -> dict[str, float]:
         """Measure the model in its present state.

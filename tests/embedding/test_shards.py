@@ -1,3 +1,4 @@
+import hashlib
 import logging as python_logging
 import os
 import signal
@@ -11,7 +12,9 @@ from accelerate import PartialState
 from tiny import free_port, make_groups
 
 import icone_hf.embedding.shards as embedding_shards
-from icone_hf import IConEModel, IConEProcessor, encode, encode_groups, load_pictures
+from icone_hf import IConEModel, IConEProcessor, encode, encode_groups, load_pictures, read_embeddings
+from icone_hf.errors import InputError
+from icone_hf.processes import by_main_process
 
 COUNTS = [1, 3, 2, 5, 1, 2, 4]
 
@@ -37,18 +40,27 @@ def read(folder, kind):
     return table.with_format("numpy")
 
 
+def stored_bytes(groups):
+    return groups.cast_column("image", datasets.Image(decode=False))["image"]
+
+
 def test_shards_hold_what_encode_groups_returns(make_model, processor, groups, tmp_path):
     model = make_model()
     assert encode(model, processor, groups, tmp_path, shard_size=4, batch_size=3) == {}
     images, texts, text_to_image = encode_groups(model, processor, groups)
     image_rows, caption_rows = read(tmp_path, "pictures"), read(tmp_path, "sentences")
-    assert [path.name for path in sorted((tmp_path / "pictures").iterdir())] == ["00000.parquet", "00001.parquet"]
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
     assert len(list((tmp_path / "sentences").iterdir())) == 5  # 18 captions
     np.testing.assert_allclose(image_rows["embedding"][:], images, atol=1e-5)
     np.testing.assert_allclose(caption_rows["embedding"][:], texts, atol=1e-5)
+    for ours, expected in zip(read_embeddings(tmp_path, groups), (images, texts, text_to_image), strict=True):
+        torch.testing.assert_close(ours, expected)
     assert image_rows.features["embedding"] == datasets.List(datasets.Value("float32"), length=16)
     assert list(image_rows["image_id"]) == groups["image_id"][:]
-    assert caption_rows["row"][:].tolist() == text_to_image.tolist()
+    content = [hashlib.sha256(image["bytes"]).hexdigest() for image in stored_bytes(groups)]
+    assert list(image_rows["content"]) == content
+    assert list(caption_rows["image_id"]) == [groups[int(row)]["image_id"] for row in text_to_image]
+    assert len(set(image_rows["model"])) == len(set(caption_rows["model"])) == 1
     assert caption_rows["caption"][:].tolist() == [number for count in COUNTS for number in range(count)]
     assert list(caption_rows["text"]) == [caption for captions in groups["captions"] for caption in captions]
 
@@ -86,8 +98,8 @@ def test_what_was_done_is_kept(make_model, processor, groups, tmp_path, monkeypa
     model = make_model()
     original, encoded = embedding_shards.pool_images, []
 
-    def killed_in_the_third_shard(*args):
-        for count, pooled in enumerate(original(*args)):
+    def killed_in_the_third_shard(*args, **kwargs):
+        for count, pooled in enumerate(original(*args, **kwargs)):
             if count == 5:
                 raise KeyboardInterrupt
             yield pooled
@@ -96,11 +108,11 @@ def test_what_was_done_is_kept(make_model, processor, groups, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         encode(model, processor, groups, tmp_path, shard_size=2, batch_size=1)
     done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
-    assert sorted(done) == ["00000.parquet", "00001.parquet"]
+    assert [name.split("-")[0] for name in sorted(done)] == ["00000", "00001"]
 
-    def counting(model, processor, source, batches, *args):
+    def counting(model, processor, source, batches, *args, **kwargs):
         encoded.extend(batches)
-        return original(model, processor, source, batches, *args)
+        return original(model, processor, source, batches, *args, **kwargs)
 
     monkeypatch.setattr(embedding_shards, "pool_images", counting)
     encode(model, processor, groups, tmp_path, shard_size=2, batch_size=1)
@@ -118,26 +130,35 @@ def test_shards_of_something_else_are_refused(make_model, processor, groups, tmp
         model.vision_model.post_layernorm.weight[0] *= 1.001
         model.text_projection.weight[0] *= 1.001
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
-    with pytest.raises(
-        ValueError, match=r"7 shards in .* are not .*0.parquet was made with another text head, vision tower"
-    ):
+    refusal = r"7 shards in .* are not .*parquet differs in the vision tower's weights\..*"
+    refusal += r"sentences/\S+ differs in the text tower's projection\."
+    with pytest.raises(ValueError, match=refusal):
         encode(model, processor, groups, tmp_path, shard_size=4)
-    with pytest.raises(ValueError, match="another dtype"):
+    with pytest.raises(ValueError, match=r"differs in the type on disk \(embedding_dtype\)"):
         encode(make_model(), processor, groups, tmp_path, shard_size=4, dtype="float16")
-    with pytest.raises(ValueError, match="another rows, shard_size"):
-        encode(make_model(), processor, groups, tmp_path, shard_size=5)
-    with pytest.raises(
-        ValueError, match=r"3 shards in .* are not .*pictures/00001.parquet was made with another rows\."
-    ):
-        encode(make_model(), processor, groups.select(range(6)), tmp_path, shard_size=4)
+    with pytest.raises(ValueError, match="differs in the precision of computing"):
+        encode(make_model(), processor, groups, tmp_path, shard_size=4, autocast=torch.bfloat16)
     changed = IConEProcessor(processor.image_processor, processor.tokenizer)
     changed.image_processor.image_mean = [0.4, 0.5, 0.5]
-    with pytest.raises(ValueError, match="another processor"):
+    with pytest.raises(ValueError, match=r"2 shards in .* differs in the image processor's settings"):
         encode(make_model(), changed, groups, tmp_path, shard_size=4)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}  # nothing was touched
     for wrong, message in (({"dtype": "int8"}, "dtype='int8' must be"), ({"shard_size": 0}, "shard_size=0 must be")):
         with pytest.raises(ValueError, match=message):
             encode(make_model(), processor, groups, tmp_path, **wrong)
+
+
+def test_a_shard_that_was_cut_is_named(make_model, processor, groups, tmp_path):
+    model = make_model()
+    encode(model, processor, groups, tmp_path, shard_size=4)
+    cut = min(tmp_path.glob("pictures/*"))
+    cut.write_bytes(cut.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"1 shards in .*parquet can't be read: .* delete these to have them made"):
+        encode(model, processor, groups, tmp_path, shard_size=4)
+    cut.unlink()
+    assert encode(model, processor, groups, tmp_path, shard_size=4) == {}
+    expected = encode_groups(model, processor, groups).image_embeds
+    torch.testing.assert_close(read_embeddings(tmp_path, groups).image_embeds, expected)
 
 
 def test_unreadable_images_are_named_and_the_others_stay(make_model, processor, folder, tmp_path, caplog):
@@ -150,17 +171,53 @@ def test_unreadable_images_are_named_and_the_others_stay(make_model, processor, 
         unreadable = encode(model, processor, load_pictures(folder), tmp_path / "out", shard_size=2)
         assert list(unreadable) == [3]
         assert f"The image of row 3 ({folder}/deep/1.PNG) cannot be decoded" in caplog.text
-        assert f"delete {tmp_path}/out/pictures/00001.parquet and encode again" in caplog.text
-    assert read(tmp_path / "out", "pictures")["row"][:].tolist() == [0, 1, 2, 4]
+        assert "Once they are replaced, encode again." in caplog.text
+    found = read(tmp_path / "out", "pictures")
+    assert list(found["image_id"]) == ["0.jpeg", "2.PNG", "4.PNG", "deep/3.PNG"]
+    with pytest.raises(ValueError, match=r"1 of 5 rows of the source have no embedding .* images deep/1.PNG\."):
+        read_embeddings(tmp_path / "out", load_pictures(folder))
 
     (folder / "deep" / "1.PNG").write_bytes(whole)
-    with pytest.raises(
-        ValueError, match=r"1 shards in .* are not .*out/pictures/00001.parquet was made with another rows\."
-    ):
-        encode(model, processor, load_pictures(folder), tmp_path / "out", shard_size=2)
-    (tmp_path / "out" / "pictures" / "00001.parquet").unlink()
     assert encode(model, processor, load_pictures(folder), tmp_path / "out", shard_size=2) == {}
-    assert read(tmp_path / "out", "pictures")["row"][:].tolist() == [0, 1, 2, 3, 4]
+    expected = processor(images=load_pictures(folder)["image"][:], return_tensors="pt")
+    with torch.no_grad():
+        expected = model.eval()(**expected).image_embeds
+    torch.testing.assert_close(read_embeddings(tmp_path / "out", load_pictures(folder)).image_embeds, expected)
+
+
+def test_an_image_that_is_gone_meanwhile_is_named_and_its_row_stays(make_model, processor, folder, tmp_path, caplog):
+    """A file that can't be read just now is no reason to remove what is known of it."""
+    python_logging.getLogger("transformers").propagate = True
+    model, images = make_model(), load_pictures(folder)
+    encode(model, processor, images, tmp_path / "out")
+    (folder / "deep" / "1.PNG").unlink()
+    unreadable = encode(model, processor, images, tmp_path / "out", prune=True)
+    assert list(unreadable) == [3]
+    assert "deep/1.PNG" in unreadable[3]
+    assert "They are kept" in caplog.text
+    assert len(read(tmp_path / "out", "pictures")) == 5
+
+
+def test_two_runs_at_once_leave_each_row_whole(make_model, processor, groups, tmp_path, monkeypatch):
+    """Another run begins and ends while this one works on the same folder with other sizes."""
+    model, original, others = make_model(), embedding_shards.pool_images, []
+
+    def meanwhile(*args, **kwargs):
+        if not others:
+            others.append("running")
+            encode(model, processor, groups.select(range(2, 7)), tmp_path, shard_size=2)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(embedding_shards, "pool_images", meanwhile)
+    encode(model, processor, groups, tmp_path, shard_size=3)
+    for ours, expected in zip(read_embeddings(tmp_path, groups), encode_groups(model, processor, groups), strict=True):
+        torch.testing.assert_close(ours, expected)
+    monkeypatch.setattr(embedding_shards, "pool_images", lambda *args, **kwargs: pytest.fail("nothing is missing"))
+    encode(model, processor, groups, tmp_path)
+
+
+def refuse():
+    raise InputError("no number")
 
 
 def encode_as_a_rank(rank, num_ranks, port, towers, folder):
@@ -168,12 +225,15 @@ def encode_as_a_rank(rank, num_ranks, port, towers, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     assert PartialState(cpu=True).num_processes == num_ranks
+    assert by_main_process(lambda: rank) == 0
+    with pytest.raises(InputError, match="no number"):  # on all ranks, though one of them has tried
+        by_main_process(refuse)
     torch.manual_seed(0)
     model = IConEModel.from_encoders(*towers, num_groups=8, projection_dim=16)
     original = embedding_shards.pool_images
 
-    def killed(*args):
-        for count, pooled in enumerate(original(*args)):
+    def killed(*args, **kwargs):
+        for count, pooled in enumerate(original(*args, **kwargs)):
             if rank == 0 and count == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield pooled
@@ -184,20 +244,22 @@ def encode_as_a_rank(rank, num_ranks, port, towers, folder):
 
 def test_one_process_finishes_what_two_began(towers, make_model, processor, tmp_path, monkeypatch):
     children.spawn(encode_as_a_rank, (2, free_port(), towers, tmp_path), 2, expected=-signal.SIGKILL)
-    done = {int(path.stem) for path in (tmp_path / "pictures").glob("[!.]*.parquet")}
+    done = {int(path.stem.split("-")[0]) for path in (tmp_path / "pictures").glob("*.parquet")}
     assert 0 in done  # the first's first shard; of the second's, 1, 3 and 5, as many as it came to
     assert done <= {0, 1, 3, 5}
     encoded = []
     original = embedding_shards.pool_images
 
-    def counting(model, processor, source, batches, *args):
+    def counting(model, processor, source, batches, *args, **kwargs):
         encoded.extend(row for batch in batches for row in batch)
-        return original(model, processor, source, batches, *args)
+        return original(model, processor, source, batches, *args, **kwargs)
 
     monkeypatch.setattr(embedding_shards, "pool_images", counting)
     groups = make_groups(14)
     encode(make_model(), processor, groups, tmp_path, shard_size=2, batch_size=1)
     assert encoded == [row for row in range(14) if row // 2 not in done]
     expected = encode_groups(make_model(), processor, groups)
-    np.testing.assert_allclose(read(tmp_path, "pictures")["embedding"][:], expected.image_embeds, atol=1e-5)
-    np.testing.assert_allclose(read(tmp_path, "sentences")["embedding"][:], expected.text_embeds, atol=1e-5)
+    found = read_embeddings(tmp_path, groups)
+    torch.testing.assert_close(found.image_embeds, expected.image_embeds)
+    torch.testing.assert_close(found.text_embeds, expected.text_embeds)
+    assert len(read(tmp_path, "pictures")) == 14  # none twice

@@ -1,12 +1,19 @@
+import json
 import logging as python_logging
+import os
 import resource
 import sys
+import threading
+import time
 from pathlib import Path
 
 import children
+import datasets
 import numpy as np
 import pytest
 import torch
+from datasets.table import embed_table_storage
+from filelock import FileLock
 from tiny import draw, make_groups
 
 import icone_hf.training.feature_cache as feature_cache
@@ -96,6 +103,16 @@ def change_processor(model, processor, groups):
     return groups
 
 
+def change_norm(model, processor, groups):
+    model.vision_model.config.layer_norm_eps = 1e-3  # no weight changes, and every output does
+    return groups
+
+
+def change_length(model, processor, groups):
+    processor.tokenizer.model_max_length = 5
+    return groups
+
+
 def change_pooling(model, processor, groups):
     model.config.text_pooling = "mean"
     return groups
@@ -115,25 +132,33 @@ def change_picture(model, processor, groups):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (change_weights, "text tower"),
-        (change_buffer, "vision tower"),
-        (change_processor, "processor"),
-        (change_pooling, "text tower"),
-        (change_caption, "captions"),
-        (change_picture, "pictures"),
-        (lambda model, processor, groups: groups.select([1, 0, 2, 3, 4, 5, 6]), "captions, pictures"),
+        (change_weights, "the text tower's weights"),
+        (change_buffer, "the vision tower's weights"),
+        (change_processor, "the image processor's settings"),
+        (change_pooling, "the text tower's settings"),
+        (change_norm, "the vision tower's settings"),
+        (change_length, "the tokenizer's settings"),
+        (change_caption, "the captions"),
+        (change_picture, "1 of 7 images"),
+        (lambda model, processor, groups: groups.select([1, 0, 2, 3, 4, 5, 6]), "the captions, 2 of 7 images"),
+        (
+            lambda model, processor, groups: groups.select(range(5)),
+            r"the captions, the number of images (7 before, 5 now)",
+        ),
     ],
 )
-def test_it_is_thrown_away_when_what_it_depends_on_changes(
+def test_outputs_are_computed_again_when_what_they_depend_on_changes(
     make_model, processor, groups, tmp_path, encoded, caplog, change, named
 ):
     python_logging.getLogger("transformers").propagate = True
     model = make_model()
-    FeatureCache.build(tmp_path, model, processor, groups)
+    before = FeatureCache.build(tmp_path, model, processor, groups)
+    kept = {path: path.read_bytes() for path in before.folder.iterdir()}
     changed = change(model, processor, groups)
     cache = FeatureCache.build(tmp_path, model, processor, changed)
-    assert f"thrown away, since these changed: {named}" in caplog.text
-    assert encoded["image"] == 14
+    assert f"computed again, since these changed: {named}. Those from before stay in {before.folder}" in caplog.text
+    assert encoded["image"] == 7 + len(changed)
+    assert kept == {path: path.read_bytes() for path in before.folder.iterdir()}
     fresh = FeatureCache.build(tmp_path / "fresh", model, processor, changed)
     assert np.array_equal(cache.image, fresh.image)
     assert np.array_equal(cache.text, fresh.text)
@@ -158,7 +183,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     monkeypatch.setattr(feature_cache, name, failing)
     with pytest.raises(KeyboardInterrupt):
         FeatureCache.build(tmp_path / "cut", model, processor, groups, batch_size=2)
-    assert sum((tmp_path / "cut" / f"{fails_in}.done").read_bytes()) == 4
+    (cut,) = (tmp_path / "cut").glob("*/key.json")
+    assert sum(cut.with_name(f"{fails_in}.done").read_bytes()) == 4
     monkeypatch.setattr(feature_cache, name, working)
     resumed = FeatureCache.build(tmp_path / "cut", model, processor, groups, batch_size=2)
     np.testing.assert_allclose(resumed.image, complete.image, atol=1e-5)
@@ -167,11 +193,137 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert encoded[fails_in] - before[fails_in] <= (7 if fails_in == "image" else 18) + 2
 
 
-def test_what_was_half_thrown_away_does_not_count(make_model, processor, groups, tmp_path, encoded):
+def test_a_folder_that_is_half_made_does_not_count(make_model, processor, groups, tmp_path, encoded):
+    folder = FeatureCache.build(tmp_path, make_model(), processor, groups).folder
+    folder.rename(tmp_path / f".{folder.name}")  # as a run leaves it that is killed before the last step
+    (tmp_path / f".{folder.name}" / "image.npy").write_bytes(b"")
     FeatureCache.build(tmp_path, make_model(), processor, groups)
-    (tmp_path / "key.json").unlink()
+    (folder / "key.json").unlink()
     FeatureCache.build(tmp_path, make_model(), processor, groups)
+    assert encoded == {"image": 21, "text": 54}
+
+
+def test_runs_with_different_towers_share_a_folder(make_model, processor, groups, tmp_path, encoded):
+    """Each finds its own outputs, while the other is there and when it comes back."""
+    models = [make_model(), make_model()]
+    with torch.no_grad():
+        models[1].vision_model.post_layernorm.weight *= 2
+    caches = [FeatureCache.build(tmp_path, model, processor, groups) for model in models]
+    before = [np.array(cache.image) for cache in caches]
+    assert np.abs(before[0] - before[1]).max() > 0.1
+    again = [FeatureCache.build(tmp_path, model, processor, groups) for model in models]
     assert encoded == {"image": 14, "text": 36}
+    for cache, rows in zip([*caches, *again], before * 2, strict=True):
+        assert np.array_equal(cache.image, rows)
+
+
+def test_two_runs_that_fill_at_once_leave_each_others_rows_alone(make_model, processor, groups, tmp_path, monkeypatch):
+    """The second, with another tower, begins and ends while the first computes."""
+    first, second = make_model(), make_model()
+    with torch.no_grad():
+        second.vision_model.post_layernorm.weight *= 2
+    expected = [FeatureCache.build(tmp_path / "alone", model, processor, groups) for model in (first, second)]
+    original, others = feature_cache.pool_images, []
+
+    def meanwhile(model, *args, **kwargs):
+        for number, pooled in enumerate(original(model, *args, **kwargs)):
+            if model is first and number == 2:
+                others.append(FeatureCache.build(tmp_path / "shared", second, processor, groups))
+            yield pooled
+
+    monkeypatch.setattr(feature_cache, "pool_images", meanwhile)
+    caches = [FeatureCache.build(tmp_path / "shared", first, processor, groups, batch_size=2), *others]
+    for cache, alone in zip(caches, expected, strict=True):
+        np.testing.assert_allclose(cache.image, alone.image, atol=1e-5)
+        np.testing.assert_allclose(cache.text, alone.text, atol=1e-5)
+
+
+def test_a_run_waits_for_another_that_fills_the_same_cache(make_model, processor, groups, tmp_path, encoded, caplog):
+    python_logging.getLogger("transformers").propagate = True
+    expected = FeatureCache.build(tmp_path / "alone", make_model(), processor, groups)
+    folder = tmp_path / "shared" / expected.folder.name
+    folder.parent.mkdir()
+    lock = FileLock(folder.with_suffix(".lock"), thread_local=False)
+    lock.acquire()  # as the other run does
+
+    def fill():
+        while "this one waits" not in caplog.text:
+            time.sleep(0.01)
+        expected.folder.rename(folder)
+        lock.release()
+
+    other = threading.Thread(target=fill)
+    other.start()
+    cache = FeatureCache.build(tmp_path / "shared", make_model(), processor, groups)
+    other.join()
+    assert cache.folder == folder
+    assert encoded == {"image": 7, "text": 18}  # by the other
+
+
+def test_a_file_system_without_locks_is_named(make_model, processor, groups, tmp_path, monkeypatch, caplog):
+    python_logging.getLogger("transformers").propagate = True
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    FeatureCache.build(tmp_path, make_model(), processor, groups)
+    assert ".lock can't be locked on this file system: let one run at a time fill it." in caplog.text
+
+
+def test_a_whole_cache_is_read_where_nothing_can_be_written(make_model, processor, groups, tmp_path, monkeypatch):
+    FeatureCache.build(tmp_path, make_model(), processor, groups)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setattr("icone_hf.training.cache_folder.FileLock", None)
+    FeatureCache.build(tmp_path, make_model(), processor, groups)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_files_count_by_content_wherever_they_lie(make_model, processor, groups, tmp_path, encoded, monkeypatch):
+    """Other paths, other times and images embedded in the table are the same images; a changed byte is not."""
+
+    def with_files(*paths):
+        table = groups.remove_columns("image").add_column("image", list(map(str, paths)))
+        return table.cast_column("image", datasets.Image())
+
+    for row, image in enumerate(groups["image"]):
+        image.save(tmp_path / f"{row}.png")
+    files = with_files(*(tmp_path / f"{row}.png" for row in range(7)))
+    FeatureCache.build(tmp_path / "cache", make_model(), processor, files)
+    assert encoded["image"] == 7
+    (tmp_path / "moved").mkdir()
+    for row in range(7):
+        (tmp_path / f"{row}.png").rename(tmp_path / "moved" / f"{row}.png")
+        os.utime(tmp_path / "moved" / f"{row}.png", (0, 0))
+    monkeypatch.chdir(tmp_path / "moved")
+    relative = with_files(*(f"{row}.png" for row in range(7)))
+    FeatureCache.build(tmp_path / "cache", make_model(), processor, relative)
+    embedded = relative.with_format("arrow").map(embed_table_storage, batched=True).with_format(None)
+    FeatureCache.build(tmp_path / "cache", make_model(), processor, embedded)
+    assert encoded["image"] == 7
+
+    # One byte of a pixel, at the same size and time.
+    uncompressed = tmp_path / "moved" / "0.bmp"
+    groups[0]["image"].save(uncompressed)
+    bitmaps = with_files(*["0.bmp"] * 7)
+    FeatureCache.build(tmp_path / "bitmaps", make_model(), processor, bitmaps)
+    content, times = bytearray(uncompressed.read_bytes()), (0, 0)
+    content[len(content) // 2] ^= 128
+    os.utime(uncompressed, times)
+    uncompressed.write_bytes(content)
+    os.utime(uncompressed, times)
+    FeatureCache.build(tmp_path / "bitmaps", make_model(), processor, bitmaps)
+    assert encoded["image"] == 21
+
+
+def test_an_earlier_versions_cache_of_something_else_is_left_alone(make_model, processor, groups, tmp_path, caplog):
+    python_logging.getLogger("transformers").propagate = True
+    (tmp_path / "key.json").write_text(json.dumps({"vision tower": "1", "captions": "2", "dtype": "float32"}))
+    (tmp_path / "image.npy").write_bytes(b"rows")
+    FeatureCache.build(tmp_path, make_model(), processor, groups)
+    assert f"earlier version left in {tmp_path} isn't read, and may be deleted: these changed" in caplog.text
+    assert "vision tower, text tower, processor, pictures, captions." in caplog.text
+    assert (tmp_path / "image.npy").read_bytes() == b"rows"
 
 
 def test_bfloat16_takes_half_the_space_and_is_read_as_the_models_type(make_model, processor, groups, tmp_path, caplog):
@@ -196,7 +348,7 @@ def test_bfloat16_takes_half_the_space_and_is_read_as_the_models_type(make_model
             assert batch[name].dtype == torch.bfloat16
             torch.testing.assert_close(batch[name].float(), wanted[name], atol=0.03, rtol=0.02)
         assert model(**batch).loss.item() == pytest.approx(make_model()(**wanted).loss.item(), rel=0.02)
-    assert "thrown away, since these changed: dtype" in caplog.text
+    assert "computed again, since these changed: the type on disk (feature_cache_dtype)" in caplog.text
 
 
 def test_another_type_is_refused(make_model, processor, groups, tmp_path):

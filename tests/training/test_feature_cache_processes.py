@@ -43,7 +43,8 @@ def fill_as_a_rank(rank, num_ranks, port, towers, folder, dies_after):
 
 def test_ranks_share_the_work_and_others_go_on_when_one_is_killed(towers, make_model, processor, tmp_path):
     children.spawn(fill_as_a_rank, (2, free_port(), towers, tmp_path, 6), 2, expected=-signal.SIGKILL)
-    missing = {name: tmp_path.joinpath(f"{name}.done").read_bytes().count(0) for name in ("image", "text")}
+    (key,) = tmp_path.glob("*/key.json")
+    missing = {name: key.with_name(f"{name}.done").read_bytes().count(0) for name in ("image", "text")}
     assert 4 <= 21 - missing["image"] < 21  # but for the batch that was cut, and the one being written then
     children.spawn(fill_as_a_rank, (3, free_port(), towers, tmp_path, None), 3)
     counts = [json.loads((tmp_path / f"counts-{rank}.json").read_text()) for rank in range(3)]
@@ -52,7 +53,7 @@ def test_ranks_share_the_work_and_others_go_on_when_one_is_killed(towers, make_m
         assert sum(shares) == missing[name]  # nothing twice
         assert max(shares) - min(shares) <= 2  # a batch
 
-    found = FeatureCache(tmp_path, [1, 3, 2] * 7)
+    found = FeatureCache(key.parent, [1, 3, 2] * 7)
     alone = FeatureCache.build(
         tmp_path / "alone", make_model(), processor, make_groups(21, captions=[1, 3, 2] * 7), batch_size=2
     )
