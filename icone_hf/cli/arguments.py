@@ -32,6 +32,7 @@ RECIPES: dict[str, tuple[tuple[Stage, ...], Mapping[str, Any]]] = {
 CHECKPOINT = {"help": "Hub id or folder of an IConE checkpoint."}
 SOURCE = {"help": "What load_groups takes: a Karpathy JSON, a Hub id, a folder, a CSV file, openmoji-scenes."}
 PRIVATE = {"help": "Make a new repository private."}  # of several commands too
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 TRUTH_VALUES = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}  # what HfArgumentParser reads as one
 
 
@@ -202,8 +203,14 @@ class EncodeArguments:
             "faster, slightly other pixels."
         },
     )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "What the model computes in: float32, or by autocast bfloat16 or float16, as with --bf16."},
+    )
 
     def __post_init__(self) -> None:
+        if self.dtype not in COMPUTE_DTYPES:
+            raise InputError(f"dtype={self.dtype!r} must be one of {', '.join(COMPUTE_DTYPES)}.")
         if self.per_device_eval_batch_size < 1:
             raise InputError(f"per_device_eval_batch_size={self.per_device_eval_batch_size} must be 1 or more.")
         if self.dataloader_num_workers < 0:

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..processes import together
 from . import COMMANDS
 from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments, parse_arguments
-from .loading import embed, join_processes, load_checkpoint, load_split
+from .loading import autocast_of, embed, join_processes, load_checkpoint, load_split
 
 
 @dataclass
@@ -28,6 +28,9 @@ class ShardArguments:
     )
     shard_size: int = field(default=10_000, metadata={"help": "Images, or captions, in a shard."})
     embedding_dtype: str = field(default="float32", metadata={"help": "Of the embeddings in shards: float32, float16."})
+    prune: bool = field(
+        default=False, metadata={"help": "Remove rows of what SOURCE no longer has. Otherwise they are counted."}
+    )
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
@@ -62,7 +65,9 @@ def encode(argv: Sequence[str]) -> None:
         _encode_shards(positional.checkpoint, data_args, encode_args, shard_args, output, out)
         return
     if shard_args != ShardArguments():
-        raise InputError(f"pictures_only, shard_size and embedding_dtype are for shards: make OUT={out} a folder.")
+        raise InputError(
+            f"pictures_only, shard_size, embedding_dtype and prune are for shards: make OUT={out} a folder."
+        )
     if out.is_dir():
         raise InputError(f"OUT={out} is a folder, though it is called like a file: give another name.")
     out.parent.mkdir(parents=True, exist_ok=True)  # before any work: it may fail
@@ -71,6 +76,7 @@ def encode(argv: Sequence[str]) -> None:
     with together():
         if state.is_main_process:
             origin = {"checkpoint": positional.checkpoint, "source": data_args.source, "split": encode_args.split}
+            origin["dtype"] = encode_args.dtype
             unfinished = out.with_name(f".{out.name}")  # a killed command leaves no half file under OUT's name
             save_file({name: tensor.contiguous() for name, tensor in embeds._asdict().items()}, unfinished, origin)
             unfinished.replace(out)
@@ -98,6 +104,8 @@ def _encode_shards(
         dtype=shard_args.embedding_dtype,
         batch_size=encode_args.per_device_eval_batch_size,
         num_workers=encode_args.dataloader_num_workers,
+        autocast=autocast_of(encode_args),
+        prune=shard_args.prune,
     )
     if PartialState().is_main_process:
         captions = 0 if shard_args.pictures_only else len(Captions.read(source))

@@ -88,7 +88,7 @@ def evaluate(argv: Sequence[str]) -> None:
         output.print(metrics, metrics_table(metrics))
         if Path(positional.checkpoint).is_dir():
             sizes = {"groups": len(embeds.image_embeds), "captions": len(embeds.text_embeds)}
-            add_evaluation(positional.checkpoint, data_args.source, split, sizes, metrics)
+            add_evaluation(positional.checkpoint, data_args.source, split, sizes, metrics, encode_args.dtype)
         if not args.grid:
             return
         from ..evaluation.figures import retrieval_grid  # matplotlib is an extra: the metrics need none

@@ -1,5 +1,6 @@
 """Load what a command works on: groups, a checkpoint, and the embeddings of both."""
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 
@@ -62,17 +63,22 @@ def _find_split(data_args: DataArguments, split: str) -> Dataset | MissingSplitE
 def load_checkpoint(checkpoint: str, encode_args: EncodeArguments) -> tuple[IConEModel, IConEProcessor]:
     """Load a model and its processor.
 
-    The model goes onto this process's device. Its class vectors, which no embedding needs and which may be most of a
-    checkpoint, stay on disk.
+    The model goes onto this process's device. Its weights are in float32: what `dtype` asks for is autocast's. Its class
+    vectors, which no embedding needs and which may be most of a checkpoint, stay on disk.
     """
-    model = IConEModel.from_pretrained(checkpoint, num_groups=0).to(PartialState().device)
+    model = IConEModel.from_pretrained(checkpoint, num_groups=0, dtype=torch.float32).to(PartialState().device)
     processor = IConEProcessor.from_pretrained(checkpoint)
     processor.jpeg_draft |= encode_args.jpeg_draft
     return model, processor
+
+
+def autocast_of(encode_args: EncodeArguments) -> torch.dtype | None:
+    """Return the type that autocast computes in, if any."""
+    return None if encode_args.dtype == "float32" else getattr(torch, encode_args.dtype)
 
 
 def embed(checkpoint: str, groups: Dataset, encode_args: EncodeArguments) -> GroupEmbeddings:
     """Embed groups by a checkpoint."""
     model, processor = load_checkpoint(checkpoint, encode_args)
     batch_size, num_workers = encode_args.per_device_eval_batch_size, encode_args.dataloader_num_workers
-    return encode_groups(model, processor, groups, batch_size, num_workers)
+    return encode_groups(model, processor, groups, batch_size, num_workers, autocast_of(encode_args))

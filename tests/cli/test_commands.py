@@ -10,6 +10,7 @@ import children
 import pytest
 import torch
 from datasets import DatasetDict
+from pyarrow import parquet
 from safetensors import safe_open
 from tiny import make_groups
 
@@ -111,7 +112,7 @@ def test_train_evaluate_encode(source, towers, tmp_path, capsys):
     assert "8 images and 24 captions" in capsys.readouterr().out
     with safe_open(tmp_path / "deep" / "test.safetensors", "pt") as file:
         embeds = [file.get_tensor(name) for name in ("image_embeds", "text_embeds", "text_to_image")]
-        assert file.metadata() == {"checkpoint": str(output), "source": source, "split": "test"}
+        assert file.metadata() == {"checkpoint": str(output), "source": source, "split": "test", "dtype": "float32"}
     assert retrieval_metrics(*embeds) == pytest.approx(metrics["test"])
     assert fold_metrics(*embeds, 2) == pytest.approx(metrics["test_mean_of_2_folds"])
 
@@ -140,8 +141,39 @@ def test_encode_into_a_folder_writes_shards(source, checkpoint, tmp_path, capsys
     assert "1 images and 0 captions" in capsys.readouterr().out
     assert main(["encode", checkpoint, source, str(tmp_path / "a.safetensors"), "--shard_size", "4"]) == 2
     assert "are for shards: make OUT=" in capsys.readouterr().err
-    assert main(["encode", checkpoint, source, str(out), *more, "--shard_size", "5"]) == 2
+    assert main(["encode", checkpoint, source, str(out), *more, "--dtype", "bfloat16"]) == 2
     assert f"icone encode: error: 7 shards in {out} are not" in capsys.readouterr().err
+    assert main(["encode", checkpoint, source, str(out), "--split", "test", *more[2:], "--prune"]) == 0
+    assert "8 images and 24 captions" in capsys.readouterr().out
+    assert sum(len(parquet.read_table(path)) for path in out.glob("pictures/*.parquet")) == 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_reaches_the_towers(source, checkpoint, tmp_path, dtype):
+    """In each command that embeds; a checkpoint in bfloat16 is computed in float32 unless asked otherwise."""
+    IConEModel.from_pretrained(checkpoint).bfloat16().save_pretrained(checkpoint)
+    seen = set()
+
+    def record(module, inputs):
+        if type(module).__name__ in ("CLIPVisionModel", "BertModel", "IConEModel"):
+            is_mixed = torch.is_autocast_enabled("cpu")
+            seen.add((next(module.parameters()).dtype, torch.get_autocast_dtype("cpu") if is_mixed else torch.float32))
+
+    commands = [["evaluate", checkpoint, source], ["encode", checkpoint, source, str(tmp_path / "one.safetensors")]]
+    commands += [["encode", checkpoint, source, str(tmp_path / "shards")]]
+    for command in commands:
+        seen.clear()
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(record)
+        try:
+            assert main([*command, "--dtype", dtype]) == 0
+        finally:
+            hook.remove()
+        assert seen == {(torch.float32, getattr(torch, dtype))}, command
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        assert file.get_tensor("image_embeds").dtype == torch.float32
+        assert file.metadata()["dtype"] == dtype
+    evaluation = json.loads((Path(checkpoint) / "metrics.json").read_text())["evaluations"][0]
+    assert evaluation["dtype"] == dtype
 
 
 def test_processes_on_cpus_share_an_encoding(source, checkpoint, tmp_path):
@@ -188,6 +220,9 @@ def test_arguments_are_refused_in_the_commands_name(capsys):
         main(["evaluate", "only-one", "--splt", "test"])
     assert stop.value.code == 2
     assert "icone evaluate: error" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["encode", "x", "y", "z", "--dtype", "int8"])
+    assert "icone encode: error: dtype='int8' must be one of float32, bfloat16, float16" in capsys.readouterr().err
 
 
 def test_a_program_reads_json(source, checkpoint, tmp_path, capsys):

@@ -31,7 +31,13 @@ TESTED_HERE = (README, *(ROOT / "docs" / f"{name}.md" for name in GUIDES))
 # Programs of others that pages call.
 OTHER_PROGRAMS = {"pip", "npm", "node", "hf"}
 # Options of accelerate and torchrun that pages speak of.
-LAUNCHERS_OPTIONS = {"--cpu", "--num_processes", "--nproc_per_node", "--num_cpu_threads_per_process"}
+LAUNCHERS_OPTIONS = {
+    "--cpu",
+    "--mixed_precision",
+    "--num_processes",
+    "--nproc_per_node",
+    "--num_cpu_threads_per_process",
+}
 
 
 # --- Python ---
