@@ -63,8 +63,8 @@ def _find_split(data_args: DataArguments, split: str) -> Dataset | MissingSplitE
 def load_checkpoint(checkpoint: str, encode_args: EncodeArguments) -> tuple[IConEModel, IConEProcessor]:
     """Load a model and its processor.
 
-    The model goes onto this process's device. Its weights are in float32: what `dtype` asks for is autocast's. Its class
-    vectors, which no embedding needs and which may be most of a checkpoint, stay on disk.
+    The model goes onto this process's device. Its weights are in float32: what `dtype` asks for is autocast's. Its
+    class vectors, which no embedding needs and which may be most of a checkpoint, stay on disk.
     """
     model = IConEModel.from_pretrained(checkpoint, num_groups=0, dtype=torch.float32).to(PartialState().device)
     processor = IConEProcessor.from_pretrained(checkpoint)
