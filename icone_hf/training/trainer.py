@@ -192,8 +192,8 @@ class IConETrainer:
         stage = self.stages[index]
         logger.warning(
             f"Stage {index + 1} of {len(self.stages)}, {stage.name!r}: {stage.num_train_epochs:g} epochs of "
-            f"{len(Captions.read(self.train_dataset))} pairs, towers {'trained' if stage.train_encoders else 'frozen'}, "
-            f"loss = {stage.instance_weight:g} x instance + {stage.contrastive_weight:g} x contrastive."
+            f"{len(Captions.read(self.train_dataset))} pairs, towers {'trained' if stage.train_encoders else 'frozen'}"
+            f", loss = {stage.instance_weight:g} x instance + {stage.contrastive_weight:g} x contrastive."
         )
 
     def _stage_arguments(self, index: int) -> IConETrainingArguments:
