@@ -89,7 +89,9 @@ class HeadsMixin(LeftOutOfDDPMixin):
         """
         if self.logit_scale is None:
             return self.config.temperature
-        return torch.exp(-self.logit_scale.clamp(max=HIGHEST_LOGIT_SCALE))
+        # Not by clamp: from torch 2.14 on it has no gradient at the bound itself, where the temperature would stay.
+        bound = torch.full_like(self.logit_scale, HIGHEST_LOGIT_SCALE)
+        return torch.exp(-torch.where(self.logit_scale > bound, bound, self.logit_scale))
 
     @torch.no_grad()
     def bound_temperature(self) -> None:

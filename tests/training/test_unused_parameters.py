@@ -7,7 +7,6 @@ from dataclasses import fields
 import pytest
 import torch
 import transformers
-from peft import LoraConfig
 from tiny import make_groups, tiny_text_config, tiny_vision_config
 from tower_kinds import SHAPE, TEXT, TOKENS, VISION
 from transformers import AutoModel
@@ -105,8 +104,9 @@ def test_neither_weights_nor_modes_nor_random_numbers_change():
 
 
 def test_of_adapters_those_of_the_pooler_are_left_out():
+    peft = pytest.importorskip("peft")
     model = model_of()
-    model.add_adapter(LoraConfig(r=2))
+    model.add_adapter(peft.LoraConfig(r=2))
     model.set_encoders_trainable(True)
     adapters = {name for name, p in model.named_parameters() if ".lora_" in name and p.requires_grad}
     unused = leave_out_unused(model)
