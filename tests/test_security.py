@@ -141,6 +141,9 @@ def test_planted_files_run_nothing_on_resume(name, as_pickle, stopped_run, tower
     first, last = sorted((folder / "stages" / "0-heads").glob("checkpoint-*"), key=lambda path: len(path.name))[:2]
     for checkpoint in (first, last):
         plant(checkpoint / name, as_pickle)
+        # Whoever plants a file can also give its size in the list that says what a whole checkpoint holds.
+        listed = json.loads((checkpoint / "files.json").read_text())
+        (checkpoint / "files.json").write_text(json.dumps({**listed, name: (checkpoint / name).stat().st_size}))
     is_read = name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
     with pytest.raises(Exception, match=r"(?i)weights.only") if is_read else contextlib.nullcontext():
         trainer_in(folder, towers).train(resume_from_checkpoint=str(first))

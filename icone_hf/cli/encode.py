@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..data.captions import Captions
@@ -78,7 +79,10 @@ def encode(argv: Sequence[str]) -> None:
             origin = {"checkpoint": positional.checkpoint, "source": data_args.source, "split": encode_args.split}
             origin["dtype"] = encode_args.dtype
             unfinished = out.with_name(f".{out.name}")  # a killed command leaves no half file under OUT's name
-            save_file({name: tensor.contiguous() for name, tensor in embeds._asdict().items()}, unfinished, origin)
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in embeds._asdict().items()}, unfinished, origin)
+            except SafetensorError as error:  # its own kind of OSError
+                raise OSError(f"{out} can't be written: {error}") from error
             unfinished.replace(out)
             _print_encoded(output, out, len(embeds.image_embeds), len(embeds.text_embeds))
 

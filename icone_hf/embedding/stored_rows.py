@@ -50,7 +50,7 @@ class StoredRows:
 
     def paths(self) -> list[Path]:
         """List the shards in the order of their making."""
-        return sorted(self.folder.glob("*.parquet"))
+        return sorted(self.folder.glob("[!.]*.parquet"))
 
     def mismatches(self) -> list[str]:
         """Say which shards these embeddings can't stand beside."""

@@ -73,7 +73,8 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             processing_class=processor,
             callbacks=callbacks,
         )
-        self._unused = leave_out_unused(model) if isinstance(model, IConEModel) else []
+        with self.accelerator.autocast():  # as in every step
+            self._unused = leave_out_unused(model) if isinstance(model, IConEModel) else []
         self._progress = TrainingProgress(stage.name, as_lines=bool(args.disable_tqdm))
         if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):  # a notebook has its own table
             self.add_callback(self._progress)

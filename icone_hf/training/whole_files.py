@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,7 +135,7 @@ def storing(folder: Path, what: str) -> Iterator[None]:
 
 def _can_write(folder: Path) -> bool:
     """Try whether a folder takes a small file."""
-    trial = folder / ".trial"
+    trial = folder / f".trial-{uuid.uuid4().hex}"  # other processes try at the same time
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial.write_bytes(bytes(2**16))

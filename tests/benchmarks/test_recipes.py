@@ -108,6 +108,8 @@ def test_the_dual_encoders_loss_is_the_mean_of_both_directions_from_clips_temper
 class Features:
     """What the peers read of a cache: five captions to an image, each close to it."""
 
+    autocast = None
+
     def __init__(self, groups, seed):
         rng = np.random.default_rng(seed)
         self.image = rng.standard_normal((groups, 12), dtype=np.float32)

@@ -57,13 +57,14 @@ def test_an_image_that_only_one_process_reads(checkpoint, source, tmp_path):
 
 
 def test_a_file_that_only_the_main_process_writes(checkpoint, source, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / ".out.safetensors").mkdir()  # the name that the file has while it is written
     make_groups(1)[0]["image"].save(tmp_path / "photos" / "test" / "1.png")
-    command = ["encode", checkpoint, source, str(tmp_path / "file" / "out.safetensors")]
+    command = ["encode", checkpoint, source, str(tmp_path / "out.safetensors")]
     codes, errors, _ = fork_ranks(lambda rank: main(command), 2, tmp_path)
     assert codes == [2, 2], errors
-    assert errors[0].splitlines()[-1].startswith("icone encode: error: [Errno ")
-    assert errors[1].splitlines()[-1].startswith("icone encode: error: Rank 0: [Errno ")
+    why = f"{tmp_path / 'out.safetensors'} can't be written: "
+    assert errors[0].splitlines()[-1].startswith(f"icone encode: error: {why}")
+    assert errors[1].splitlines()[-1].startswith(f"icone encode: error: Rank 0: {why}")
 
 
 @pytest.mark.parametrize("writes", ["write_recipe", "write_stage", "replace_metrics"])

@@ -217,7 +217,8 @@ def test_bad_input_is_refused_by_name(images, texts, owner, message):
             torch.eye(3),
             torch.eye(4),
             torch.arange(4),
-            "image_embeds (3, 3) and text_embeds (4, 4) must be (images, dim) and (captions, dim) with the same dim.",
+            "image_embeds (3, 3) and text_embeds (4, 4) must be (images, dim) and (captions, dim) with the same dim, "
+            "1 or more.",
         ),
         (
             torch.eye(3),

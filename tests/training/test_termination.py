@@ -34,6 +34,14 @@ def trainer_in(folder, towers, callbacks=None, **arguments):
     )
 
 
+@pytest.fixture(autouse=True)
+def _free_signal():
+    """Other tests may have left a handler, such as codecarbon's."""
+    previous = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
 @pytest.fixture
 def make_trainer(towers, tmp_path):
     return functools.partial(trainer_in, tmp_path / "run", towers)
