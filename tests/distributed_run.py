@@ -3,6 +3,7 @@
 python tests/distributed_run.py VISION TEXT OUTPUT '{"instance_samples": 0, "stop_at": null, ARGUMENT: VALUE, ...}'
 """
 
+import gc
 import json
 import os
 import signal
@@ -83,3 +84,7 @@ def main(
 
 if __name__ == "__main__":
     main(*sys.argv[1:4], **json.loads(sys.argv[4]))
+    if torch.distributed.is_initialized():
+        # As the commands do: gloo's threads otherwise abort the end of Python in one of ten runs. DDP must go first.
+        gc.collect()
+        torch.distributed.destroy_process_group()
