@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import markdown
-from icone_hf.training.run_folder import write_json
+from icone_hf.training.whole_files import write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpu.json"

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import performance
 from benchmarks.recipes_report import write_between
-from icone_hf.training.run_folder import write_json
+from icone_hf.training.whole_files import write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "performance"

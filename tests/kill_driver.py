@@ -24,7 +24,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISAB
 
 import pyarrow.parquet as pq
 import torch
-from tiny import STAGES, WORDS, make_groups, tiny_text_config, tiny_vision_config
+from tiny import STAGES, WORDS, free_port, make_groups, tiny_text_config, tiny_vision_config
 from transformers import BertModel, BertTokenizer, CLIPImageProcessorPil, CLIPVisionModel, TrainerCallback
 
 import icone_hf.embedding.shards as shards
@@ -253,7 +253,6 @@ class Driver:
     def __init__(self, root, work, processes=1, arguments=None):
         self.root, self.processes, self.arguments = root, processes, arguments or {}
         self.work, self.result, self.check = WORKS[work]
-        self.port = 20_000 + os.getpid() % 9_000
 
     def run(self, folder, moment=None):
         """Runs all processes to their end, and ends the others when one has failed, as torchrun does.
@@ -261,10 +260,10 @@ class Driver:
         Returns:
             Their exit codes, and the seconds from the first failure to the last end.
         """
-        self.port += 1
+        port = free_port()
         pids, codes, failed_at, begun = [], {}, None, time.monotonic()
         for rank in range(self.processes):
-            pids.append(self._start(folder, rank, moment, pids[0] if pids else 0))
+            pids.append(self._start(folder, rank, moment, pids[0] if pids else 0, port))
         while len(codes) < len(pids):
             time.sleep(0.005)
             for pid in set(pids) - set(codes):
@@ -278,7 +277,7 @@ class Driver:
                 signal_all(set(pids) - set(codes), signal.SIGKILL)
         return [codes[pid] for pid in pids], time.monotonic() - failed_at if failed_at else 0.0
 
-    def _start(self, folder, rank, moment, group):
+    def _start(self, folder, rank, moment, group, port):
         """Forks one process; its exit code is that of Python, had it been a program of its own."""
         sys.stdout.flush()
         pid = os.fork()
@@ -291,7 +290,7 @@ class Driver:
                 os.dup2(os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
             if self.processes > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.processes)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             torch.set_num_threads(1)
             watched = moment if moment and rank == moment["rank"] else None
             events = Events(folder, f"{folder}.events-{rank}", watched)

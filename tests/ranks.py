@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
@@ -10,11 +9,7 @@ import traceback
 import pytest
 import torch
 from accelerate import PartialState
-
-
-def _free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+from tiny import free_port
 
 
 def _fork(work, rank, num_ranks, port, output):
@@ -41,7 +36,7 @@ def fork_ranks(work, num_ranks, folder, limit=120):
     """
     if torch.accelerator.is_available():
         pytest.skip("torch's threads for an accelerator do not survive a fork")
-    outputs, port = [folder / f"stderr-{rank}.txt" for rank in range(num_ranks)], _free_port()
+    outputs, port = [folder / f"stderr-{rank}.txt" for rank in range(num_ranks)], free_port()
     context = multiprocessing.get_context("fork")
     started = [
         context.Process(target=_fork, args=(work, rank, num_ranks, port, output)) for rank, output in enumerate(outputs)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import BertConfig, CLIPVisionConfig, TrainerCallback
 
-from icone_hf import Stage
+from icone_hf import IConETrainer, IConETrainingArguments, Stage
 
 COLORS = {
     "red": (220, 30, 30),
@@ -82,11 +82,35 @@ STAGES = (
 )
 
 
+def make_run(folder, model, processor, stages=STAGES, callbacks=None, **arguments):
+    """A trainer of 16 groups, in batches of 8, with 10 for validation; it says little."""
+    values = {"per_device_train_batch_size": 8, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+    args = IConETrainingArguments(str(folder), **{**values, "disable_tqdm": True, **arguments})
+    return IConETrainer(model, args, make_groups(16), make_groups(10, start=16), processor, stages, callbacks)
+
+
 def free_port():
     """A port that nobody listens on, whatever else runs on this machine."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
+
+
+def count_pooled(monkeypatch, module):
+    """Count the images and captions that a module has the towers pool."""
+    counts = {"image": 0, "text": 0}
+
+    def counting(name, original):
+        def count(*args, **kwargs):
+            for pooled in original(*args, **kwargs):
+                counts[name] += len(pooled)
+                yield pooled
+
+        return count
+
+    for name, function in (("image", "pool_images"), ("text", "pool_texts")):
+        monkeypatch.setattr(module, function, counting(name, getattr(module, function)))
+    return counts
 
 
 def losses(trainer):

@@ -30,10 +30,8 @@ def load_split(data_args: DataArguments, split: str) -> Dataset:
     Raises:
         MissingSplitError: if the source has no such split.
     """
-    found = _find_split(data_args, split)
-    if isinstance(found, MissingSplitError):
-        raise found
-    return found
+    with processes.main_process_first():
+        return load_groups(**data_args.load_arguments(split))
 
 
 def load_splits(data_args: DataArguments) -> tuple[dict[str, Dataset], dict[str, MissingSplitError]]:
@@ -42,22 +40,13 @@ def load_splits(data_args: DataArguments) -> tuple[dict[str, Dataset], dict[str,
     Returns:
         The groups by split, and for each split that is missing the error that says so.
     """
-    found = {split: _find_split(data_args, split) for split in SPLITS}
-    splits = {split: groups for split, groups in found.items() if isinstance(groups, Dataset)}
-    missing = {split: error for split, error in found.items() if isinstance(error, MissingSplitError)}
-    return splits, missing
-
-
-def _find_split(data_args: DataArguments, split: str) -> Dataset | MissingSplitError:
-    """Load a split, or return why there is none.
-
-    The error is returned, not raised, for a caller that goes on without the split.
-    """
-    with processes.main_process_first():
+    splits, missing = {}, {}
+    for split in SPLITS:
         try:
-            return load_groups(**data_args.load_arguments(split))
+            splits[split] = load_split(data_args, split)
         except MissingSplitError as error:
-            return error
+            missing[split] = error
+    return splits, missing
 
 
 def load_checkpoint(checkpoint: str, encode_args: EncodeArguments) -> tuple[IConEModel, IConEProcessor]:

@@ -9,10 +9,8 @@ from ..lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "heat_maps": (
-            "heat_map",
-            "pointing_game",
-        ),  # `heat_maps` here is the module; the function is icone_hf.heat_maps
+        # `heat_maps` is the module here; the function is icone_hf.heat_maps.
+        "heat_maps": ("heat_map", "pointing_game"),
         "measure": ("measure_embeddings",),
         "metrics": (
             "Ranks",

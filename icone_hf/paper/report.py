@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.run_folder import write_json
+from ..training.whole_files import write_json
 from .experiments import (
     PAPER_ENCODERS,
     PAPER_TEMPERATURE,

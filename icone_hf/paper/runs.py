@@ -33,8 +33,9 @@ from ..evaluation.metrics import fold_metrics, retrieval_metrics
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..processes import by_main_process, main_process_first, together
-from ..training.run_folder import RunFolder, write_json
+from ..training.run_folder import RunFolder
 from ..training.trainer import IConETrainer, IConETrainingArguments
+from ..training.whole_files import write_json
 from .experiments import Plan, Run, describe_plan, experiments_file, make_run, protocols_of
 from .figures import draw_figures
 from .offline_towers import tower_checkpoint

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..embedding.digests import digest_all
 from ..processes import by_main_process
+from .whole_files import to_disk
 
 logger = logging.get_logger(__name__)
 
@@ -152,8 +153,7 @@ class CacheFolder:
         (unfinished / IMAGES_FILE).write_bytes(self.images)
         (unfinished / KEY_FILE).write_text(json.dumps(dict(self.key), indent=2) + "\n")
         for path in unfinished.iterdir():  # on the disk before the name that says that they are whole
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            to_disk(path)
         unfinished.rename(self.path)
 
     def _say_why(self) -> None:

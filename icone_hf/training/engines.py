@@ -19,7 +19,7 @@ ENGINES = {
 }
 WAY_OUT = (
     "Train with DDP (accelerate launch --multi_gpu, or torchrun). What saves memory there: bf16, "
-    "activation_checkpointing, per_device_chunk_size, shard_classifier, LoRA (lora_rank in the model's config)."
+    "activation_checkpointing, per_device_chunk_size, shard_classifier, LoRA (--lora_rank)."
 )
 
 

@@ -54,8 +54,6 @@ def check_pairs_per_group(args: IConETrainingArguments) -> None:
         raise InputError(
             f"pairs_per_group={args.pairs_per_group} must be between 1 and the batch of {batch_size} pairs."
         )
-    if args.neighbour_run < 0:
-        raise InputError(f"neighbour_run={args.neighbour_run} must be 0 (batches at random) or more.")
 
 
 def check_activation_checkpointing(model: IConEModel, args: IConETrainingArguments, stages: Sequence[Stage]) -> None:

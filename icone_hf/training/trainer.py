@@ -38,6 +38,7 @@ from .sharded_trainer import ShardedStageTrainer, load_weights
 from .stage_trainer import StageTrainer, embed_cached, validation_metrics
 from .stages import PAPER_STAGES, Stage
 from .termination import ends_in_order
+from .whole_files import step_of
 
 logger = logging.get_logger(__name__)
 
@@ -166,8 +167,7 @@ class IConETrainer:
         if anew:
             self.save_model(self.folder.path)
             stages = {result["stage"]["name"]: result["validation"] for result in results}
-            metrics = {"validation": results[-1]["validation"], "stages": stages}
-            by_main_process(self.folder.replace_metrics, metrics)
+            by_main_process(self.folder.replace_metrics, {"validation": results[-1]["validation"], "stages": stages})
         return self.folder.read_metrics() or {}
 
     # --- one stage ---
@@ -279,7 +279,7 @@ class IConETrainer:
         best = trainer.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         kept = Path(best) if best else self.folder.last_checkpoint(index)
         # The metrics are logged at the step that names the checkpoint; transformers measures the last step in any case.
-        step = int(kept.name.rsplit("-", 1)[1]) if kept else None
+        step = step_of(kept) if kept else None
         logged = [entry for entry in trainer.state.log_history if "eval_rsum" in entry and entry["step"] == step]
         result = {
             "stage": asdict(self.stages[index]),

@@ -33,7 +33,7 @@ def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    _to_disk(unfinished)  # before it gets its name: after a power cut it might be empty
+    to_disk(unfinished)  # before it gets its name: after a power cut it might be empty
     unfinished.replace(path)
 
 
@@ -47,7 +47,7 @@ def finish_checkpoint(checkpoint: Path) -> None:
     unlisted = checkpoint / Path(FILES_LIST).stem  # the list itself, under either of its names
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.parent / path.stem != unlisted]
     for path in files:
-        _to_disk(path)
+        to_disk(path)
     write_json(checkpoint / FILES_LIST, {path.relative_to(checkpoint).as_posix(): _size(path) for path in files})
 
 
@@ -129,7 +129,7 @@ def storing(folder: Path, what: str) -> Iterator[None]:
         free = shutil.disk_usage(folder).free / 2**20
         raise StorageError(
             f"{what} can't be stored in {folder}, where {free:,.1f} MiB are free: {error}. What was stored before is "
-            "whole. Make room and go on with resume_from_checkpoint=auto."
+            "whole. Free some space and go on with resume_from_checkpoint=auto."
         ) from error
 
 
@@ -139,7 +139,7 @@ def _can_write(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial.write_bytes(bytes(2**16))
-        _to_disk(trial)
+        to_disk(trial)
     except OSError:
         return False
     finally:
@@ -148,7 +148,7 @@ def _can_write(folder: Path) -> bool:
     return True
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Wait until a file is on disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

@@ -10,7 +10,7 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from tiny import draw
+from tiny import count_pooled, draw
 
 import icone_hf.embedding.shards as embedding_shards
 from icone_hf import encode, load_pictures, read_embeddings
@@ -60,20 +60,7 @@ def apply(step, rows):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Count the images and captions that go through the towers."""
-    counts = {"images": 0, "captions": 0}
-
-    def counting(name, function):
-        def count(*args, **kwargs):
-            for pooled in function(*args, **kwargs):
-                counts[name] += len(pooled)
-                yield pooled
-
-        return count
-
-    monkeypatch.setattr(embedding_shards, "pool_images", counting("images", embedding_shards.pool_images))
-    monkeypatch.setattr(embedding_shards, "pool_texts", counting("captions", embedding_shards.pool_texts))
-    return counts
+    return count_pooled(monkeypatch, embedding_shards)
 
 
 @pytest.fixture
@@ -116,7 +103,7 @@ def test_reading_back_equals_embedding_anew_and_only_what_is_new_is_embedded(alo
 
             counted |= dict.fromkeys(counted, 0)
             encode(model, processor, table, folder, shard_size=run["shard_size"], prune=run["prune"], batch_size=2)
-            assert counted == {"images": len(new_images), "captions": len(new_texts)}
+            assert counted == {"image": len(new_images), "text": len(new_texts)}
 
             found = read_embeddings(folder, table)
             torch.testing.assert_close(found.image_embeds, images[[content for content, _ in rows]])
@@ -136,7 +123,7 @@ def test_a_picture_that_sorts_first_is_the_only_one_embedded(make_model, process
     before = {path: path.read_bytes() for path in tmp_path.glob("out/pictures/*")}
     draw("green", "white").save(tmp_path / "a.png")
     encode(model, processor, load_pictures(tmp_path), tmp_path / "out", shard_size=2)
-    assert counted["images"] == 6
+    assert counted["image"] == 6
     assert before.items() <= {path: path.read_bytes() for path in tmp_path.glob("out/pictures/*")}.items()
 
 
@@ -182,7 +169,7 @@ def test_images_without_ids_are_known_by_their_content(make_model, processor, co
     encode(model, processor, Dataset.from_dict(rows, features), tmp_path)
     grown = Dataset.from_dict({"image": [IMAGES[4], *reversed(IMAGES[:3]), IMAGES[4]]}, features)
     encode(model, processor, grown, tmp_path)
-    assert counted["images"] == 4
+    assert counted["image"] == 4
     embeds = read_embeddings(tmp_path, grown).image_embeds
     assert torch.equal(embeds[0], embeds[4])
     assert len(Snapshot(StoredRows(tmp_path / "pictures", ("image_id", "content"), {})).rows) == 4

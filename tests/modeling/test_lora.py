@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
-from tiny import STAGES, StopAt, losses, make_groups, tiny_text_config
+from tiny import STAGES, StopAt, losses, make_groups, make_run, tiny_text_config
 from tower_kinds import TEXT, VISION
 from transformers import AutoModel, ResNetConfig, ResNetModel
 
@@ -16,8 +16,6 @@ from icone_hf import (
     IConEConfig,
     IConEModel,
     IConEProcessor,
-    IConETrainer,
-    IConETrainingArguments,
     Stage,
     encode_groups,
 )
@@ -49,16 +47,8 @@ def move_adapters(model):
 @pytest.fixture
 def make_trainer(make_model, processor, tmp_path):
     def make(output="run", model=None, stages=LORA_STAGES, callbacks=None, **arguments):
-        values = {"per_device_train_batch_size": 8, "logging_steps": 1, "report_to": "none", "use_cpu": True}
-        return IConETrainer(
-            model or make_model(num_groups=16, **LORA),
-            IConETrainingArguments(str(tmp_path / output), disable_tqdm=True, **{**values, **arguments}),
-            make_groups(16),
-            make_groups(10, start=16),
-            processor,
-            stages,
-            callbacks,
-        )
+        model = model or make_model(num_groups=16, **LORA)
+        return make_run(tmp_path / output, model, processor, stages, callbacks, **arguments)
 
     return make
 

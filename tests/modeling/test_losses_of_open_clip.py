@@ -1,11 +1,10 @@
 """InfoNCE beside open_clip's loss, of the same embeddings: in one process, and on two ranks that gather."""
 
-import os
-
+import children
 import pytest
 import torch
 from peer_code import load_file
-from tiny import tiny_text_config, tiny_vision_config
+from tiny import free_port, tiny_text_config, tiny_vision_config
 from torch.nn import functional as F
 
 from icone_hf import IConEConfig
@@ -68,7 +67,7 @@ def _on_rank(rank, port, folder):
 def test_two_ranks(tmp_path):
     """The mean of the ranks' losses, and the gradients that DDP averages, by both of open_clip's ways to gather."""
     clip_loss()
-    torch.multiprocessing.spawn(_on_rank, (26600 + os.getpid() % 1000, tmp_path), nprocs=2)
+    children.spawn(_on_rank, (free_port(), tmp_path), 2)
     whole = contrastive_loss(*embeddings(), TEMPERATURE)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")

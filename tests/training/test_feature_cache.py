@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets.table import embed_table_storage
 from filelock import FileLock
-from tiny import draw, make_groups
+from tiny import count_pooled, draw, make_groups
 
 import icone_hf.training.feature_cache as feature_cache
 from icone_hf import FeatureCache
@@ -30,20 +30,7 @@ def groups():
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Counts the pictures and sentences that go through the towers."""
-    counts = {"image": 0, "text": 0}
-
-    def counting(name, original):
-        def count(*args, **kwargs):
-            for pooled in original(*args, **kwargs):
-                counts[name] += len(pooled)
-                yield pooled
-
-        return count
-
-    monkeypatch.setattr(feature_cache, "pool_images", counting("image", feature_cache.pool_images))
-    monkeypatch.setattr(feature_cache, "pool_texts", counting("text", feature_cache.pool_texts))
-    return counts
+    return count_pooled(monkeypatch, feature_cache)
 
 
 def test_cached_rows_are_the_towers_outputs(make_model, processor, groups, tmp_path):

@@ -9,29 +9,21 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-from tiny import STAGES, losses, make_groups
+from tiny import STAGES, losses, make_run
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 import icone_hf.training.feature_cache as feature_cache
-from icone_hf import IConEModel, IConEProcessor, IConETrainer, IConETrainingArguments, cli
+from icone_hf import IConEModel, IConEProcessor, IConETrainingArguments, cli
 from icone_hf.data.workers import outlive_termination
 from icone_hf.errors import TerminatedRun
 from icone_hf.training.whole_files import checkpoint_fault
 
 
 def trainer_in(folder, towers, callbacks=None, **arguments):
-    values = {"per_device_train_batch_size": 8, "logging_steps": 1, "report_to": "none", "use_cpu": True}
-    values |= {"disable_tqdm": True, "save_total_limit": 2}
     torch.manual_seed(0)
-    return IConETrainer(
-        IConEModel.from_encoders(*towers, num_groups=16, projection_dim=16, text_pooling="mean"),
-        IConETrainingArguments(str(folder), **{**values, **arguments}),
-        make_groups(16),
-        make_groups(10, start=16),
-        IConEProcessor.from_encoders(*towers),
-        STAGES,
-        callbacks,
-    )
+    model = IConEModel.from_encoders(*towers, num_groups=16, projection_dim=16, text_pooling="mean")
+    values = {"save_total_limit": 2, **arguments}
+    return make_run(folder, model, IConEProcessor.from_encoders(*towers), STAGES, callbacks, **values)
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,11 @@ import json
 import os
 from dataclasses import fields
 
+import children
 import pytest
 import torch
 import transformers
-from tiny import make_groups, tiny_text_config, tiny_vision_config
+from tiny import free_port, make_groups, tiny_text_config, tiny_vision_config
 from tower_kinds import SHAPE, TEXT, TOKENS, VISION
 from transformers import AutoModel
 
@@ -177,8 +178,7 @@ def _train_on_rank(rank, port, towers, folder):
 
 def test_two_ranks_checkpoint_activations_and_search_for_nothing(towers, processor, tmp_path):
     """With BERT; with ViT and RoBERTa. Losses are those of one process with the whole batch."""
-    port = 27600 + os.getpid() % 1000
-    torch.multiprocessing.spawn(_train_on_rank, (port, towers, tmp_path), nprocs=2)
+    children.spawn(_train_on_rank, (free_port(), towers, tmp_path), 2)
     found = json.loads((tmp_path / "found.json").read_text())
     for name in ("bert", "roberta"):
         _, expected = losses_of(processor, tmp_path / "alone", name, 8)

@@ -10,10 +10,10 @@ import subprocess
 
 import pytest
 import torch
-from tiny import make_groups
+from tiny import make_run
 from transformers import TrainerCallback
 
-from icone_hf import IConETrainer, IConETrainingArguments, Stage
+from icone_hf import Stage
 from icone_hf.errors import InputError, StorageError
 from icone_hf.training.run_folder import RunFolder
 from icone_hf.training.whole_files import checkpoint_fault
@@ -25,17 +25,8 @@ RECIPE = {"decisive": {}}
 @pytest.fixture
 def make_trainer(make_model, processor):
     def make(folder, callbacks=None, stages=JOINT, **arguments):
-        values = {"per_device_train_batch_size": 8, "logging_steps": 1, "report_to": "none", "use_cpu": True}
-        values |= {"disable_tqdm": True, "save_total_limit": None}
-        return IConETrainer(
-            make_model(num_groups=16, text_pooling="mean"),
-            IConETrainingArguments(str(folder), **{**values, **arguments}),
-            make_groups(16),
-            make_groups(10, start=16),
-            processor,
-            stages,
-            callbacks,
-        )
+        model = make_model(num_groups=16, text_pooling="mean")
+        return make_run(folder, model, processor, stages, callbacks, **{"save_total_limit": None, **arguments})
 
     return make
 
@@ -48,10 +39,8 @@ def finished(towers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     torch.manual_seed(0)
     model = IConEModel.from_encoders(*towers, num_groups=16, projection_dim=16)
-    values = {"per_device_train_batch_size": 16, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
-    args = IConETrainingArguments(str(folder), save_total_limit=None, **values)
-    validation = make_groups(10, start=16)
-    IConETrainer(model, args, make_groups(16), validation, IConEProcessor.from_encoders(*towers), JOINT).train()
+    values = {"per_device_train_batch_size": 16, "save_total_limit": None}
+    make_run(folder, model, IConEProcessor.from_encoders(*towers), JOINT, **values).train()
     (folder / "stages" / "0-joint" / "stage.json").unlink()
     for state in folder.glob("stages/*/*/trainer_state.json"):  # which was best is another test's
         state.write_text(state.read_text().replace('"best_global_step"', '"no_step"'))
