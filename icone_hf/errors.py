@@ -5,6 +5,10 @@ would expect. `icone_hf/modeling/errors.py` is this file's twin for what travels
 """
 
 import sys
+from collections.abc import Iterable
+from typing import Any
+
+SHOWN = 5  # how many offenders a message names
 
 
 class InputError(ValueError):
@@ -53,6 +57,12 @@ class PeerError(RuntimeError):
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_of(items: Iterable[Any], separator: str = ", ") -> str:
+    """Join the first items for a message."""
+    items = list(items)
+    return separator.join(map(str, items[:SHOWN])) + (f"{separator}..." if len(items) > SHOWN else "")
 
 
 def is_the_users(error: BaseException) -> bool:

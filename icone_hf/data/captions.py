@@ -4,19 +4,17 @@ import hashlib
 import json
 import unicodedata
 import weakref
-from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
 
-from ..errors import InputError
+from ..errors import InputError, first_of
 
 if TYPE_CHECKING:  # commands that only read data do not wait for torch
     import torch
 
-SHOWN = 5  # how many offenders an error message names
 _INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of controls, joiners and separators
 
 
@@ -88,44 +86,6 @@ class Captions:
 
 # Keyed weakly: captions go when their data set goes.
 _READ: "weakref.WeakKeyDictionary[Dataset, Captions]" = weakref.WeakKeyDictionary()
-
-
-def as_captions(value: Any, where: str) -> list[str]:
-    """Read a value of a caption column.
-
-    Args:
-        value: one caption or a list of them, each a string or Karpathy's `{"raw": caption}`; `None` is an empty one.
-        where: of the value, for the message.
-
-    Raises:
-        InputError: for anything else, such as numbers or the turns of a conversation.
-    """
-    if not isinstance(value, list | tuple):
-        value = [value]
-    captions = []
-    for caption in value:
-        if isinstance(caption, dict):
-            if "raw" not in caption:
-                raise InputError(
-                    f"{where} holds records of {', '.join(map(str, caption))}, no captions: a caption is a string, or "
-                    'stands in a record under "raw". Name another column by caption_column=.'
-                )
-            caption = caption["raw"]
-        if caption is None:  # an empty one, which is refused with the others that say nothing
-            caption = ""
-        if not isinstance(caption, str):
-            raise InputError(
-                f"{where} holds {caption!r} of type {type(caption).__name__}, no caption: a caption is a string. Write "
-                "it as text, or name another column by caption_column=."
-            )
-        captions.append(caption)
-    return captions
-
-
-def first_of(items: Iterable[Any], separator: str = ", ") -> str:
-    """Join the first items for a message."""
-    items = list(items)
-    return separator.join(map(str, items[:SHOWN])) + (f"{separator}..." if len(items) > SHOWN else "")
 
 
 def _says_something(caption: Any) -> bool:

@@ -12,9 +12,9 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from ..compat import embed_images
 from ..errors import InputError
+from ..forms.folders import UNFINISHED
 
 SHARD_BYTES = 500 * 2**20  # of images and captions in a file, about
-UNFINISHED = ".unfinished"  # in a folder: files that are still being written. Readers pass over hidden names
 
 
 def save_groups(splits: Mapping[str, Dataset], folder: str | os.PathLike, shard_bytes: int = SHARD_BYTES) -> Path:

@@ -14,13 +14,14 @@ import datasets
 from datasets import Dataset
 from transformers.utils import logging
 
-from ..errors import InputError, MissingFileError
-from .captions import Captions, first_of
+from ..errors import InputError, MissingFileError, first_of
+from ..forms.form import Options
+from ..forms.registry import form_of
+from ..forms.splits import SPLITS, MissingSplitError
+from .captions import Captions
 from .images import IMAGE_ENDINGS
-from .karpathy import load_karpathy
+from .rows import join_rows
 from .scenes import draw_scenes
-from .splits import SPLITS, MissingSplitError
-from .tables import is_table, load_columns
 
 __all__ = ["OPENMOJI_SCENES", "SPLITS", "MissingSplitError", "check_disjoint", "load_groups", "load_pictures"]
 
@@ -79,24 +80,21 @@ def load_groups(
     if not isinstance(source, str | os.PathLike) or not isinstance(os.fspath(source), str):
         raise InputError(f"source={source!r} must be a path or a name.")
     source = os.fspath(source)
-    is_scenes, is_json = source == OPENMOJI_SCENES, source.endswith(".json")
+    form = None if source == OPENMOJI_SCENES else form_of(source)
 
     # Refuse arguments that this kind of source would ignore.
     columns = {"image_column": image_column, "caption_column": caption_column, "id_column": id_column}
     given = {"image_root": image_root, "num_groups": num_groups, "image_size": image_size, **columns}
-    belongs = {"num_groups", "image_size"} if is_scenes else {"image_root"} if is_json else set(columns)
-    belongs |= {"image_root"} if is_table(source) else set()
+    belongs = {"num_groups", "image_size"} if form is None else form.takes
     for name, value in given.items():
         if value is not None and name not in belongs:
             raise InputError(f"{name}={value!r} has no meaning for the source {source!r}: leave it out.")
     _check_values(given)
 
-    if is_scenes:
+    if form is None:
         return draw_scenes(split, num_groups or SCENES_PER_SPLIT[split], image_size or 160, seed)
-    if is_json:
-        groups = load_karpathy(Path(source), split, image_root)
-    else:
-        groups = load_columns(source, split, image_root, image_column, caption_column, id_column)
+    listing = form.read(source, Options(None if image_root is None else os.fspath(image_root)))
+    groups = join_rows(listing, source, split, **columns)
     Captions.read(groups).check(f"the {split} split of {source}")
     return groups
 

@@ -23,8 +23,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.utils import logging
 
-from ..data.captions import Captions, first_of
-from ..errors import InputError
+from ..data.captions import Captions
+from ..errors import InputError, first_of
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..process_watch import end_together

@@ -21,8 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers.utils import logging
 
-from ..data.captions import first_of
-from ..errors import InputError
+from ..errors import InputError, first_of
 from .digests import digest_all
 
 logger = logging.get_logger(__name__)

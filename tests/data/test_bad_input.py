@@ -122,7 +122,7 @@ def test_tables(folder, name):
 
 COLUMNS = {
     "numbers as images": ({"image": [1, 2]}, "column 'image' of .* neither images nor paths"),
-    "no images": ({"image": [None, None]}, "2 of 2 images of .* are missing: row 0, row 1"),
+    "no images": ({"image": [None, None]}, "2 of 2 images of .* are missing from .*: row 0, row 1"),
     "bytes as captions": ({"caption": [b"one", b"two"]}, "row 0 of .*column 'caption' holds b'one' of type bytes"),
     "no captions": ({"caption": pa.nulls(2)}, r"2 groups .*an empty one \(rows 0, 1\)"),
 }
@@ -216,7 +216,7 @@ def test_links_that_lead_nowhere(folder, caplog):
     assert pictures["image_id"][:] == ["a.png", "b.png", "linked.png"]
     assert pictures[2]["image"].size == (40, 40)
     (folder / "t.csv").write_text("file_name,caption\nloop.png,one\n")
-    with pytest.raises(InputError, match=r"1 of 1 images of .* are missing: .*loop.png"):
+    with pytest.raises(InputError, match=r"1 of 1 images of .* are missing from .*: .*loop.png"):
         load_groups(folder / "t.csv", "train")
 
 

@@ -129,8 +129,9 @@ def independent_reader(document, split, root):
         assert isinstance(image["sentences"], list)
         json.dumps(image, ensure_ascii=False).encode()
         splits[name].add(standard.get(image["split"] + "", image["split"]))
+        texts = [sentence["raw"] + "" for sentence in image["sentences"]]
         if standard.get(image["split"]) == split:
-            groups[name] += [sentence["raw"] + "" for sentence in image["sentences"]]
+            groups[name] += texts
             ids[name] = str(next((image[key] for key in ("cocoid", "imgid") if image.get(key) is not None), name))
     assert all(len(names) == 1 for names in splits.values())
     assert all((root / name).is_file() for name in groups)

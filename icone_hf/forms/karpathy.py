@@ -9,57 +9,50 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from ..errors import InputError, MissingFileError
-from .captions import as_captions, first_of
-from .splits import SPLIT_NAMES, no_split_error, standard_split
+from ..errors import InputError, MissingFileError, first_of
+from .caption_values import as_captions
+from .form import Form, Listing, Options, Part, Sample
+from .splits import standard_split
 
 
-def load_karpathy(path: Path, split: str, image_root: str | os.PathLike | None) -> Dataset:
-    """Load a split of a JSON, as [`load_groups`] does."""
+def _recognises(sample: Sample) -> bool:
+    return sample.ending == ".json"
+
+
+def _read(source: str, options: Options) -> Listing:
+    path = Path(source)
     if not path.is_file():
         raise MissingFileError(
             f"{path} does not exist. Karpathy's splits are in caption_datasets.zip: "
             "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
         )
-    if image_root is None:
+    if options.image_root is None:
         raise InputError(f"{path} holds file names only: pass image_root=, the folder of the images.")
-    records = _read_records(path)
 
     # Collect the captions of each image. One file name may stand in two of COCO's folders: the path tells them apart.
     captions: dict[str, list[str]] = defaultdict(list)
     splits_of: dict[str, set[str]] = defaultdict(set)
     ids: dict[str, str] = {}
-    for row, record in enumerate(records):
+    for row, record in enumerate(_read_records(path)):
         name = os.path.join(record.get("filepath", ""), record["filename"])
         splits_of[name].add(standard_split(record["split"]))
-        if record["split"] in SPLIT_NAMES[split]:
-            captions[name] += as_captions(record["sentences"], f'record {row} of {path}, "sentences"')
-            numbers = (record.get(field) for field in ("cocoid", "imgid"))  # null is none
-            ids[name] = str(next((number for number in numbers if number is not None), name))
-
-    # Check splits and files.
-    if not captions:
-        raise no_split_error(split, str(path), {record["split"] for record in records})
+        captions[name] += as_captions(record["sentences"], f'record {row} of {path}, "sentences"')
+        numbers = (record.get(field) for field in ("cocoid", "imgid"))  # null is none
+        ids[name] = str(next((number for number in numbers if number is not None), name))
     straddling = sorted(name for name, names in splits_of.items() if len(names) > 1)
     if straddling:
         raise InputError(f"{path}: {len(straddling)} images stand in two splits: {first_of(straddling)}.")
-    paths = [os.path.join(image_root, name) for name in captions]
-    missing = [image for image in paths if not os.path.isfile(image)]
-    if missing:
-        raise MissingFileError(
-            f"{len(missing)} of {len(paths)} images of {path} are missing under image_root="
-            f"{os.fspath(image_root)!r}: {first_of(missing)}"
-        )
 
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "captions": datasets.List(datasets.Value("string")),
-            "image_id": datasets.Value("string"),
-        }
-    )
-    columns = {"image": paths, "captions": list(captions.values()), "image_id": [ids[name] for name in captions]}
-    return Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
+    # Make a table of each split.
+    string = datasets.Value("string")
+    features = datasets.Features({"image": string, "captions": datasets.List(string), "image_id": string})
+    parts = {}
+    for split in dict.fromkeys(name for (name,) in splits_of.values()):
+        images = [name for name, (of_image,) in splits_of.items() if of_image == split]
+        columns = {"image": images, "captions": [captions[name] for name in images]}
+        columns["image_id"] = [ids[name] for name in images]
+        parts[split] = Part(Dataset.from_dict(columns, features=features))
+    return Listing(parts, "image", "captions", "image_id", root=os.fspath(options.image_root))
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
@@ -114,3 +107,6 @@ def _is_unicode(record: dict[str, Any]) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+FORM = Form("one of Karpathy's files", _recognises, _read, takes=frozenset(("image_root",)))

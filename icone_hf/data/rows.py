@@ -1,31 +1,24 @@
-"""Columns of images and captions, read as groups: tables, folders, and data sets on the Hub."""
+"""Rows of images and captions, of whatever form, joined to groups."""
 
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow.compute
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers.utils import logging
 
-from ..errors import InputError, MissingFileError
-from .captions import as_captions, first_of
-from .group_files import UNFINISHED
-from .separated import SEPARATORS, read_separated
-from .splits import SPLIT_NAMES, SPLITS, no_split_error, standard_split
+from ..errors import InputError, MissingFileError, first_of
+from ..forms.caption_values import as_captions
+from ..forms.form import Listing
+from ..forms.parts import check_text
+from ..forms.splits import no_split_error
 
 logger = logging.get_logger(__name__)
 
-TABLES = {".jsonl": "json", ".parquet": "parquet"}  # and the builder that reads them
-# What a file must be; said where it can't be read.
-LAYOUTS = {
-    "json": "UTF-8 text, a JSON object on each line, and one line at least",
-    "parquet": "a whole Parquet file",
-}
 # Columns of the layout that save_groups writes, of tables of paths, and of copies of Flickr30k and COCO on the Hub. Of
 # several the first counts.
 IMAGE_COLUMNS = ("image", "file_name", "path", "image_path", "filepath", "filename")
@@ -33,33 +26,47 @@ CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentences_raw", "alt_tex
 ID_COLUMNS = ("image_id", "cocoid", "img_id", "imgid")
 
 
-def is_table(source: str) -> bool:
-    """Say whether a source is a table of paths."""
-    return os.path.splitext(source)[1].lower() in (*SEPARATORS, *TABLES)
-
-
-def load_columns(
+def join_rows(
+    listing: Listing,
     source: str,
     split: str,
-    image_root: str | os.PathLike | None,
-    image_column: str | None,
-    caption_column: str | None,
-    id_column: str | None,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    id_column: str | None = None,
 ) -> Dataset:
-    """Load a split of columns, as [`load_groups`] does."""
-    table, rows = _load_table(source, split)
+    """Join the rows of a split to groups.
+
+    Args:
+        listing: of the source, as its form's reader returns it.
+        source: for messages.
+        split: which one.
+        image_column, caption_column, id_column: as given to [`load_groups`].
+
+    Raises:
+        MissingSplitError: if the source has no such split.
+        InputError: if a column or an image is missing, or holds something else.
+    """
+    if split not in listing.parts:
+        raise no_split_error(split, source, listing.parts)
+    table, some_rows = listing.parts[split]
     names = table.column_names
-    image_column, caption_column, id_column = _choose_columns(source, names, image_column, caption_column, id_column)
+    image_column, caption_column, id_column = _choose_columns(
+        source,
+        names,
+        image_column or listing.image_column,
+        caption_column or listing.caption_column,
+        id_column or listing.id_column,
+    )
     if not len(table):
         raise InputError(f"The {split} split of {source} has no rows.")
-    rows = range(len(table)) if rows is None else rows
+    rows = range(len(table)) if some_rows is None else some_rows
     for name in filter(None, (image_column, caption_column, id_column)):
-        _check_text(source, table, name)
+        check_text(source, table, name)
 
     # Turn paths into images.
-    if is_table(source) and getattr(table.features[image_column], "dtype", None) in ("string", "large_string"):
-        root = os.path.dirname(source) if image_root is None else image_root
-        paths = [os.path.join(root, path or "") for path in table[image_column]]
+    if listing.root is not None and getattr(table.features[image_column], "dtype", None) in ("string", "large_string"):
+        paths = [os.path.join(listing.root, path or "") for path in table[image_column]]
         table = table.remove_columns(image_column).add_column(image_column, paths)
     if not isinstance(table.features[image_column], datasets.Image):
         try:
@@ -82,7 +89,10 @@ def load_columns(
             f"{len(packed)} images of {source} lie in archives: {first_of(packed)}. Unpack them, and give the folder."
         )
     if missing:
-        raise MissingFileError(f"{len(missing)} of {len(rows)} images of {source} are missing: {first_of(missing)}")
+        start = "" if listing.root is None else f" from {listing.root or '.'} (image_root=)"
+        raise MissingFileError(
+            f"{len(missing)} of {len(rows)} images of {source} are missing{start}: {first_of(missing)}"
+        )
     if not os.path.exists(source):
         _check_downloaded(source, [paths[row] for row in rows if not is_embedded[row]])
 
@@ -156,6 +166,7 @@ def _choose_columns(
             )
     if id_column is None:
         id_column = next((name for name in ID_COLUMNS if name in names), None)
+    id_column = id_column or None
     for argument, name in (
         ("image_column", image_column),
         ("caption_column", caption_column),
@@ -164,17 +175,6 @@ def _choose_columns(
         if name is not None and name not in names:
             raise InputError(f"{argument}={name!r} is no column of {source}; it has {', '.join(names)}.")
     return image_column, caption_column, id_column
-
-
-def _check_text(source: str, table: Dataset, name: str) -> None:
-    """Refuse a column of other bytes than UTF-8.
-
-    Some readers take any bytes for text.
-    """
-    try:
-        table.data.column(name).validate(full=True)
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"The column {name!r} of {source} is no UTF-8 text: {error}. Write it as UTF-8.") from error
 
 
 def _check_downloaded(source: str, paths: Sequence[str]) -> None:
@@ -194,96 +194,3 @@ def _check_downloaded(source: str, paths: Sequence[str]) -> None:
             f"{source} comes from the Hub, but {len(foreign)} of its images are paths on this machine: "
             f"{first_of(foreign)}. Load a table of them from here if that is what you want."
         )
-
-
-def _read(source: str, *args: Any, **kwargs: Any) -> Dataset | DatasetDict:
-    """Call `datasets.load_dataset`, naming the cause of errors."""
-    try:
-        return datasets.load_dataset(*args, **kwargs)
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
-        if os.path.exists(source):
-            raise InputError(f"{source} can't be read: {error}") from error
-        raise MissingFileError(f"{source} is no file or folder here, and can't be had from the Hub: {error}") from error
-    except FileNotFoundError as error:
-        why = str(error).rstrip(".")
-        raise MissingFileError(
-            f"{source} holds nothing that can be read: {why}. It must be a CSV, TSV, JSONL or Parquet file of paths "
-            "and captions, a Karpathy JSON, or a folder with Parquet files or with images and a metadata.csv."
-        ) from error
-    except (OSError, MemoryError) as error:  # the disk's or the machine's own, unless it is Arrow's, without a number
-        if not isinstance(error, OSError) or error.errno is not None:
-            raise
-        raise _unreadable(source, error) from error
-    except Exception as error:  # whatever the readers of datasets raise, it is what they found in the user's files
-        raise _unreadable(source, error) from error
-
-
-def _unreadable(source: str, error: BaseException) -> InputError:
-    """Say which file can't be read, and why."""
-    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__
-    why = " ".join(str(error).split()).rstrip(".!") or type(error).__name__
-    if is_table(source):
-        layout = LAYOUTS[TABLES[os.path.splitext(source)[1].lower()]]
-        return InputError(f"{source} can't be read: {why}. It must be {layout}.")
-    files = sorted(Path(source).rglob("metadata.*"))
-    of_folder = f" Look at {first_of(files)}." if files else ""
-    return InputError(f"{source} can't be read: {why}.{of_folder} Mend its files, or write them again.")
-
-
-def _load_table(source: str, split: str) -> tuple[Dataset, Sequence[int] | None]:
-    """Load the table that holds a split.
-
-    Returns:
-        The table, and the split's rows in it; `None` if all rows are of the split.
-    """
-    # Load all splits of the source.
-    is_saved = os.path.isfile(os.path.join(source, "dataset_dict.json")) or os.path.isfile(
-        os.path.join(source, "dataset_info.json")
-    )
-    if is_table(source):
-        if not os.path.isfile(source):
-            raise MissingFileError(f"{source} does not exist.")
-        ending = os.path.splitext(source)[1].lower()
-        if ending in SEPARATORS:
-            loaded = read_separated(source)
-        else:
-            loaded = _read(source, TABLES[ending], data_files=source, split="train")
-    else:
-        # A Hub id has one slash at most, and a name before it.
-        if not os.path.exists(source) and (source.count("/") > 1 or source[:1] in ("/", ".", "~", "")):
-            raise MissingFileError(f"{source or 'The empty source'} does not exist.")
-        if os.path.isdir(os.path.join(source, UNFINISHED)):
-            raise InputError(f"{source} was not written to its end: have icone data write it again.")
-        loaded = _read_saved(source) if is_saved else _read(source, source)
-    if isinstance(loaded, Dataset):
-        loaded = DatasetDict({str(loaded.split or "train"): loaded})
-
-    # A column `split` counts if it names splits in every row; other columns of that name say something else.
-    if all("split" in names for names in loaded.column_names.values()):
-        table = datasets.concatenate_datasets(list(loaded.values()))
-        _check_text(source, table, "split")
-        split_of = [standard_split(name) if isinstance(name, str) else None for name in table["split"]]
-        if set(split_of) <= set(SPLITS):
-            if split not in split_of:
-                raise no_split_error(split, source, set(table["split"]))
-            return table.remove_columns("split"), [row for row, name in enumerate(split_of) if name == split]
-
-    found = [name for name in SPLIT_NAMES[split] if name in loaded]
-    if not found:
-        raise no_split_error(split, source, loaded)
-    return datasets.concatenate_datasets([loaded[name] for name in found]), None
-
-
-def _read_saved(source: str) -> Dataset | DatasetDict:
-    """Load a folder that `save_to_disk` left."""
-    try:
-        return datasets.load_from_disk(source)
-    except FileNotFoundError as error:
-        raise MissingFileError(
-            f"{source} is not whole: {str(error).rstrip('.')}. Save it again by save_to_disk."
-        ) from error
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # as in `_read`
-        raise _unreadable(source, error) from error

@@ -11,7 +11,10 @@ from itertools import islice
 import pyarrow
 from datasets import Dataset
 
-from ..errors import InputError
+from ..errors import InputError, MissingFileError
+from .form import Form, Listing, Options, Sample
+from .parts import parts_of
+from .reading import root_of
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}  # by the file's ending
 LAYOUT = "UTF-8 text, a line of column names and then a line for each caption"
@@ -62,3 +65,16 @@ def _checked(rows: Iterator[list[str]], width: int, separator: str) -> Iterator[
             )
         if fields:
             yield fields
+
+
+def _recognises(sample: Sample) -> bool:
+    return sample.ending in SEPARATORS
+
+
+def _read(source: str, options: Options) -> Listing:
+    if not os.path.isfile(source):
+        raise MissingFileError(f"{source} does not exist.")
+    return Listing(parts_of({"train": read_separated(source)}, source), root=root_of(source, options.image_root))
+
+
+FORM = Form("a table of paths and captions, with separators", _recognises, _read)

@@ -1,0 +1,49 @@
+"""Tables of `datasets`, cut into splits."""
+
+from collections.abc import Mapping
+
+import datasets
+import pyarrow
+from datasets import Dataset
+
+from ..errors import InputError
+from .form import Part
+from .splits import SPLIT_NAMES, SPLITS, standard_split
+
+
+def parts_of(tables: Mapping[str, Dataset], source: str) -> dict[str, Part]:
+    """Cut tables into splits.
+
+    A column `split` counts if it names splits in every row, and then the table that a row lies in doesn't.
+
+    Args:
+        tables: by the split that a source calls them after.
+        source: for messages.
+    """
+    if tables and all("split" in table.column_names for table in tables.values()):
+        table = datasets.concatenate_datasets(list(tables.values()))
+        check_text(source, table, "split")
+        split_of = [standard_split(name) if isinstance(name, str) else None for name in table["split"]]
+        if set(split_of) <= set(SPLITS):
+            rows_of: dict[str, list[int]] = {}
+            for row, name in enumerate(split_of):
+                rows_of.setdefault(str(name), []).append(row)
+            table = table.remove_columns("split")
+            return {name: Part(table, rows) for name, rows in rows_of.items()}
+    parts = {}
+    for split in SPLITS:
+        if found := [name for name in SPLIT_NAMES[split] if name in tables]:
+            parts[split] = Part(datasets.concatenate_datasets([tables[name] for name in found]))
+    others = {name: Part(table) for name, table in tables.items() if standard_split(name) not in SPLITS}
+    return {**parts, **others}
+
+
+def check_text(source: str, table: Dataset, name: str) -> None:
+    """Refuse a column of other bytes than UTF-8.
+
+    Some readers take any bytes for text.
+    """
+    try:
+        table.data.column(name).validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"The column {name!r} of {source} is no UTF-8 text: {error}. Write it as UTF-8.") from error
