@@ -88,7 +88,7 @@ class Sample:
 
     @cached_property
     def text(self) -> str:
-        """Read the first 64 KiB as text if it is."""
+        """Read a file's first 64 KiB as text."""
         # A character may be cut at the end.
         for missing in range(4):
             try:
