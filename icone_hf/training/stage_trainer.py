@@ -141,7 +141,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers and num_workers > 0,
-            worker_init_fn=outlive_termination,
+            worker_init_fn=outlive_termination(),
         )
 
     @property

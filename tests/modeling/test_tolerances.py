@@ -105,6 +105,12 @@ def test_channels_last(pairs, reference):
 def test_compiled(pairs, reference, backend):
     model, inputs = pairs
     model = copy.deepcopy(model)
+    if torch.__version__ < "2.7":  # can't compile what transformers' own vision tower returns; none of ours is in that
+        tower = copy.deepcopy(model.vision_model)
+        tower.compile(backend=backend)
+        with pytest.raises(TypeError):
+            tower(pixel_values=inputs["pixel_values"])
+        pytest.skip(f"torch {torch.__version__} can't compile CLIP's vision tower")
     model.compile(backend=backend)
     assert farthest(embed(model, inputs), reference) < TOLERANCES[torch.float32]
 

@@ -4,6 +4,8 @@ import functools
 import logging as python_logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future
 
@@ -157,10 +159,30 @@ def test_the_workers_of_the_loader_live_until_the_run_has_saved(make_trainer, tm
 
 def test_workers_ignore_it():
     try:
-        outlive_termination(0)
+        outlive_termination()(0)
         os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+HALF_READ = """
+from torch.utils.data import DataLoader
+from icone_hf.data.workers import outlive_termination
+options = {"num_workers": 1, "worker_init_fn": outlive_termination(), "multiprocessing_context": sys.argv[1]}
+if __name__ == "__main__":
+    half_read = iter(DataLoader(range(10), **options))
+    print(next(half_read))
+"""
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_process_that_ends_while_it_reads_ends_its_workers(start, tmp_path):
+    """Python asks them to end by SIGTERM, and waits for them."""
+    (tmp_path / "half_read.py").write_text("import sys\n" + HALF_READ)
+    command = [sys.executable, str(tmp_path / "half_read.py"), start]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "tensor([0])\n"
 
 
 def test_a_handler_of_the_users_stays(make_trainer):

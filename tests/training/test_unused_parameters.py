@@ -1,5 +1,6 @@
 """What no embedding depends on is left out of training, so that DDP waits for nothing and searches for nothing."""
 
+import gc
 import json
 import os
 from dataclasses import fields
@@ -170,7 +171,8 @@ def _train_on_rank(rank, port, towers, folder):
             wrapped = trainer.model_wrapped
             assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
             found[f"{name}, {checkpointing}"] = (losses, wrapped.find_unused_parameters)
-            del trainer, wrapped  # DDP must let go of the process group before it ends
+            del trainer, wrapped
+            gc.collect()  # DDP must let go of the process group before it ends
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
