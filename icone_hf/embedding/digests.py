@@ -13,7 +13,7 @@ a change in the middle of an uncompressed image, and a time of change is new aft
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
+from ..data.fingerprints import digest_image, parts_of
 from ..errors import InputError
 from ..modeling.lora import merged_state_dict
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..progress import progress
 
-IMAGES_AT_A_TIME = 256  # read into memory, to be digested in threads
 # Fields that decide no embedding, beside those that begin with "_": names and origins, what only training or generation
 # uses, and the type of the weights, which count by themselves.
 _ORIGINS = (
@@ -181,7 +181,7 @@ def digest_images(groups: Dataset, rows: range | None = None, unreadable: dict[i
     digests: list[str] = []
     shown = progress("Looking at images", len(rows), is_shown=PartialState().is_main_process)
     with ThreadPoolExecutor(4) as threads, shown as advance:
-        for part in _parts(rows):
+        for part in parts_of(rows):
             images = stored[part.start : part.stop]["image"]
             for row, digest in zip(part, threads.map(_digest_image, images), strict=True):
                 if isinstance(digest, OSError):
@@ -195,17 +195,8 @@ def digest_images(groups: Dataset, rows: range | None = None, unreadable: dict[i
     return digests
 
 
-def _parts(rows: range) -> Iterator[range]:
-    return (rows[start : start + IMAGES_AT_A_TIME] for start in range(0, len(rows), IMAGES_AT_A_TIME))
-
-
 def _digest_image(stored: Mapping[str, Any] | None) -> str | OSError:
-    if not stored or (stored["bytes"] is None and not stored["path"]):
-        return FileNotFoundError("there is none")
-    content, path = stored["bytes"], stored["path"]
     try:
-        if content is None:
-            content = path.encode() if "://" in path else Path(path).read_bytes()
+        return digest_image(stored)
     except OSError as error:
         return error
-    return hashlib.sha256(content).hexdigest()
