@@ -5,7 +5,7 @@ import difflib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging
 
 from ..compat import ShortHelpFormatter, actions_of
+from ..data.fractions import Cuts
 from ..data.groups import SPLITS
 from ..errors import InputError
 from ..training.stages import PAPER_STAGES, RECOMMENDED_CONFIG, RECOMMENDED_STAGES, Stage, parse_stages
@@ -136,12 +137,32 @@ class DataArguments:
     image_root: str | None = field(default=None, metadata={"help": "Folder of a file's images."})
     image_column: str | None = field(default=None, metadata={"help": "Column with the images, or their paths."})
     caption_column: str | None = field(default=None, metadata={"help": "Column with a caption or a list of captions."})
-    id_column: str | None = field(default=None, metadata={"help": "Column that names an image."})
+    id_column: str | None = field(default=None, metadata={"help": "Column that names an image; none: there is none."})
+    split_column: str | None = field(default=None, metadata={"help": "Column that names a split. Default: split."})
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Part of the training images to validate on, where the source has no such split."},
+    )
+    test_fraction: float | None = field(default=None, metadata={"help": "Part of the training images for the test."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of both fractions."})
+    validation_names: str | None = field(
+        default=None, metadata={"help": "Text file with the ids or file names of the images to validate on."}
+    )
+    test_names: str | None = field(default=None, metadata={"help": "The same for the test."})
     image_size: int | None = field(default=None, metadata={"help": "Side of OpenMoji scenes in pixels."})
     num_train_groups: int | None = field(default=None, metadata={"help": "OpenMoji scenes for training."})
     num_validation_groups: int | None = field(default=None, metadata={"help": "OpenMoji scenes for validation."})
     num_test_groups: int | None = field(default=None, metadata={"help": "OpenMoji scenes for the test."})
     scenes_seed: int = field(default=0, metadata={"help": "Seed of OpenMoji scenes."})
+
+    @property
+    def cuts(self) -> Cuts:
+        """Say what to cut off the training images."""
+        return Cuts(**{field.name: getattr(self, field.name) for field in fields(Cuts)})
+
+    def without_cuts(self) -> "DataArguments":
+        """Describe the source as it is."""
+        return replace(self, **dict.fromkeys(self.cuts.given))
 
     def load_arguments(self, split: str) -> dict[str, Any]:
         """Return the keywords of [`load_groups`] for one split."""

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..processes import together
 from . import COMMANDS
 from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments, parse_arguments
-from .loading import autocast_of, embed, join_processes, load_checkpoint, load_split
+from .loading import autocast_of, embed, join_processes, load_checkpoint, load_split, splits_of_run
 
 
 @dataclass
@@ -73,7 +73,9 @@ def encode(argv: Sequence[str]) -> None:
         raise InputError(f"OUT={out} is a folder, though it is called like a file: give another name.")
     out.parent.mkdir(parents=True, exist_ok=True)  # before any work: it may fail
     # One file, with what made it in its metadata.
-    embeds = embed(positional.checkpoint, load_split(data_args, encode_args.split), encode_args)
+    kept = splits_of_run(positional.checkpoint, data_args)
+    groups = load_split(data_args, encode_args.split, kept, is_whole=False)
+    embeds = embed(positional.checkpoint, groups, encode_args)
     with together():
         if state.is_main_process:
             origin = {"checkpoint": positional.checkpoint, "source": data_args.source, "split": encode_args.split}
@@ -99,7 +101,8 @@ def _encode_shards(
         assert data_args.source is not None  # a positional argument
         source = load_pictures(data_args.source)
     else:
-        source = load_split(data_args, encode_args.split)
+        kept = splits_of_run(checkpoint, data_args)
+        source = load_split(data_args, encode_args.split, kept, is_whole=False)
     unreadable = shards.encode(
         *load_checkpoint(checkpoint, encode_args),
         source,

@@ -13,7 +13,7 @@ from ..processes import together
 from ..training.run_folder import add_evaluation
 from . import COMMANDS
 from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments, parse_arguments
-from .loading import embed, join_processes, load_split
+from .loading import embed, join_processes, load_split, splits_of_run
 
 
 @dataclass
@@ -74,7 +74,8 @@ def evaluate(argv: Sequence[str]) -> None:
     state = join_processes()
     args.check()
     split = encode_args.split
-    groups = load_split(data_args, split)
+    kept = splits_of_run(positional.checkpoint, data_args)
+    groups = load_split(data_args, split, kept, is_whole=False)
     args.check_folds(len(groups), split)
     embeds = embed(positional.checkpoint, groups, encode_args)
     whole, of_folds = measure_embeddings(embeds, args.folds, args.chunk_size)

@@ -5,10 +5,12 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from .. import process_watch, processes
+from ..data.fractions import digest_of, portable_ids
 from ..data.groups import SPLITS, MissingSplitError, load_groups
 from ..embedding.encoding import GroupEmbeddings, encode_groups
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
+from ..training.kept_splits import KeptSplits
 from .arguments import DataArguments, EncodeArguments
 
 
@@ -22,31 +24,88 @@ def join_processes() -> PartialState:
     return state
 
 
-def load_split(data_args: DataArguments, split: str) -> Dataset:
+def load_split(data_args: DataArguments, split: str, kept: KeptSplits | None = None, is_whole: bool = True) -> Dataset:
     """Load one split, one process first.
 
     The others wait for what it downloads or draws.
 
+    Args:
+        data_args: of the source.
+        split: one of `SPLITS`.
+        kept: which images are of which split, by a run. Default: as the arguments cut them.
+        is_whole: see [`KeptSplits.take`].
+
     Raises:
         MissingSplitError: if the source has no such split.
     """
+    kept = kept or cut_splits(data_args)
+    source = data_args.without_cuts()
     with processes.main_process_first():
-        return load_groups(**data_args.load_arguments(split))
+        if kept is None or split not in kept.splits:
+            return load_groups(**source.load_arguments(split))
+        groups = load_groups(**source.load_arguments("train"))
+        return kept.take(split, str(source.source), groups, _ids(groups, source), is_whole)
 
 
-def load_splits(data_args: DataArguments) -> tuple[dict[str, Dataset], dict[str, MissingSplitError]]:
+def load_splits(
+    data_args: DataArguments, kept: KeptSplits | None = None
+) -> tuple[dict[str, Dataset], dict[str, MissingSplitError]]:
     """Load every split that the source has.
+
+    The arguments are those of [`load_split`].
 
     Returns:
         The groups by split, and for each split that is missing the error that says so.
     """
+    kept = kept or cut_splits(data_args)
     splits, missing = {}, {}
     for split in SPLITS:
         try:
-            splits[split] = load_split(data_args, split)
+            splits[split] = load_split(data_args.without_cuts(), split, kept)
         except MissingSplitError as error:
             missing[split] = error
     return splits, missing
+
+
+def cut_splits(data_args: DataArguments) -> KeptSplits | None:
+    """Cut the splits that the arguments ask for.
+
+    One process looks at the images.
+    """
+    return processes.by_main_process(_cut, data_args) if data_args.cuts.given else None
+
+
+def _cut(data_args: DataArguments) -> KeptSplits:
+    groups = load_groups(**data_args.without_cuts().load_arguments("train"))
+    splits = {}
+    for split in ("train", *data_args.cuts.splits):
+        splits[split] = _ids(load_groups(**data_args.load_arguments(split)), data_args)
+    cuts = {**data_args.cuts.given, "split_seed": data_args.split_seed}
+    return KeptSplits(str(data_args.source), digest_of(groups, _ids(groups, data_args)), cuts, splits)
+
+
+def splits_of_run(checkpoint: str, data_args: DataArguments) -> KeptSplits | None:
+    """Return the splits that a checkpoint's run has cut.
+
+    `None` if it cut none, or cut another source.
+    """
+    kept = KeptSplits.read(checkpoint)
+    if kept is None:
+        return None
+    source = data_args.without_cuts()
+    with processes.main_process_first():
+        try:
+            groups = load_groups(**source.load_arguments("train"))
+        except MissingSplitError:
+            return None
+    if not kept.is_of(str(source.source), groups, _ids(groups, source)):
+        return None
+    kept.check_same(data_args.cuts.given, data_args.split_seed)
+    return kept
+
+
+def _ids(groups: Dataset, data_args: DataArguments) -> list[str]:
+    return portable_ids(groups, str(data_args.source), data_args.image_root)
 
 
 def load_checkpoint(checkpoint: str, encode_args: EncodeArguments) -> tuple[IConEModel, IConEProcessor]:

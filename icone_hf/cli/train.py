@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from transformers import set_seed
 
@@ -10,12 +12,15 @@ from ..errors import InputError
 from ..evaluation.metrics import metrics_table
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
-from ..processes import together
+from ..processes import by_main_process, together
 from ..training.arguments import IConETrainingArguments
+from ..training.kept_splits import SPLITS_FILE, KeptSplits, keep_splits
 from ..training.trainer import IConETrainer
 from . import COMMANDS
 from .arguments import DataArguments, ModelArguments, OutputArguments, RecipeArguments, parse_arguments
-from .loading import join_processes, load_splits
+from .loading import cut_splits, join_processes, load_splits
+
+VALIDATION_FRACTION = 0.1  # of the training images, where a source has no validation split and nothing is said
 
 NO_SOURCE = """there is no --source, the captioned images to train on. For example:
   icone train --source photos                                            # train/ and validation/, with a metadata.csv
@@ -38,12 +43,28 @@ def train(argv: Sequence[str]) -> None:
     log = sys.stderr if output.json else sys.stdout  # a program reads stdout
     print(f"Process {args.process_index + 1} of {args.world_size} on {args.device}.", flush=True, file=log)
 
-    # Load the data; a test split may be missing.
-    splits, missing = load_splits(data_args)
+    # Load the data, as a run that goes on has cut it; a test split may be missing.
+    kept = KeptSplits.read(args.output_dir) if args.resume_from_checkpoint else None
+    if kept is not None:
+        kept.check_same(data_args.cuts.given, data_args.split_seed)
+    kept = kept or cut_splits(data_args)
+    splits, missing = load_splits(data_args, kept)
+    if "validation" in missing and "train" in splits:
+        data_args = replace(data_args, validation_fraction=VALIDATION_FRACTION)
+        kept = cut_splits(data_args)
+        splits, missing = load_splits(data_args, kept)
+        print(
+            f"{data_args.source} has no validation split: {len(splits['validation'])} of its images are taken for it, "
+            f"as by --validation_fraction {VALIDATION_FRACTION}.",
+            file=log,
+        )
     for split, error in missing.items():
         if split != "test":
             raise error
         print(f"{data_args.source} has no test split: the model will be validated only.", file=log)
+    if kept is not None:
+        sizes = ", ".join(f"{len(names)} {split}" for split, names in kept.splits.items())
+        print(f"Which images are of which split ({sizes}): {Path(args.output_dir) / SPLITS_FILE}", file=log)
     check_disjoint(splits)
 
     # Join the towers and train.
@@ -55,6 +76,7 @@ def train(argv: Sequence[str]) -> None:
     trainer = IConETrainer(
         model, args, splits["train"], splits["validation"], processor, stages, data_name=data_args.source
     )
+    by_main_process(keep_splits, args.output_dir, kept, bool(args.resume_from_checkpoint))
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if "test" in splits and "test" not in metrics:
         metrics["test"] = trainer.test(splits["test"])

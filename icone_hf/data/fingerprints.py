@@ -31,7 +31,7 @@ MAX_DISTANCE = 8  # bits in which the looks of near duplicates differ, at most
 MAX_COLOR_DIFFERENCE = 8  # of their mean colours, on average over fields and channels; halves of 255 steps
 IMAGES_AT_A_TIME = 256  # read into memory
 PAIRS_AT_A_TIME = 2**20  # compared in memory
-SIDE = 32  # of the picture that is transformed
+SIDE = 32  # of what is transformed
 FIELDS = 4  # a side: where mean colours are taken
 LEAST_CONTRAST = 2.0  # standard deviation of grey, of 255. Below it compression decides the bits
 LARGE = 2**25  # pixels; of images that have more one at a time is decoded
@@ -248,7 +248,7 @@ def join(numbers: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
 
 
 def _candidates(looks: np.ndarray, max_distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Find all pairs that may differ in so few bits.
+    """Find all pairs that may be near enough.
 
     If 64 bits are cut into `n` bands, two looks that differ in `d` bits differ in at most `d // n` bits of one band. So
     each band is looked up with up to so many bits changed. Few wide bands need many look-ups, many narrow ones find

@@ -7,6 +7,7 @@ row number in the training split is the group's class number.
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from transformers.utils import logging
 
 from ..errors import InputError, MissingFileError, first_of
 from ..forms.form import Options
+from ..forms.parts import parts_by
 from ..forms.registry import form_of
 from ..forms.splits import SPLITS, MissingSplitError
 from .captions import Captions
+from .fingerprints import digest_image
+from .fractions import Cuts, cut, portable_ids
 from .images import IMAGE_ENDINGS
 from .rows import join_rows
 from .scenes import draw_scenes
@@ -39,6 +43,12 @@ def load_groups(
     image_column: str | None = None,
     caption_column: str | None = None,
     id_column: str | None = None,
+    split_column: str | None = None,
+    validation_fraction: float | None = None,
+    test_fraction: float | None = None,
+    split_seed: int = 0,
+    validation_names: str | os.PathLike | None = None,
+    test_names: str | os.PathLike | None = None,
     num_groups: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
@@ -65,7 +75,13 @@ def load_groups(
         caption_column: the column with a caption, a list of captions, or Karpathy's `{"raw": caption}`. `None`: the
             first of `captions`, `caption`, `sentences`, `sentences_raw`, `alt_text`, `text` that is there.
         id_column: the column that names an image. Rows with the same id are one group; without such a column, rows of
-            the same local file are. `None`: the first of `image_id`, `cocoid`, `img_id`, `imgid` that is there.
+            the same local file, or of the same bytes, are. `None`: the first of `image_id`, `cocoid`, `img_id`,
+            `imgid` that is there. `"none"`: no column does.
+        split_column: the column that names each row's split. `None`: `split`, if it names splits in every row.
+        validation_fraction, test_fraction: of the training groups, to be cut off as a split that the source lacks.
+            Near duplicates stay together. The same images and seed give the same splits, in whatever order they are.
+        split_seed: of what is cut off.
+        validation_names, test_names: instead of a fraction, a text file with an image's id or file name on each line.
         num_groups: the number of scenes. Default: 2,500 for training, 250 for validation, 500 for test.
         image_size: the scenes' side in pixels. Default: 160.
         seed: of the scenes.
@@ -85,7 +101,9 @@ def load_groups(
     # Refuse arguments that this kind of source would ignore.
     columns = {"image_column": image_column, "caption_column": caption_column, "id_column": id_column}
     given = {"image_root": image_root, "num_groups": num_groups, "image_size": image_size, **columns}
-    belongs = {"num_groups", "image_size"} if form is None else form.takes
+    cuts = Cuts(validation_fraction, test_fraction, split_seed, validation_names, test_names)
+    given |= {"split_column": split_column, **cuts.given}
+    belongs = {"num_groups", "image_size"} if form is None else {*form.takes, "split_column", *cuts.given}
     for name, value in given.items():
         if value is not None and name not in belongs:
             raise InputError(f"{name}={value!r} has no meaning for the source {source!r}: leave it out.")
@@ -94,8 +112,14 @@ def load_groups(
     if form is None:
         return draw_scenes(split, num_groups or SCENES_PER_SPLIT[split], image_size or 160, seed)
     listing = form.read(source, Options(None if image_root is None else os.fspath(image_root)))
-    groups = join_rows(listing, source, split, **columns)
-    Captions.read(groups).check(f"the {split} split of {source}")
+    if split_column is not None:
+        listing = replace(listing, parts=parts_by(listing.parts, source, split_column))
+    cuts.check_missing(source, listing.parts)
+    whole = "train" if split in cuts.splits else split
+    groups = join_rows(listing, source, whole, **columns)
+    Captions.read(groups).check(f"the {whole} split of {source}")
+    if whole == "train" and cuts.given:
+        groups = cut(groups, cuts, source, portable_ids(groups, source, image_root))[split]
     return groups
 
 
@@ -105,7 +129,7 @@ def _check_values(given: Mapping[str, Any]) -> None:
         value = given[name]
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{name}={value!r} must be a number of 1 or more.")
-    for name in ("image_column", "caption_column", "id_column"):
+    for name in ("image_column", "caption_column", "id_column", "split_column"):
         if given[name] is not None and not isinstance(given[name], str):
             raise InputError(f"{name}={given[name]!r} must be a column's name, a string.")
     root = given["image_root"]
@@ -148,21 +172,42 @@ def load_pictures(folder: str | os.PathLike) -> Dataset:
 def check_disjoint(splits: dict[str, Dataset]) -> None:
     """Refuse images that stand in two splits.
 
-    A test on training images measures memory. Splits without `image_id` are not checked.
+    A test on training images measures memory. Splits without `image_id` are not checked. An id that stands in two
+    splits is looked up: sources number their images anew in each split, and then it names two images.
 
     Raises:
         ValueError: naming the first ids and the two splits.
     """
-    split_of: dict[Any, str] = {}  # by image id
+    seen: dict[str, tuple[dict[Any, int], Dataset]] = {}  # by split: the row of each id, and the images as stored
     for name, groups in splits.items():
         if "image_id" not in groups.column_names:
             continue
-        ids = set(groups["image_id"])
-        for other in splits:
-            shared = sorted((i for i in ids if split_of.get(i) == other), key=str)
-            if shared:
+        rows = {image_id: row for row, image_id in enumerate(groups["image_id"])}
+        stored = groups.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+        for other, (other_rows, other_stored) in seen.items():
+            shared = sorted(rows.keys() & other_rows.keys(), key=str)
+            # What can't be read is not known to differ.
+            same = [
+                i
+                for i in shared
+                if len({_digest_row(stored, rows[i]), _digest_row(other_stored, other_rows[i])} - {None}) < 2
+            ]
+            if same:
                 raise InputError(
-                    f"{len(shared)} image ids stand in both {other} and {name}: {first_of(shared)}. Keep each image in "
-                    "one split only, or name the column that tells images apart (id_column)."
+                    f"{len(same)} image ids stand in both {other} and {name}: {first_of(same)}. The images are the "
+                    "same: keep each in one split only."
                 )
-        split_of.update(dict.fromkeys(ids, name))
+            if shared:
+                logger.warning(
+                    f"{len(shared)} image ids stand in both {other} and {name}, for other images: {first_of(shared)}. "
+                    "The source numbers its images anew in each split, so they count as different ones."
+                )
+        seen[name] = rows, stored
+
+
+def _digest_row(stored: Dataset, row: int) -> str | None:
+    """Digest a row's image; `None` if it can't be read."""
+    try:
+        return digest_image(stored[row]["image"])
+    except OSError:
+        return None

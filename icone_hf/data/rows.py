@@ -16,6 +16,7 @@ from ..forms.caption_values import as_captions
 from ..forms.form import Listing
 from ..forms.parts import check_text
 from ..forms.splits import no_split_error
+from .fingerprints import digest_image, parts_of
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +57,7 @@ def join_rows(
         names,
         image_column or listing.image_column,
         caption_column or listing.caption_column,
-        id_column or listing.id_column,
+        "" if id_column == "none" else id_column or listing.id_column,
     )
     if not len(table):
         raise InputError(f"The {split} split of {source} has no rows.")
@@ -96,7 +97,8 @@ def join_rows(
     if not os.path.exists(source):
         _check_downloaded(source, [paths[row] for row in rows if not is_embedded[row]])
 
-    # Join the rows of one image. Without an id, a local file is known by its path; embedded images are not.
+    # Join the rows of one image. Without an id, a file is known by its path, an embedded image by its bytes: its path
+    # is only a name, which many images of a data set may have.
     if id_column is not None:
         all_keys = table[id_column][:]
         is_missing = [key is None or key != key for key in all_keys]  # NaN is no id
@@ -105,8 +107,8 @@ def join_rows(
             where = f"{len(nameless)} rows of {source} have no id in the column {id_column!r}: {first_of(nameless)}"
             raise InputError(f"{where}. Fill them in, leave these rows out, or name another column by id_column=.")
     else:
-        # A bare row number would name an image of every split.
-        keys = [f"{split}-{number}" if is_embedded[row] else paths[row] for number, row in enumerate(rows)]
+        digests = _digest_embedded(table, image_column, [row for row in rows if is_embedded[row]])
+        keys = [digests[row][:32] if is_embedded[row] else paths[row] for row in rows]
     captions: dict[str, list[str]] = defaultdict(list)
     first_row: dict[str, int] = {}
     texts = table[caption_column][:]
@@ -130,6 +132,16 @@ def join_rows(
     groups = groups.add_column("captions", of_rows["captions"], feature=datasets.List(string))
     groups = groups.add_column("image_id", of_rows["image_id"], feature=string)
     return groups if len(first_row) == len(table) else groups.select(list(first_row.values()))
+
+
+def _digest_embedded(table: Dataset, image_column: str, rows: Sequence[int]) -> dict[int, str]:
+    """Digest the bytes of embedded images, by row."""
+    stored = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    digests: dict[int, str] = {}
+    for part in parts_of(range(len(rows))):
+        some = [rows[place] for place in part]
+        digests |= zip(some, map(digest_image, stored.select(some)[:][image_column]), strict=True)
+    return digests
 
 
 def _choose_columns(

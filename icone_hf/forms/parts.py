@@ -6,7 +6,7 @@ import datasets
 import pyarrow
 from datasets import Dataset
 
-from ..errors import InputError
+from ..errors import InputError, first_of
 from .form import Part
 from .splits import SPLIT_NAMES, SPLITS, standard_split
 
@@ -36,6 +36,33 @@ def parts_of(tables: Mapping[str, Dataset], source: str) -> dict[str, Part]:
             parts[split] = Part(datasets.concatenate_datasets([tables[name] for name in found]))
     others = {name: Part(table) for name, table in tables.items() if standard_split(name) not in SPLITS}
     return {**parts, **others}
+
+
+def parts_by(parts: Mapping[str, Part], source: str, column: str) -> dict[str, Part]:
+    """Cut rows into the splits that a column names.
+
+    Args:
+        parts: of a source, by whatever split it calls them after.
+        source: for messages.
+        column: holds `train`, `validation` or `test`, or another name for one of them.
+    """
+    if column == "split" and all(part.rows is not None for part in parts.values()):
+        return dict(parts)  # the reader has used it
+    names = list(dict.fromkeys(name for part in parts.values() for name in part.table.column_names))
+    if any(column not in part.table.column_names for part in parts.values()):
+        raise InputError(f"split_column={column!r} is no column of {source}; it has {', '.join(names)}.")
+    tables = [part.table if part.rows is None else part.table.select(part.rows) for part in parts.values()]
+    table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+    rows_of: dict[str, list[int]] = {}
+    for row, name in enumerate(table[column][:]):
+        rows_of.setdefault(standard_split(str(name).strip()), []).append(row)
+    if others := sorted(set(rows_of) - set(SPLITS)):
+        known = [name for split in SPLITS for name in SPLIT_NAMES[split]]
+        raise InputError(
+            f"split_column={column!r} of {source} holds {first_of(others)}, which name no split: write one of "
+            f"{', '.join(known)} in each row, or name another column."
+        )
+    return {name: Part(table, rows) for name, rows in rows_of.items()}
 
 
 def check_text(source: str, table: Dataset, name: str) -> None:

@@ -15,10 +15,12 @@ class MissingSplitError(InputError):
 
 def no_split_error(split: str, source: str, found: Iterable[str]) -> MissingSplitError:
     """Name the splits that a source has instead."""
-    way_out = (
-        "Name the split's folder or files after it, or cut one off with Dataset.train_test_split and pass the data "
-        "sets to IConETrainer."
-    )
+    way_out = "Name the split's folder or files after it, or the column that names splits by split_column=."
+    if split != "train":
+        way_out = (
+            f"Cut one off the training images by {split}_fraction=0.1, or list its images by {split}_names=FILE. "
+            f"{way_out}"
+        )
     return MissingSplitError(
         f"There is no {split} split in {source}; there is: {', '.join(sorted(found)) or 'none'}. {way_out}"
     )

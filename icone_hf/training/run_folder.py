@@ -4,6 +4,7 @@ OUTPUT_DIR/
   config.json, model.safetensors, ...    the trained model and its processor
   metrics.json                           retrieval metrics: validation, stages, test; evaluations
   recipe.json                            all that decides the numbers
+  splits.json                            which images are of which split, where these were cut (see kept_splits.py)
   feature_cache/SPLIT/DIGEST/            frozen towers' outputs (see cache_folder.py)
   stages/0-NAME/checkpoint-*/            transformers' checkpoints; without the towers where these are frozen. One
                                          counts if it is whole, by its files.json (see whole_files.py)

@@ -1,35 +1,16 @@
 """Fingerprints: copies of an image are near, other images are not, and clusters are those of all pairs compared."""
 
 import hashlib
-import io
 
 import datasets
 import numpy as np
 import pytest
 from datasets import Dataset
-from PIL import Image, ImageDraw
+from PIL import Image
+from shaded import scene, stored
 from tiny import draw
 
 from icone_hf.data.fingerprints import MAX_DISTANCE, clusters, fingerprint
-
-
-def scene(seed, side=160):
-    """A drawing with light and shade, other for each seed: overlapping shapes over a ramp."""
-    random = np.random.default_rng(seed)
-    ramp = np.linspace(random.integers(0, 255, 3), random.integers(0, 255, 3), side)
-    image = Image.fromarray(np.repeat(ramp[None].astype(np.uint8), side, axis=0)).rotate(int(random.integers(360)))
-    brush = ImageDraw.Draw(image)
-    for _ in range(12):
-        (x, y), (width, height) = random.integers(0, side, 2), random.integers(side // 10, side // 2, 2)
-        shape = brush.ellipse if random.random() < 0.5 else brush.rectangle
-        shape((int(x), int(y), int(x + width), int(y + height)), tuple(random.integers(0, 255, 3).tolist()))
-    return image
-
-
-def stored(image, kind="png", **settings):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **settings)
-    return {"bytes": buffer.getvalue(), "path": None}
 
 
 def rows_of(images):

@@ -230,9 +230,8 @@ def test_a_table_that_is_not_there_or_lacks_a_column_is_named(tmp_path):
 
 
 def test_embedded_images_without_ids_are_not_taken_for_those_of_another_split(tmp_path):
-    anonymous = make_groups(4).remove_columns("image_id")
-    anonymous.to_parquet(tmp_path / "train-00000.parquet")
-    anonymous.to_parquet(tmp_path / "validation-00000.parquet")
+    make_groups(4).remove_columns("image_id").to_parquet(tmp_path / "train-00000.parquet")
+    make_groups(4, start=4).remove_columns("image_id").to_parquet(tmp_path / "validation-00000.parquet")
     check_disjoint({split: load_groups(tmp_path, split) for split in ("train", "validation")})
 
 
