@@ -162,7 +162,8 @@ class DataArguments:
 
     def without_cuts(self) -> "DataArguments":
         """Describe the source as it is."""
-        return replace(self, **dict.fromkeys(self.cuts.given))
+        nothing: dict[str, Any] = dict.fromkeys(self.cuts.given)
+        return replace(self, **nothing)
 
     def load_arguments(self, split: str) -> dict[str, Any]:
         """Return the keywords of [`load_groups`] for one split."""

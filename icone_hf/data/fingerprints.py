@@ -134,7 +134,7 @@ def _is_large(stored: Mapping[str, Any] | None) -> bool:
     """
     content, path = (stored or {}).get("bytes"), (stored or {}).get("path")
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
+        with Image.open(str(path) if content is None else io.BytesIO(content)) as image:
             return image.width * image.height > LARGE
     except Exception:  # what Pillow can't open is tried, and named if nothing else can
         return False
@@ -272,7 +272,10 @@ def _candidates(looks: np.ndarray, max_distance: int) -> Iterator[tuple[np.ndarr
 
 
 def _pairs(rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pair each row with a range of rows, some at a time."""
+    """Pair each row with a range of rows.
+
+    `PAIRS_AT_A_TIME` bound the memory.
+    """
     counts = np.maximum(ends - begins, 0)
     total = np.concatenate([[0], np.cumsum(counts)])
     for start in range(0, int(total[-1]), PAIRS_AT_A_TIME):

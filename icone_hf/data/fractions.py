@@ -112,11 +112,10 @@ def cut(groups: Dataset, cuts: Cuts, source: str, ids: Sequence[str]) -> dict[st
         numbers, digests = _clusters(groups, ids)
         sizes = {split: max(1, round(fraction * len(groups))) for split, fraction in cuts.fractions.items()}
         of_rows[rest] = assign(numbers[rest], [digests[row] for row in rest], sizes, cuts.split_seed, source)
-    splits = {split: np.flatnonzero(of_rows == split) for split in ("train", *cuts.splits)}
-    for split, rows in splits.items():
-        if not len(rows):
-            raise InputError(f"Nothing is left of {source} for the {split} split: cut off less.")
-    return {split: groups.select(rows) for split, rows in splits.items()}
+    rows_of = {split: np.flatnonzero(of_rows == split) for split in ("train", *cuts.splits)}
+    if not len(rows_of["train"]):
+        raise InputError(f"Nothing is left of {source} to train on: cut off less.")
+    return {split: groups.select(rows) for split, rows in rows_of.items()}
 
 
 def assign(

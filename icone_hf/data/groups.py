@@ -206,7 +206,10 @@ def check_disjoint(splits: dict[str, Dataset]) -> None:
 
 
 def _digest_row(stored: Dataset, row: int) -> str | None:
-    """Digest a row's image; `None` if it can't be read."""
+    """Digest a row's image.
+
+    `None` if it can't be read.
+    """
     try:
         return digest_image(stored[row]["image"])
     except OSError:

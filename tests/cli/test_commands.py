@@ -392,9 +392,8 @@ def test_a_diverged_run_ends_with_code_1_and_its_message(monkeypatch, capsys):
     assert capsys.readouterr().err == "icone train: Update 3 has a loss of nan.\n"
 
 
-def test_two_processes_train_without_a_test_split(towers, tmp_path):
-    splits = {"train": make_groups(12), "validation": make_groups(6, start=12)}
-    DatasetDict(splits).save_to_disk(tmp_path / "groups")
+def test_two_processes_train_without_a_validation_and_a_test_split(towers, tmp_path):
+    make_groups(18).save_to_disk(tmp_path / "groups")
     stages = json.dumps([{**STAGE, "train_encoders": False}])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = ["-m", "icone_hf", "train", "--source", str(tmp_path / "groups"), "--output_dir", str(tmp_path / "run")]
@@ -405,7 +404,10 @@ def test_two_processes_train_without_a_test_split(towers, tmp_path):
         [*launcher, *command], capture_output=True, text=True, env=environment, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "has no validation split: 2 of its images are taken for it" in done.stdout
     assert "has no test split: the model will be validated only" in done.stdout
+    kept = json.loads((tmp_path / "run" / "splits.json").read_text())["splits"]
+    assert sorted(kept["train"] + kept["validation"], key=int) == [str(number) for number in range(18)]
     assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())) == {"validation", "stages"}
 
 

@@ -104,6 +104,9 @@ def test_splits_of_a_run_are_those_of_its_source_alone(tmp_path):
     assert splits_of_run(str(tmp_path), DataArguments(source.source)) == kept
     other = DataArguments(write_source(tmp_path / "others", range(5)))
     assert splits_of_run(str(tmp_path), other) is None
+    # Another source of the same name is another source.
+    assert splits_of_run(str(tmp_path), DataArguments(write_source(tmp_path / "drawn", range(13, 40)))) is None
+    write_source(tmp_path / "drawn", range(20))
     # What is gone is left out of an evaluation.
     (tmp_path / "drawn" / names["validation"][0]).unlink()
     write_source(tmp_path / "drawn", sorted(set(range(20)) - {int(names["validation"][0].split(".")[0])}))

@@ -78,6 +78,7 @@ def test_copies_are_near_and_other_images_are_not():
     ]
     groups = rows_of([*map(stored, originals), *(copy for three in copies for copy in three)])
     found = fingerprint(groups, num_workers=2)
+    assert np.array_equal(found.looks, fingerprint(groups, num_workers=1).looks)
     clusters_found = found.near_duplicates()
     of_copies = clusters_found[30:].reshape(30, 3)
     assert clusters_found[:30].tolist() == list(range(30))

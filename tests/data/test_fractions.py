@@ -232,7 +232,7 @@ def test_embedded_images_of_the_same_bytes_are_one_group(tmp_path):
 def test_embedded_images_without_ids_that_stand_in_two_splits_are_a_leak(tmp_path):
     save_embedded(tmp_path, "train", [(stored(scene(seed, 40)), "x") for seed in (1, 2, 3)])
     save_embedded(tmp_path, "test", [(stored(scene(seed, 40)), "x") for seed in (3, 4)])
-    with pytest.raises(ValueError, match="1 image ids stand in both train and test: .* The images are the same"):
+    with pytest.raises(ValueError, match=r"1 image ids stand in both train and test: .* The images are the same"):
         check_disjoint({split: load_groups(tmp_path, split) for split in ("train", "test")})
 
 
