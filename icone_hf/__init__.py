@@ -16,7 +16,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .data.batching import GroupBatchSampler, PairCollator, PairDataset
-    from .data.groups import load_groups, load_pictures
+    from .data.groups import load_groups
+    from .data.pictures import load_pictures
     from .data.scenes import draw_scenes
     from .embedding.encoding import GroupEmbeddings, encode_groups
     from .embedding.shards import encode, read_embeddings

@@ -298,7 +298,7 @@ def test_a_downloaded_data_set_names_no_file_of_this_machine(tmp_path, monkeypat
 
 def test_folders_and_names_with_links_are_followed_to_files_alone(tmp_path):
     """A link in your own folder counts as the file that it leads to; folders behind links are not searched."""
-    from icone_hf.data.groups import load_pictures
+    from icone_hf.data.pictures import load_pictures
 
     (tmp_path / "photos").mkdir()
     (tmp_path / "others").mkdir()

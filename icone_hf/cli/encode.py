@@ -7,15 +7,18 @@ from pathlib import Path
 from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers.utils import logging
 
 from ..data.captions import Captions
-from ..data.groups import load_pictures
+from ..data.pictures import FoundFiles, find_pictures
 from ..embedding import shards
 from ..errors import InputError
 from ..processes import together
 from . import COMMANDS
 from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments, parse_arguments
 from .loading import autocast_of, embed, join_processes, load_checkpoint, load_split, splits_of_run
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -97,9 +100,13 @@ def _encode_shards(
     output: OutputArguments,
     out: Path,
 ) -> None:
+    found: FoundFiles | None = None
     if shard_args.pictures_only:
         assert data_args.source is not None  # a positional argument
-        source = load_pictures(data_args.source)
+        found = find_pictures(data_args.source)
+        source = found.rows()
+        for remark in found.remarks() if PartialState().is_main_process else ():
+            logger.warning(f"{data_args.source}: {remark}")
     else:
         kept = splits_of_run(checkpoint, data_args)
         source = load_split(data_args, encode_args.split, kept, is_whole=False)
@@ -115,12 +122,24 @@ def _encode_shards(
         prune=shard_args.prune,
     )
     if PartialState().is_main_process:
-        captions = 0 if shard_args.pictures_only else len(Captions.read(source))
-        _print_encoded(output, out, len(source) - len(unreadable), captions, unreadable.values())
+        captions = 0 if found is not None else len(Captions.read(source))
+        _print_encoded(output, out, len(source) - len(unreadable), captions, unreadable.values(), found)
 
 
 def _print_encoded(
-    output: OutputArguments, out: Path, images: int, captions: int, unreadable: Collection[str] = ()
+    output: OutputArguments,
+    out: Path,
+    images: int,
+    captions: int,
+    unreadable: Collection[str] = (),
+    found: FoundFiles | None = None,
 ) -> None:
-    facts = {"out": str(out), "pictures": images, "sentences": captions, "unreadable": list(unreadable)}
-    output.print(facts, f"{images} images and {captions} captions: {out}")
+    named = list(unreadable)
+    facts = {"out": str(out), "pictures": images, "sentences": captions, "unreadable": named}
+    text = f"{images} images and {captions} captions: {out}"
+    if found is not None:
+        named += [f"{name}: {why}." for name, why in found.unread.items()]
+        facts |= {"files": len(found), "hidden": len(found.hidden)}  # the sum of the three others
+        text += f" ({len(found)} image files, of which {len(named)} can't be read, "
+        text += f"{len(found.hidden)} are hidden or thumbnails)"
+    output.print(facts, text)

@@ -12,7 +12,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "batching": ("GroupBatchSampler", "PairCollator", "PairDataset"),
         "captions": ("Captions",),
         "group_files": ("push_groups", "save_groups"),
-        "groups": ("check_disjoint", "load_groups", "load_pictures"),
+        "groups": ("check_disjoint", "load_groups"),
+        "pictures": ("load_pictures",),
         "scenes": ("draw_scenes",),
     },
 )

@@ -8,7 +8,6 @@ row number in the training split is the group's class number.
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -23,7 +22,7 @@ from ..forms.splits import SPLITS, MissingSplitError
 from .captions import Captions
 from .fingerprints import digest_image
 from .fractions import Cuts, cut, portable_ids
-from .images import IMAGE_ENDINGS
+from .pictures import load_pictures
 from .rows import join_rows
 from .scenes import draw_scenes
 
@@ -137,36 +136,6 @@ def _check_values(given: Mapping[str, Any]) -> None:
         raise InputError(f"image_root={root!r} must be the path of a folder.")
     if root and not os.path.isdir(root):
         raise MissingFileError(f"image_root={os.fspath(root)!r} is no folder: give the one that file names start from.")
-
-
-def load_pictures(folder: str | os.PathLike) -> Dataset:
-    """List the image files of a folder.
-
-    Folders in it are searched too, at any depth; links to folders are not. A link to a file counts as that file,
-    wherever it lies, and one that leads nowhere is left out with a warning. This is for images without captions, to be
-    embedded; [`load_groups`] loads captioned ones.
-
-    Returns:
-        Rows of `image` and `image_id`, the file's path from the folder, sorted by path.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist or holds no image.
-    """
-    root = Path(folder)
-    found = sorted(
-        os.path.relpath(os.path.join(directory, name), root)
-        for directory, _, files in os.walk(root)
-        for name in files
-        if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS
-    )
-    names = [name for name in found if os.path.isfile(root / name)]
-    if len(names) < len(found):
-        broken = [name for name in found if not os.path.isfile(root / name)]
-        logger.warning(f"{len(broken)} links in {root} lead to no file and are left out: {first_of(broken)}.")
-    if not names:
-        raise MissingFileError(f"{root} {'holds no image file' if root.is_dir() else 'is no folder'}.")
-    features = datasets.Features({"image": datasets.Image(), "image_id": datasets.Value("string")})
-    return Dataset.from_dict({"image": [os.path.join(root, name) for name in names], "image_id": names}, features)
 
 
 def check_disjoint(splits: dict[str, Dataset]) -> None:

@@ -22,8 +22,8 @@ def outlive_termination() -> Callable[[int], None]:
 def _is_ending() -> Any:
     """Return a flag that this process ends.
 
-    The workers share it. Python sends SIGTERM to the workers that are left when it ends, and waits for them. Without the flag they would
-    ignore this one too, and both would wait forever.
+    The workers share it. Python sends SIGTERM to those that are left when it ends, and waits for them. Without the flag
+    they would ignore this one too, and both would wait forever.
     """
     flag = RawValue("b", 0)
     atexit.register(setattr, flag, "value", 1)  # after multiprocessing's own function, so it is called before that

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tiny import draw, make_groups
 
 from icone_hf import load_groups
-from icone_hf.data.groups import load_pictures
+from icone_hf.data.pictures import load_pictures
 from icone_hf.errors import InputError
 
 RECORD = {"filename": "a.png", "split": "train", "sentences": [{"raw": "one"}]}
