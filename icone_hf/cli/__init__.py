@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "measure a checkpoint on a split, and draw what it retrieves",
     "encode": "embed images and captions into a folder of Parquet shards, or into a file",
     "data": "write groups, images included, as Parquet files that are ready for the Hub",
+    "check": "say all that is wrong with a source, and whether training could start",
     "export": "write a checkpoint as ONNX graphs, for ONNX Runtime and transformers.js",
     "info": "say what a checkpoint is: towers, parameters, groups, recipe, metrics, size",
     "push": "write a checkpoint's model card and upload both to the Hub",
@@ -33,9 +34,9 @@ IConE: instance contrastive embedding for image-text retrieval.
 accelerate launch --num_processes 4 -m icone_hf COMMAND ...
 
 Results go to stdout, progress to stderr. Exit codes: 0 done; 2 it can't be done as asked, and a line says why;
-1 a fault, with its traceback, or a run that has diverged; 130 interrupted; 143 ended by SIGTERM.
+1 a fault, with its traceback, a run that has diverged, or a check that says no; 130 interrupted; 143 ended by SIGTERM.
 """
-GO_ON = ("train", "encode", "reproduce")  # the others are short, and start anew
+GO_ON = ("check", "train", "encode", "reproduce")  # the others are short, and start anew
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command and its arguments. Default: the command line.
 
     Returns:
-        The exit code: 0; 2 for wrong arguments or input, with a line on stderr that says what is wrong; 130 if it was
-        interrupted. Whatever else goes wrong is raised.
+        The exit code: 0; 1 if `icone check` has found what stops training; 2 for wrong arguments or input, with a line
+        on stderr that says what is wrong; 130 if it was interrupted. Whatever else goes wrong is raised.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     described = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
@@ -68,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Module and function have the command's name.
         command = getattr(importlib.import_module(f".{name}", __name__), name)
-        command(argv[1:])
+        code = command(argv[1:])
     except BaseException as error:  # interruptions, and what asks Python to end, are news for the other processes too
         return _report(name, error)
     _leave_processes()
-    return 0
+    return code or 0
 
 
 def _report(name: str, error: BaseException) -> int:

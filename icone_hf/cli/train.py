@@ -1,12 +1,17 @@
 """`icone train`: from captioned images to a tested checkpoint with its card."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import set_seed
+from transformers.utils import logging
 
+from ..checking.contents import Contents
+from ..checking.source_check import check_captions
+from ..checking.towers import Towers
 from ..data.groups import check_disjoint
 from ..errors import InputError
 from ..evaluation.metrics import metrics_table
@@ -21,6 +26,8 @@ from .arguments import DataArguments, ModelArguments, OutputArguments, RecipeArg
 from .loading import cut_splits, join_processes, load_splits
 
 VALIDATION_FRACTION = 0.1  # of the training images, where a source has no validation split and nothing is said
+
+logger = logging.get_logger(__name__)
 
 NO_SOURCE = """there is no --source, the captioned images to train on. For example:
   icone train --source photos                                            # train/ and validation/, with a metadata.csv
@@ -67,10 +74,13 @@ def train(argv: Sequence[str]) -> None:
         print(f"Which images are of which split ({sizes}): {Path(args.output_dir) / SPLITS_FILE}", file=log)
     check_disjoint(splits)
 
-    # Join the towers and train.
+    # Join the towers.
     set_seed(args.seed)
     towers = model_args.vision_model_name_or_path, model_args.text_model_name_or_path
     processor = IConEProcessor.from_encoders(*towers, jpeg_draft=model_args.jpeg_draft)
+    _warn_of_data(splits, data_args.source, args, processor)
+
+    # Train.
     num_groups = 0 if args.shard_classifier else len(splits["train"])  # the trainer makes each process's share
     model = IConEModel.from_encoders(*towers, num_groups=num_groups, **model_args.config(recipe_args.config()))
     trainer = IConETrainer(
@@ -92,3 +102,16 @@ def train(argv: Sequence[str]) -> None:
             text = f"{metrics_table(rows)}\nCheckpoint, model card, metrics.json and recipe.json: {args.output_dir}"
             text += f"\nOn the Hub: {url}" if url else ""
             output.print({"out": args.output_dir, **metrics, "url": url}, text)
+
+
+def _warn_of_data(
+    splits: Mapping[str, Dataset], source: str, args: IConETrainingArguments, processor: IConEProcessor
+) -> None:
+    """Log what `icone check` would find without decoding."""
+    with together():
+        if args.process_index == 0:
+            batch_size = args.per_device_train_batch_size * args.world_size
+            towers = Towers.of(processor.image_processor, processor.tokenizer)
+            report = check_captions(Contents.of_splits(splits), source, batch_size, towers)
+            for finding in report.findings:
+                logger.warning(f"{source}: {finding}")

@@ -73,9 +73,7 @@ class Captions:
             ValueError: naming `where`, the first rows and their number.
         """
         bad = [
-            row
-            for row, captions in enumerate(self.of_groups)
-            if not captions or not all(map(_says_something, captions))
+            row for row, captions in enumerate(self.of_groups) if not captions or not all(map(says_something, captions))
         ]
         if bad:
             raise InputError(
@@ -88,6 +86,7 @@ class Captions:
 _READ: "weakref.WeakKeyDictionary[Dataset, Captions]" = weakref.WeakKeyDictionary()
 
 
-def _says_something(caption: Any) -> bool:
+def says_something(caption: Any) -> bool:
+    """Say whether a caption has a visible character."""
     # Of characters that show nothing, `strip` takes the spaces alone: control characters and joiners are some too.
     return isinstance(caption, str) and any(unicodedata.category(sign) not in _INVISIBLE for sign in caption)

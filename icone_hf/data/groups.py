@@ -51,6 +51,7 @@ def load_groups(
     num_groups: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
+    is_checked: bool = True,
 ) -> Dataset:
     """Load one split of a source as groups.
 
@@ -84,6 +85,8 @@ def load_groups(
         num_groups: the number of scenes. Default: 2,500 for training, 250 for validation, 500 for test.
         image_size: the scenes' side in pixels. Default: 160.
         seed: of the scenes.
+        is_checked: `False` lets missing images, empty captions and rows without an id through. What comes can't be
+            trained on; [`check_source`] then names all that is wrong, and not only the first of it.
 
     Raises:
         FileNotFoundError: if the JSON or images are missing; the first missing ones and their number are named.
@@ -110,13 +113,14 @@ def load_groups(
 
     if form is None:
         return draw_scenes(split, num_groups or SCENES_PER_SPLIT[split], image_size or 160, seed)
-    listing = form.read(source, Options(None if image_root is None else os.fspath(image_root)))
+    listing = form.read(source, Options(None if image_root is None else os.fspath(image_root), is_checked))
     if split_column is not None:
         listing = replace(listing, parts=parts_by(listing.parts, source, split_column))
     cuts.check_missing(source, listing.parts)
     whole = "train" if split in cuts.splits else split
-    groups = join_rows(listing, source, whole, **columns)
-    Captions.read(groups).check(f"the {whole} split of {source}")
+    groups = join_rows(listing, source, whole, **columns, is_checked=is_checked)
+    if is_checked:
+        Captions.read(groups).check(f"the {whole} split of {source}")
     if whole == "train" and cuts.given:
         groups = cut(groups, cuts, source, portable_ids(groups, source, image_root))[split]
     return groups

@@ -35,6 +35,7 @@ def join_rows(
     image_column: str | None = None,
     caption_column: str | None = None,
     id_column: str | None = None,
+    is_checked: bool = True,
 ) -> Dataset:
     """Join the rows of a split to groups.
 
@@ -42,7 +43,7 @@ def join_rows(
         listing: of the source, as its form's reader returns it.
         source: for messages.
         split: which one.
-        image_column, caption_column, id_column: as given to [`load_groups`].
+        image_column, caption_column, id_column, is_checked: as given to [`load_groups`].
 
     Raises:
         MissingSplitError: if the source has no such split.
@@ -85,6 +86,8 @@ def join_rows(
     missing = [
         paths[row] or f"row {row}" for row in rows if not is_embedded[row] and not os.path.isfile(paths[row] or "")
     ]
+    if not is_checked:
+        missing = []
     if packed := [path for path in missing if "::" in path]:  # as datasets names a file in an archive
         raise InputError(
             f"{len(packed)} images of {source} lie in archives: {first_of(packed)}. Unpack them, and give the folder."
@@ -103,16 +106,18 @@ def join_rows(
         all_keys = table[id_column][:]
         is_missing = [key is None or key != key for key in all_keys]  # NaN is no id
         keys = ["" if is_missing[row] else str(all_keys[row]).strip() for row in rows]
-        if nameless := [row for row, key in enumerate(keys) if not key]:  # one group, it would seem
+        nameless = [row for row, key in enumerate(keys) if not key]  # one group, it would seem
+        if nameless and is_checked:
             where = f"{len(nameless)} rows of {source} have no id in the column {id_column!r}: {first_of(nameless)}"
             raise InputError(f"{where}. Fill them in, leave these rows out, or name another column by id_column=.")
     else:
         digests = _digest_embedded(table, image_column, [row for row in rows if is_embedded[row]])
         keys = [digests[row][:32] if is_embedded[row] else paths[row] for row in rows]
-    captions: dict[str, list[str]] = defaultdict(list)
-    first_row: dict[str, int] = {}
+    captions: dict[str | int, list[str]] = defaultdict(list)
+    first_row: dict[str | int, int] = {}
     texts = table[caption_column][:]
-    for row, key in zip(rows, keys, strict=True):
+    for row, name in zip(rows, keys, strict=True):
+        key = name or row  # without a name each is a group, and may only be checked
         captions[key] += as_captions(texts[row], f"row {row} of {source}, column {caption_column!r}")
         first_row.setdefault(key, row)
     if len(first_row) < len(rows):
@@ -127,7 +132,7 @@ def join_rows(
         groups = groups.rename_column(image_column, "image")
     of_rows: dict[str, list[Any]] = {name: [None] * len(table) for name in ("captions", "image_id")}
     for key, row in first_row.items():
-        of_rows["captions"][row], of_rows["image_id"][row] = captions[key], key
+        of_rows["captions"][row], of_rows["image_id"][row] = captions[key], key if isinstance(key, str) else None
     string = datasets.Value("string")
     groups = groups.add_column("captions", of_rows["captions"], feature=datasets.List(string))
     groups = groups.add_column("image_id", of_rows["image_id"], feature=string)

@@ -19,6 +19,7 @@ class Options(NamedTuple):
     """Hold what a reader takes; see [`load_groups`]."""
 
     image_root: str | None = None
+    is_checked: bool = True
 
 
 class Part(NamedTuple):

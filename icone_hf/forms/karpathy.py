@@ -30,26 +30,27 @@ def _read(source: str, options: Options) -> Listing:
         raise InputError(f"{path} holds file names only: pass image_root=, the folder of the images.")
 
     # Collect the captions of each image. One file name may stand in two of COCO's folders: the path tells them apart.
-    captions: dict[str, list[str]] = defaultdict(list)
-    splits_of: dict[str, set[str]] = defaultdict(set)
+    captions: dict[tuple[str, str], list[str]] = defaultdict(list)
+    splits_of: dict[str, list[str]] = defaultdict(list)
     ids: dict[str, str] = {}
     for row, record in enumerate(_read_records(path)):
         name = os.path.join(record.get("filepath", ""), record["filename"])
-        splits_of[name].add(standard_split(record["split"]))
-        captions[name] += as_captions(record["sentences"], f'record {row} of {path}, "sentences"')
+        split = standard_split(record["split"])
+        splits_of[name] += [] if split in splits_of[name] else [split]
+        captions[split, name] += as_captions(record["sentences"], f'record {row} of {path}, "sentences"')
         numbers = (record.get(field) for field in ("cocoid", "imgid"))  # null is none
         ids[name] = str(next((number for number in numbers if number is not None), name))
     straddling = sorted(name for name, names in splits_of.items() if len(names) > 1)
-    if straddling:
+    if straddling and options.is_checked:
         raise InputError(f"{path}: {len(straddling)} images stand in two splits: {first_of(straddling)}.")
 
     # Make a table of each split.
     string = datasets.Value("string")
     features = datasets.Features({"image": string, "captions": datasets.List(string), "image_id": string})
     parts = {}
-    for split in dict.fromkeys(name for (name,) in splits_of.values()):
-        images = [name for name, (of_image,) in splits_of.items() if of_image == split]
-        columns = {"image": images, "captions": [captions[name] for name in images]}
+    for split in dict.fromkeys(split for split, _ in captions):
+        images = [name for name, splits in splits_of.items() if split in splits]
+        columns = {"image": images, "captions": [captions[split, name] for name in images]}
         columns["image_id"] = [ids[name] for name in images]
         parts[split] = Part(Dataset.from_dict(columns, features=features))
     return Listing(parts, "image", "captions", "image_id", root=os.fspath(options.image_root))

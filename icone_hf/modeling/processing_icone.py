@@ -89,7 +89,7 @@ class IConEProcessor(ProcessorMixin):
         text_config = AutoConfig.from_pretrained(text)
         text_config = getattr(text_config, "text_config", text_config)  # of a checkpoint with both towers
         padding = "max_length" if text_config.model_type in _FULL_LENGTH_TEXT else "longest"
-        processor = cls(_load_image_processor(vision), AutoTokenizer.from_pretrained(text), padding, jpeg_draft)
+        processor = cls(load_image_processor(vision), AutoTokenizer.from_pretrained(text), padding, jpeg_draft)
         processor.limit_text_length(text_config)
         return processor
 
@@ -196,7 +196,8 @@ def with_eight_bits(images: Any) -> Any:
     return wide.point(lambda value: value * (1 / 257) + 0.5).convert("L")
 
 
-def _load_image_processor(vision: str | os.PathLike) -> Any:
+def load_image_processor(vision: str | os.PathLike) -> Any:
+    """Load a tower's image processor, of the PIL backend."""
     try:
         return AutoImageProcessor.from_pretrained(vision, backend="pil")
     except ImportError:
