@@ -305,7 +305,7 @@ def _pairs(rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Iterator[t
 
 
 def _changes(width: int, max_bits: int) -> list[int]:
-    """List the numbers of `width` bits with few bits set."""
+    """List the numbers with few bits set."""
     chosen = (bits for count in range(max_bits + 1) for bits in itertools.combinations(range(width), count))
     return [sum(1 << bit for bit in bits) for bits in chosen]
 

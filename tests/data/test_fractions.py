@@ -149,6 +149,12 @@ def test_bad_lists_are_refused(scenes, tmp_path, validation, test, message):
         load_groups(scenes, "train", **names)
 
 
+def test_a_list_of_all_images_leaves_nothing_to_train_on(scenes, tmp_path):
+    (tmp_path / "all.txt").write_text("\n".join(names_of(load_groups(scenes, "train"))))
+    with pytest.raises(ValueError, match=r"Nothing is left of .* to train on"):
+        load_groups(scenes, "train", test_names=tmp_path / "all.txt")
+
+
 def test_a_name_of_two_images_is_refused(tmp_path):
     rows = ["file_name,caption"]
     for folder in ("a", "b"):
