@@ -68,7 +68,7 @@ class Fingerprints:
         return np.fromiter(rows, np.int64, len(self.digests))
 
     def near_duplicates(self, max_distance: int = MAX_DISTANCE) -> np.ndarray:
-        """Number images so that near and exact duplicates share one.
+        """Number images so that near duplicates share one.
 
         Returns:
             `(rows,)`: the first row of the same cluster.
@@ -311,7 +311,7 @@ def _changes(width: int, max_bits: int) -> list[int]:
 
 
 def _cost(count: int, max_distance: int, num_bands: int) -> float:
-    """Estimate look-ups and compared pairs of a number of bands."""
+    """Estimate the work of a number of bands."""
     width, bits = 64 // num_bands, max_distance // num_bands
     changes = sum(math.comb(width + 1, some) for some in range(bits + 1))
     # Pairs of images are alike in their brightest places too: more share a band than would by chance.
