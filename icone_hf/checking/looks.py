@@ -171,7 +171,7 @@ def look_at_images(images: Dataset, file: str | os.PathLike, num_workers: int) -
             sampler=rows,
             collate_fn=_as_it_is,
             num_workers=min(num_workers, len(rows)),
-            worker_init_fn=outlive_termination if num_workers else None,
+            worker_init_fn=outlive_termination() if num_workers else None,
         )
         for part, lines in loader:
             append(lines)
