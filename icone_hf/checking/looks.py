@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import datasets
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ..data.fingerprints import SIDE, looks_of, shrink
-from ..data.workers import outlive_termination
+from ..data.images import read_sized_image
 from ..errors import InputError
 from ..modeling.processing_icone import with_eight_bits
 from ..progress import progress
@@ -105,8 +105,8 @@ class _Looker:
             if key in self.known:
                 return Seen(path, key, self.known[key]), b""
             content = _read_file(str(path)) if embedded is None else embedded
-            size, mode, image = _decode(content)
-            shrunk = shrink(image)
+            image, size, mode = read_sized_image(io.BytesIO(content), SIDE, path or "")
+            shrunk = shrink(with_eight_bits(image))
         except FileNotFoundError:
             return Seen(path, key, None, MISSING), b""
         except UnidentifiedImageError:  # its message names an object in memory
@@ -120,21 +120,6 @@ class _Looker:
 def _read_file(path: str) -> bytes:
     with open(path, "rb", buffering=0) as file:
         return file.read()
-
-
-def _decode(content: bytes) -> tuple[tuple[int, int], str, Image.Image]:
-    """Decode an image at a part of its size.
-
-    Returns:
-        The size and the mode that it has as a whole, and the image.
-    """
-    with Image.open(io.BytesIO(content)) as image:
-        size, mode = image.size, image.mode
-        image.draft(None, (SIDE, SIDE))  # of a JPEG file all is read, and less is computed
-        image.load()
-        part = image.size
-        ImageOps.exif_transpose(image, in_place=True)
-        return size if image.size == part else size[::-1], mode, with_eight_bits(image)
 
 
 def _key_of_file(path: str) -> str:
@@ -171,7 +156,6 @@ def look_at_images(images: Dataset, file: str | os.PathLike, num_workers: int) -
             sampler=rows,
             collate_fn=_as_it_is,
             num_workers=min(num_workers, len(rows)),
-            worker_init_fn=outlive_termination() if num_workers else None,
         )
         for part, lines in loader:
             append(lines)

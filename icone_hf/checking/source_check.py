@@ -76,7 +76,10 @@ class _Check:
         self.scripts = [scripts[caption] for caption in self.captions]
 
     def report(self, source: str, seen: Sequence[Seen] | None = None) -> Report:
-        """Report on captions and, if they were looked at, on images."""
+        """Report on captions, and on images.
+
+        Without `seen` nothing is said of images.
+        """
         splits = {
             split: {"groups": 0, "captions": 0} for split in sorted(set(self.contents.splits), key=_place_of_split)
         }
@@ -246,7 +249,7 @@ class _Check:
     # --- batches ---
 
     def _check_batches(self, report: Report, lookalikes: np.ndarray | None) -> dict[str, Any] | None:
-        """Work out the false negatives of a batch of training."""
+        """Work out the false negatives of training."""
         is_trained = np.array([split == "train" for split in self.contents.splits], dtype=bool)[self.groups]
         if not is_trained.any():
             return None

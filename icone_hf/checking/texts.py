@@ -58,7 +58,7 @@ def _script_of(sign: str) -> str | None:
 
 
 def script_of(caption: str) -> str | None:
-    """Name the script that most letters of a caption are of.
+    """Name the script of most letters of a caption.
 
     It is the first word of the letters' names in Unicode: LATIN, CYRILLIC, CJK. `None`: there is no letter.
     """
@@ -70,7 +70,7 @@ def script_of(caption: str) -> str | None:
 
 
 def too_long(captions: Sequence[str], limit: int, tokenize: Tokenize | None = None) -> dict[int, int]:
-    """Find captions of more words than a limit, or tokens.
+    """Find captions of more words, or tokens.
 
     Args:
         captions: any number.

@@ -13,6 +13,7 @@ from .image_kinds import JPEG, RAW, head_of, is_raw, kind_of, register_readers
 
 # Pixels of the largest JPEG image that is read, at a part of its size: what decodes in about five seconds.
 LARGEST_JPEG = 1_000_000_000
+WHOLE = "whole_size"  # among the facts of an image that was opened at a part of its size
 
 
 class Images:
@@ -74,13 +75,29 @@ def read_image(file: str | os.PathLike | IO[bytes], smallest_side: int | None = 
         ValueError: for an image that needs an extra, or is too large; it names the way out.
         OSError: for most else that can't be decoded; other errors are the decoders' own.
     """
+    return read_sized_image(file, smallest_side, name)[0]
+
+
+def read_sized_image(
+    file: str | os.PathLike | IO[bytes], smallest_side: int | None = None, name: str = ""
+) -> tuple[Image.Image, tuple[int, int], str]:
+    """Decode an image file, and say what it holds.
+
+    Args:
+        file, smallest_side, name: as for [`read_image`].
+
+    Returns:
+        The image, and the upright size and the mode that it has as a whole.
+    """
     register_readers()
     with _open(file, smallest_side, os.fspath(file) if isinstance(file, str | os.PathLike) else name) as image:
+        size, mode = image.info.pop(WHOLE, image.size), image.mode
         if smallest_side is not None:
             image.draft(None, (smallest_side, smallest_side))  # formats without smaller versions ignore it
         image.load()
+        part = image.size
         ImageOps.exif_transpose(image, in_place=True)
-        return image
+        return image, size if image.size == part else size[::-1], mode
 
 
 def _open(file: str | os.PathLike | IO[bytes], smallest_side: int | None, name: str) -> Image.Image:
@@ -134,6 +151,7 @@ def _open_in_part(file: str | os.PathLike | IO[bytes], smallest_side: int | None
         raise InputError(refusal)
     side = max(width, height) if smallest_side is None else smallest_side
     image.draft(None, (min(width // part, side), min(height // part, side)))
+    image.info[WHOLE] = width, height
     return image
 
 

@@ -3,14 +3,18 @@
 import json
 import os
 import signal
+import sys
 import time
 
 import children
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from filelock import FileLock
+from image_files import HEIC_HEAD, tall_jpeg, two_halves
 from photographs import photograph
+from PIL import Image
 
 from icone_hf import load_pictures
 from icone_hf.checking import looks
@@ -125,6 +129,22 @@ def test_a_file_of_another_kind_is_begun_anew(images, tmp_path):
 def test_two_checks_do_not_write_into_one_file(images, tmp_path):
     with FileLock(tmp_path / "looks.lock"), pytest.raises(InputError, match=r"looks.jsonl: wait for it, or .* --out"):
         look_at_images(images, tmp_path / "looks.jsonl", 0)
+
+
+def test_an_image_beyond_pillows_limit_has_its_own_size(tmp_path, monkeypatch):
+    """It is read at a part of its size, which is not what is said of it."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "tall.jpg").write_bytes(tall_jpeg(two_halves(640, 16), 25))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 400 // 3)
+    (seen,) = look_at_images(load_pictures(tmp_path / "images"), tmp_path / "looks.jsonl", 0)
+    assert seen.look[:3] == (640, 400, "RGB")
+
+
+def test_an_image_that_needs_an_extra_says_which(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    images = Dataset.from_dict({"image": [{"bytes": HEIC_HEAD, "path": "a.heic"}]}, Features({"image": ImageFeature()}))
+    (seen,) = look_at_images(images, tmp_path / "looks.jsonl", 0)
+    assert (seen.look, seen.error) == (None, "HEIC needs an extra: pip install 'icone_hf[heic]'")
 
 
 def test_an_image_of_one_shade_is_like_no_other(tmp_path):
