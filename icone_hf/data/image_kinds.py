@@ -52,7 +52,7 @@ class Kind:
 
     @property
     def reason(self) -> str:
-        """Say why it can't be read, and the way out."""
+        """Say what it lacks, and the way out."""
         return f"{self.name} {self.lack}"
 
 
@@ -166,7 +166,7 @@ def _open_raw(file: IO[bytes], path: str | bytes) -> Any:  # any image; Pillow d
 
 
 def _preview(rawpy: Any, raw: Any) -> Image.Image | None:
-    """Open the preview in a RAW file, if there is one."""
+    """Open the preview in a RAW file, if any."""
     try:
         found = raw.extract_thumb()
     except (rawpy.LibRawNoThumbnailError, rawpy.LibRawUnsupportedThumbnailError):

@@ -106,8 +106,7 @@ def test_kinds_that_need_an_extra_are_named_with_it(album):
 
 def test_kinds_that_need_an_extra_are_rows_with_it(tmp_path):
     pillow_heif, _ = pytest.importorskip("pillow_heif"), pytest.importorskip("rawpy")
-    pillow_heif.register_heif_opener()
-    two_halves().save(tmp_path / "a.heic", "HEIF")
+    pillow_heif.from_pillow(two_halves()).save(tmp_path / "a.heic")
     (tmp_path / "b.dng").write_bytes(dng())
     (tmp_path / "c.nef").write_bytes(dng(two_halves()))
     rows = load_pictures(tmp_path)
