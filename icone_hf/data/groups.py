@@ -22,6 +22,7 @@ from ..forms.splits import SPLITS, MissingSplitError
 from .captions import Captions
 from .fingerprints import digest_image
 from .fractions import Cuts, cut, portable_ids
+from .image_kinds import register_readers
 from .pictures import load_pictures
 from .rows import join_rows
 from .scenes import draw_scenes
@@ -99,6 +100,7 @@ def load_groups(
         raise InputError(f"source={source!r} must be a path or a name.")
     source = os.fspath(source)
     form = None if source == OPENMOJI_SCENES else form_of(source)
+    register_readers()  # so that `groups[0]["image"]` is decoded whatever its kind
 
     # Refuse arguments that this kind of source would ignore.
     columns = {"image_column": image_column, "caption_column": caption_column, "id_column": id_column}
