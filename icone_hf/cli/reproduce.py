@@ -23,13 +23,19 @@ class ReproduceArguments:
 
     flickr30k: str | None = field(default=None, metadata={"help": "Folder with dataset_flickr30k.json and images."})
     coco: str | None = field(default=None, metadata={"help": "Folder with dataset_coco.json and images."})
+    flickr8k: str | None = field(
+        default=None,
+        metadata={"help": "Folder with dataset_flickr8k.json and images: a scale of its own, small towers."},
+    )
     miniature: bool = field(default=False, metadata={"help": "Drawn scenes and small offline towers instead."})
-    smoke: bool = field(default=False, metadata={"help": "The miniature's own test: minutes, meaningless figures."})
+    smoke: bool = field(
+        default=False, metadata={"help": "A test of the miniature, or of --flickr8k: minutes, meaningless figures."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop."})
     report_only: bool = field(default=False, metadata={"help": "Write the page again from results.json, and stop."})
     seeds: list[int] | None = field(default=None, metadata={"help": "Default: 0 1 2; Table 4 and Figure 3: 0 alone."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "Default: outputs/reproduction, or outputs/reproduction-miniature, -smoke."}
+        default=None, metadata={"help": "Default: outputs/reproduction, or outputs/reproduction-SCALE."}
     )
     bf16: bool = field(default=False, metadata={"help": "Train in bfloat16."})
     dataloader_num_workers: int = field(
@@ -45,6 +51,8 @@ class ReproduceArguments:
     @property
     def scale(self) -> str:
         """Name the YAML file's scale."""
+        if self.flickr8k:
+            return "flickr8k_smoke" if self.smoke else "flickr8k"
         return "smoke" if self.smoke else "miniature" if self.miniature else "paper"
 
 
@@ -63,6 +71,8 @@ def reproduce(argv: Sequence[str]) -> None:
         positionals={"name": {"nargs": "+", "help": "table1 ... table4, figure3 ... figure10, all"}},
         description=COMMANDS["reproduce"],
     )
+    if args.flickr8k and (args.miniature or args.flickr30k or args.coco):
+        raise InputError("--flickr8k is a scale of its own: leave --miniature, --flickr30k and --coco out.")
     if (args.miniature or args.smoke) and (args.flickr30k or args.coco):
         raise InputError("--miniature and --smoke draw their own data: leave --flickr30k and --coco out.")
     # Everything is planned before anything is run.
@@ -72,5 +82,5 @@ def reproduce(argv: Sequence[str]) -> None:
     if args.report_only:
         rewrite_page(plan, folder)
         return
-    roots = {"flickr30k": args.flickr30k, "coco": args.coco}
+    roots = {"flickr30k": args.flickr30k, "coco": args.coco, "flickr8k": args.flickr8k}
     run_plan(plan, folder, roots, args.dry_run, args.bf16, args.dataloader_num_workers)

@@ -1,7 +1,8 @@
 """The paper's experiments as a plan: which runs they need, each once.
 
-`paper/experiments.yaml` holds recipes, experiments and scales, and `paper/published.json` what the paper prints. This
-module only handles data and imports nothing heavy, so that a dry run is fast.
+`paper/experiments.yaml` holds recipes, experiments and scales, `paper/published.json` what the paper prints, and
+`paper/published_flickr8k.json` what others report on Flickr8k. This module only handles data and imports nothing heavy,
+so that a dry run is fast.
 """
 
 import functools
@@ -37,13 +38,28 @@ def published() -> dict[str, Any]:
     return json.loads(files("icone_hf").joinpath("paper/published.json").read_text(encoding="utf-8"))
 
 
+@functools.cache
+def published_on_flickr8k() -> dict[str, Any]:
+    """Read others' results from `paper/published_flickr8k.json`.
+
+    Each has the address where it can be read. A number that is not given there is `None`.
+    """
+    return json.loads(files("icone_hf").joinpath("paper/published_flickr8k.json").read_text(encoding="utf-8"))
+
+
+def experiments_of(scale: str) -> dict[str, Any]:
+    """Return a scale's experiments: its own, or the paper's."""
+    content = experiments_file()
+    return content["scales"][scale].get("experiments", content["experiments"])
+
+
 @dataclass(frozen=True)
 class Run:
     """Describe one training with its test.
 
     Args:
-        dataset: `flickr30k` or `coco`; at smaller scales, the one that the data stand for.
-        image, text: the towers' names in the paper's Table 4.
+        dataset: `flickr30k` or `coco`; at smaller scales, the one that the data stand for; or `flickr8k`.
+        image, text: the towers' names in the paper's Table 4, or in the scale.
         recipe: a name under `recipes` of the YAML file.
         temperature: temperature of InfoNCE.
         seed: seed of the new parameters and of the batches.
@@ -85,7 +101,7 @@ class Run:
     def is_drawn(self) -> bool:
         """Say whether Figures 4-10 need this run's model.
 
-        They are drawn from the first of its seeds.
+        They are drawn from the first of its seeds, and never with the towers of Flickr8k's scale.
         """
         return (self.image, self.text, self.recipe, self.temperature) == (*PAPER_ENCODERS, "full", PAPER_TEMPERATURE)
 
@@ -98,6 +114,11 @@ class Run:
     def needs_classifier(self) -> bool:
         """Say whether any stage uses the instance loss."""
         return any(stage.instance_weight for stage in self.stages)
+
+    @property
+    def trains_encoders(self) -> bool:
+        """Say whether any stage trains the towers."""
+        return any(stage.train_encoders for stage in self.stages)
 
     def updates(self) -> int:
         """Count the optimizer's steps, over all stages."""
@@ -148,10 +169,12 @@ class Run:
     def feature_bytes(self) -> int:
         """Return the feature cache's size on disk.
 
-        It holds the frozen towers' outputs for the training and validation groups, in float32.
+        It holds the frozen towers' outputs for the training and validation groups, in float32, and for the test groups
+        where no stage trains the towers.
         """
         data, image, text = (self.settings[name] for name in ("dataset", "image", "text"))
-        return 4 * (data["train"] + data["validation"]) * (image["width"] + data["captions"] * text["width"])
+        groups = data["train"] + data["validation"] + (0 if self.trains_encoders else data["test"])
+        return 4 * groups * (image["width"] + data["captions"] * text["width"])
 
 
 @dataclass(frozen=True)
@@ -159,7 +182,7 @@ class Plan:
     """Hold the runs of one `icone reproduce`.
 
     Args:
-        scale: `paper`, `miniature` or `smoke`.
+        scale: `paper`, `miniature`, `smoke`, `flickr8k` or `flickr8k_smoke`.
         runs_of: the runs that each experiment needs, in the paper's order of experiments.
     """
 
@@ -178,33 +201,32 @@ def make_plan(names: Sequence[str], scale: str, seeds: Sequence[int] | None = No
     Args:
         names: names of experiments, or `all`.
         scale: one of the YAML file's scales.
-        seeds: `None` takes the scale's own seeds, or its first one for the experiments under `first_seed_only`.
+        seeds: `None` takes the scale's own seeds, or its first one for the experiments and recipes under
+            `first_seed_only`.
 
     Raises:
         ValueError: if a name is unknown.
     """
     # Put the names into the paper's order.
-    known = experiments_file()["experiments"]
+    known = experiments_of(scale)
     for name in names:
         if name not in known and name != "all":
-            raise InputError(f"{name!r} is no experiment: use {', '.join(known)} or all.")
+            whose = "" if known is experiments_file()["experiments"] else f" of the {scale} scale"
+            raise InputError(f"{name!r} is no experiment{whose}: use {', '.join(known)} or all.")
     wanted = [name for name in known if name in names or "all" in names]
-
-    of_scale = experiments_file()["scales"][scale]
-    runs_of = {}
-    for name in wanted:
-        own_seeds = of_scale["seeds"][:1] if name in of_scale["first_seed_only"] else of_scale["seeds"]
-        runs_of[name] = tuple(_runs(known[name], scale, own_seeds if seeds is None else seeds))
-    return Plan(scale, runs_of)
+    return Plan(scale, {name: tuple(_runs(name, scale, seeds)) for name in wanted})
 
 
-def _runs(experiment: Mapping[str, Any], scale: str, seeds: Sequence[int]) -> Iterator[Run]:
+def _runs(name: str, scale: str, seeds: Sequence[int] | None) -> Iterator[Run]:
     """Make one run for each combination of an experiment."""
+    experiment, of_scale = experiments_of(scale)[name], experiments_file()["scales"][scale]
     for dataset in experiment["datasets"]:
         for image, text in experiment.get("encoders", [PAPER_ENCODERS]):
             for recipe in experiment["recipes"]:
+                once = {name, recipe} & set(of_scale["first_seed_only"])
+                own_seeds = of_scale["seeds"][:1] if once else of_scale["seeds"]
                 for temperature in experiment.get("temperatures", [PAPER_TEMPERATURE]):
-                    for seed in seeds:
+                    for seed in own_seeds if seeds is None else seeds:
                         yield make_run(scale, dataset, image, text, recipe, temperature, seed)
 
 

@@ -33,10 +33,12 @@ from ..evaluation.metrics import fold_metrics, retrieval_metrics
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..processes import by_main_process, main_process_first, together
+from ..training.feature_cache import FeatureCache
 from ..training.run_folder import RunFolder
+from ..training.stage_trainer import embed_cached
 from ..training.trainer import IConETrainer, IConETrainingArguments
 from ..training.whole_files import write_json
-from .experiments import Plan, Run, describe_plan, experiments_file, make_run, protocols_of
+from .experiments import Plan, Run, describe_plan, experiments_file, experiments_of, make_run, protocols_of
 from .figures import draw_figures
 from .offline_towers import tower_checkpoint
 from .report import PAGE, RESULTS, write_report
@@ -59,7 +61,7 @@ def reproduce(
     Args:
         plan: from [`make_plan`].
         folder: for results, page and runs.
-        roots: the folder of each data set, `flickr30k` and `coco`, or `None`.
+        roots: the folder of each data set, `flickr30k`, `coco` and `flickr8k`, or `None`.
         dry_run: print the plan and stop.
         bf16: train in bfloat16.
         num_workers: number of workers, for each process, that decode images ahead.
@@ -129,7 +131,7 @@ def find_source(dataset: str, root: str | os.PathLike) -> dict[str, str]:
     They may be in the folder itself or up to two levels below it.
 
     Args:
-        dataset: `flickr30k` or `coco`.
+        dataset: `flickr30k`, `coco` or `flickr8k`.
         root: the folder.
 
     Returns:
@@ -177,7 +179,11 @@ class _Data:
             splits = {}
             for split in SPLITS:
                 with main_process_first():
-                    splits[split] = load_groups(split=split, **self._load_arguments(dataset, split))
+                    groups = load_groups(split=split, **self._load_arguments(dataset, split))
+                of_dataset = self.scale["datasets"][dataset]
+                if "first_groups" in of_dataset:  # a test of the scale, on data as large as people have them
+                    groups = groups.select(range(min(of_dataset[split], len(groups))))
+                splits[split] = groups
             check_disjoint(splits)
             self._splits[dataset] = splits
         return self._splits[dataset]
@@ -254,7 +260,9 @@ def run_one(run: Run, output_dir: Path, data: _Data, bf16: bool = False, num_wor
         trainer = IConETrainer(model, args, splits["train"], splits["validation"], processor, run.stages)
         validation = trainer.train(resume_from_checkpoint="auto")
         trainer.model.to(args.device)  # type: ignore[arg-type]
-        metrics = measure(run, trainer.model, processor, splits["test"], num_workers, args.autocast)
+        # No stage trained the towers: their outputs for the test groups are the same in all such runs.
+        cache = None if run.trains_encoders else output_dir / "feature_cache" / run.features / "test"
+        metrics = measure(run, trainer.model, processor, splits["test"], num_workers, args.autocast, cache)
         seconds = time.perf_counter() - start
 
         # Record the results.
@@ -285,13 +293,19 @@ def measure(
     groups: Dataset,
     num_workers: int = 0,
     autocast: torch.dtype | None = None,
+    cache: Path | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure retrieval by each protocol of the data set.
 
     The test groups are ranked all at once. COCO's are also ranked in folds, whose metrics are averaged. The model
-    computes in the precision that it was trained in.
+    computes in the precision that it was trained in. With a `cache`, the towers' outputs are kept there, for other runs
+    with the same towers.
     """
-    embeds = encode_groups(model, processor, groups, num_workers=num_workers, autocast=autocast)
+    if cache is None:
+        embeds = encode_groups(model, processor, groups, num_workers=num_workers, autocast=autocast)
+    else:
+        features = FeatureCache.build(cache, model, processor, groups, num_workers=num_workers, autocast=autocast)
+        embeds = embed_cached(model, features)
     folds = run.settings["dataset"].get("folds")
     whole = protocols_of(run.dataset)[-1]
     metrics = {protocols_of(run.dataset)[0]: fold_metrics(*embeds, folds)} if folds else {}
@@ -345,7 +359,7 @@ def _read_results(folder: Path, plan: Plan) -> dict[str, Any]:
             f"{folder} holds results of the {results['scale']} scale: pass another --output_dir for {plan.scale}."
         )
     # Earlier experiments stay; all come in the paper's order.
-    known = experiments_file()["experiments"]
+    known = experiments_of(plan.scale)
     wanted = {*results["experiments"], *plan.runs_of}
     return {**results, "experiments": [name for name in known if name in wanted]}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from icone_hf import PAPER_STAGES, IConEConfig, IConEModel
-from icone_hf.paper.experiments import PAPER_TEMPERATURE, experiments_file, make_plan, published
+from icone_hf.paper.experiments import PAPER_TEMPERATURE, experiments_file, make_plan, make_run, published
 
 ROOT = Path(__file__).parents[2]
 # The text from "Table 1" to its end, unchanged. It has only fragments of Table 3 and of the end of Table 4.
@@ -220,6 +220,8 @@ def test_planned_sizes_are_those_of_the_model():
     # 29,783 x 5 pairs are 1,164 batches of 128, the last one smaller
     assert run.updates() == (25 + 15) * 1164
     assert run.feature_bytes() == 4 * 768 * (30783 + 5 * 30783)
+    frozen = make_run("paper", "flickr30k", "ViT", "BERT", "only_contrastive", 0.05, 0)
+    assert frozen.feature_bytes() == 4 * 768 * (31783 + 5 * 31783)  # and the test groups
 
 
 def test_unknown_experiments_are_refused():

@@ -39,7 +39,7 @@ def tiny(monkeypatch, towers, tmp_path):
         scale["datasets"][name] |= {"train": 12, "validation": 4, "test": test, "captions": 3}
         write_karpathy(tmp_path / name, name, test)
     monkeypatch.setattr(experiments, "experiments_file", lambda: content)
-    for module in ("runs", "report", "figures"):
+    for module in ("runs", "report", "page_parts", "figures"):
         monkeypatch.setattr(f"icone_hf.paper.{module}.experiments_file", lambda: content)
     return content
 
@@ -69,7 +69,8 @@ def test_table_3_and_a_figure_end_to_end(tiny, tmp_path, capsys, monkeypatch):
     assert shown.index("flickr30k_vit-bert_full_t0.05_seed0") < shown.index("Run 1 of 6")  # the plan comes first
     assert "NOT RUN: no MS-COCO: pass --coco FOLDER" in shown
     results = results_of(out)
-    assert {record["recipe"] for record in results["runs"].values()} == set(experiments.experiments_file()["recipes"])
+    recipes = experiments.experiments_of("paper")["table3"]["recipes"]
+    assert {record["recipe"] for record in results["runs"].values()} == set(recipes)
     full = results["runs"]["flickr30k_vit-bert_full_t0.05_seed0"]
     assert list(full["validation"]) == ["instance", "joint"]
     assert full["updates"] == 2 * 3 + 3  # 36 pairs are three batches
