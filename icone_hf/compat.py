@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 # Commands that never train import this file too: nothing heavy is imported before it is needed.
 if TYPE_CHECKING:
+    from tarfile import TarFile
+
     import torch
     from datasets import Dataset
     from mteb.models.model_meta import ModelMeta
@@ -115,6 +117,12 @@ def embed_images(groups: "Dataset", batch_size: int, description: str) -> "Datas
     return groups.with_format("arrow").map(
         embed_table_storage, batched=True, batch_size=batch_size, desc=description, keep_in_memory=True
     )
+
+
+def forget_members(tar: "TarFile") -> None:
+    """Let an open tar forget what was read."""
+    # It keeps a record of each file, a kilobyte. From Python 3.13 on `stream=True` does without.
+    tar.members = []  # type: ignore[attr-defined]
 
 
 def mteb_model_meta(facts: Mapping[str, Any]) -> "ModelMeta":

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..data.fingerprints import SIDE, looks_of, shrink
 from ..data.images import read_sized_image
 from ..errors import InputError
+from ..forms.tar_members import is_address, read_member, span_of
 from ..modeling.processing_icone import with_eight_bits
 from ..progress import progress
 
@@ -118,13 +119,15 @@ class _Looker:
 
 
 def _read_file(path: str) -> bytes:
+    if is_address(path):
+        return read_member(path)
     with open(path, "rb", buffering=0) as file:
         return file.read()
 
 
 def _key_of_file(path: str) -> str:
-    about = os.stat(path)
-    return f"{os.path.abspath(path)}:{about.st_size}:{about.st_mtime_ns}"
+    about = os.stat(span_of(path)[0] if is_address(path) else path)
+    return f"{path if is_address(path) else os.path.abspath(path)}:{about.st_size}:{about.st_mtime_ns}"
 
 
 def _as_it_is(part: Any) -> Any:

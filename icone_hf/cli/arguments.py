@@ -149,6 +149,9 @@ class DataArguments:
         default=None, metadata={"help": "Text file with the ids or file names of the images to validate on."}
     )
     test_names: str | None = field(default=None, metadata={"help": "The same for the test."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
+    streaming: bool = field(default=False, metadata={"help": "Read a stream: icone encode into shards alone."})
     image_size: int | None = field(default=None, metadata={"help": "Side of OpenMoji scenes in pixels."})
     num_train_groups: int | None = field(default=None, metadata={"help": "OpenMoji scenes for training."})
     num_validation_groups: int | None = field(default=None, metadata={"help": "OpenMoji scenes for validation."})
@@ -170,6 +173,8 @@ class DataArguments:
         keywords = asdict(self)
         num_groups = {name: keywords.pop(f"num_{name}_groups") for name in SPLITS}
         seed = keywords.pop("scenes_seed")
+        # Called as in transformers' scripts: a bare --name or --revision would seem to be the checkpoint's.
+        keywords |= {"name": keywords.pop("dataset_config_name"), "revision": keywords.pop("dataset_revision")}
         # An unknown split is refused by load_groups.
         return {**keywords, "seed": seed, "split": split, "num_groups": num_groups.get(split)}
 

@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from ..data.captions import Captions
+from ..data.groups import load_groups
 from ..data.pictures import FoundFiles, find_pictures
 from ..embedding import shards
+from ..embedding.streamed_shards import encode_stream
 from ..errors import InputError
 from ..processes import together
 from . import COMMANDS
@@ -68,6 +70,8 @@ def encode(argv: Sequence[str]) -> None:
             raise InputError(f"OUT={out} is a file, and no FILE.safetensors: give a folder.")
         _encode_shards(positional.checkpoint, data_args, encode_args, shard_args, output, out)
         return
+    if data_args.streaming:
+        raise InputError(f"--streaming is for shards: make OUT={out} a folder.")
     if shard_args != ShardArguments():
         raise InputError(
             f"pictures_only, shard_size, embedding_dtype and prune are for shards: make OUT={out} a folder."
@@ -100,6 +104,9 @@ def _encode_shards(
     output: OutputArguments,
     out: Path,
 ) -> None:
+    if data_args.streaming:
+        _encode_stream(checkpoint, data_args, encode_args, shard_args, output, out)
+        return
     found: FoundFiles | None = None
     if shard_args.pictures_only:
         assert data_args.source is not None  # a positional argument
@@ -124,6 +131,33 @@ def _encode_shards(
     if PartialState().is_main_process:
         captions = 0 if found is not None else len(Captions.read(source))
         _print_encoded(output, out, len(source) - len(unreadable), captions, unreadable.values(), found)
+
+
+def _encode_stream(
+    checkpoint: str,
+    data_args: DataArguments,
+    encode_args: EncodeArguments,
+    shard_args: ShardArguments,
+    output: OutputArguments,
+    out: Path,
+) -> None:
+    if shard_args.pictures_only or shard_args.prune:
+        raise InputError(
+            "pictures_only and prune have no meaning for a stream (--streaming): the one is of a folder, and for the "
+            "other all that the source has must be known. Leave them out."
+        )
+    counts = encode_stream(
+        *load_checkpoint(checkpoint, encode_args),
+        load_groups(**data_args.load_arguments(encode_args.split)),
+        out,
+        shard_size=shard_args.shard_size,
+        dtype=shard_args.embedding_dtype,
+        batch_size=encode_args.per_device_eval_batch_size,
+        num_workers=encode_args.dataloader_num_workers,
+        autocast=autocast_of(encode_args),
+    )
+    if PartialState().is_main_process:
+        _print_encoded(output, out, counts.images, counts.captions, counts.unreadable)
 
 
 def _print_encoded(

@@ -8,6 +8,7 @@ from .. import process_watch, processes
 from ..data.fractions import digest_of, portable_ids
 from ..data.groups import SPLITS, MissingSplitError, load_groups
 from ..embedding.encoding import GroupEmbeddings, encode_groups
+from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..training.kept_splits import KeptSplits
@@ -37,7 +38,14 @@ def load_split(data_args: DataArguments, split: str, kept: KeptSplits | None = N
 
     Raises:
         MissingSplitError: if the source has no such split.
+        InputError: for `--streaming`, of which there are no row numbers.
     """
+    if data_args.streaming:
+        raise InputError(
+            "--streaming is for icone encode into a folder of shards: training and measuring need each image by its "
+            "number, again and again. Download the files, by hf download, and give their folder: tars are read where "
+            "they lie and are not copied; a part of the files is a source too."
+        )
     kept = kept or cut_splits(data_args)
     source = data_args.without_cuts()
     with processes.main_process_first():

@@ -24,6 +24,7 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
+from ..forms.tar_members import is_address, read_member
 from ..progress import progress
 from .images import Images
 
@@ -151,7 +152,9 @@ def digest_image(stored: Mapping[str, Any] | None) -> str:
     if not stored or (stored["bytes"] is None and not stored["path"]):
         raise FileNotFoundError("there is none")
     content, path = stored["bytes"], stored["path"]
-    if content is None:
+    if content is None and is_address(path):
+        content = read_member(path)
+    elif content is None:
         content = path.encode() if "://" in path else Path(path).read_bytes()
     return hashlib.sha256(content).hexdigest()
 

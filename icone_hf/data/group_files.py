@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from ..compat import embed_images
 from ..errors import InputError
 from ..forms.folders import UNFINISHED
+from ..forms.tar_members import is_address, span_of
 
 SHARD_BYTES = 500 * 2**20  # of images and captions in a file, about
 
@@ -70,9 +71,15 @@ def _size(groups: Dataset) -> int:
     image = stored.column("image")
     is_file = pyarrow.compute.is_null(pyarrow.compute.struct_field(image, "bytes"))
     files = pyarrow.compute.struct_field(image, "path").filter(is_file).to_pylist()
-    size = stored.nbytes + sum(os.path.getsize(path) for path in files if path and os.path.isfile(path))
+    size = stored.nbytes + sum(map(_size_of_file, files))
     # The table may hold rows that were left out, such as those of other splits.
     return size * len(groups) // max(len(stored), 1)
+
+
+def _size_of_file(path: str | None) -> int:
+    if path and is_address(path):
+        return span_of(path)[2]
+    return os.path.getsize(path) if path and os.path.isfile(path) else 0
 
 
 def dataset_card(sizes: Mapping[str, int]) -> DatasetCard:

@@ -8,10 +8,10 @@ row number in the training split is the group's class number.
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from ..errors import InputError, MissingFileError, first_of
@@ -26,6 +26,7 @@ from .image_kinds import register_readers
 from .pictures import load_pictures
 from .rows import join_rows
 from .scenes import draw_scenes
+from .streamed_groups import stream_groups
 
 __all__ = ["OPENMOJI_SCENES", "SPLITS", "MissingSplitError", "check_disjoint", "load_groups", "load_pictures"]
 
@@ -35,7 +36,17 @@ OPENMOJI_SCENES = "openmoji-scenes"
 SCENES_PER_SPLIT = {"train": 2500, "validation": 250, "test": 500}
 
 
+@overload
 def load_groups(
+    source: str | os.PathLike, split: str, *, streaming: Literal[True], **options: Any
+) -> IterableDataset: ...
+
+
+@overload
+def load_groups(source: str | os.PathLike, split: str, **options: Any) -> Dataset: ...
+
+
+def load_groups(  # type: ignore[misc]
     source: str | os.PathLike,
     split: str,
     *,
@@ -49,11 +60,14 @@ def load_groups(
     split_seed: int = 0,
     validation_names: str | os.PathLike | None = None,
     test_names: str | os.PathLike | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
     num_groups: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
     is_checked: bool = True,
-) -> Dataset:
+) -> Dataset | IterableDataset:
     """Load one split of a source as groups.
 
     The groups are checked: every image is there, every caption says something.
@@ -65,6 +79,9 @@ def load_groups(
             - the id of a data set on the Hub, or a local folder that `datasets.load_dataset` or `load_from_disk` reads:
               Parquet files, or images with a `metadata.csv`, `.jsonl` or `.parquet` (an ImageFolder);
             - a CSV, TSV, JSONL or Parquet file of paths and captions;
+            - what img2dataset writes: a folder of its folders, Parquet files or tars;
+            - WebDataset's tars: one, a folder of them, or a pattern like `shards/{00000..00009}.tar`. Images are read
+              from them where they lie;
             - `"openmoji-scenes"`, drawn on this machine.
         split: `"train"`, `"validation"` or `"test"`. `val`, `valid` and `dev` are read as validation, `restval` as
             train. Where a data set on the Hub or a file has a column `split` with such names, as copies of Flickr30k
@@ -83,6 +100,11 @@ def load_groups(
             Near duplicates stay together. The same images and seed give the same splits, in whatever order they are.
         split_seed: of what is cut off.
         validation_names, test_names: instead of a fraction, a text file with an image's id or file name on each line.
+        name: of a data set's configuration, and
+        revision: a branch, tag or commit of a data set on the Hub, as `datasets.load_dataset` takes them. Data sets
+            that only a script reads have copies at `"refs/convert/parquet"`.
+        streaming: return a `datasets.IterableDataset` of groups, which are checked when their turn comes: for a data
+            set on the Hub, or tars, that no disk holds. Rows of one id are one group if they follow each other.
         num_groups: the number of scenes. Default: 2,500 for training, 250 for validation, 500 for test.
         image_size: the scenes' side in pixels. Default: 160.
         seed: of the scenes.
@@ -106,16 +128,24 @@ def load_groups(
     columns = {"image_column": image_column, "caption_column": caption_column, "id_column": id_column}
     given = {"image_root": image_root, "num_groups": num_groups, "image_size": image_size, **columns}
     cuts = Cuts(validation_fraction, test_fraction, split_seed, validation_names, test_names)
-    given |= {"split_column": split_column, **cuts.given}
-    belongs = {"num_groups", "image_size"} if form is None else {*form.takes, "split_column", *cuts.given}
-    for name, value in given.items():
-        if value is not None and name not in belongs:
-            raise InputError(f"{name}={value!r} has no meaning for the source {source!r}: leave it out.")
+    of_whole = {"split_column": split_column, **cuts.given}
+    given |= {"name": name, "revision": revision, **of_whole}
+    belongs = {"num_groups", "image_size"} if form is None else {*form.takes, *of_whole}
+    for argument, value in given.items():
+        if value is not None and argument not in belongs:
+            raise InputError(f"{argument}={value!r} has no meaning for the source {source!r}: leave it out.")
+        if value is not None and streaming and argument in of_whole:
+            raise InputError(f"{argument}={value!r} needs all rows of {source}, which a stream doesn't know.")
     _check_values(given)
 
+    if form is None and streaming:
+        raise InputError(f"streaming=True has no meaning for {source}, which is drawn here: leave it out.")
     if form is None:
         return draw_scenes(split, num_groups or SCENES_PER_SPLIT[split], image_size or 160, seed)
-    listing = form.read(source, Options(None if image_root is None else os.fspath(image_root), is_checked))
+    options = Options(None if image_root is None else os.fspath(image_root), name, revision, is_checked)
+    if streaming:
+        return stream_groups(form, source, split, options, **columns)
+    listing = form.read(source, options)
     if split_column is not None:
         listing = replace(listing, parts=parts_by(listing.parts, source, split_column))
     cuts.check_missing(source, listing.parts)
@@ -137,6 +167,9 @@ def _check_values(given: Mapping[str, Any]) -> None:
     for name in ("image_column", "caption_column", "id_column", "split_column"):
         if given[name] is not None and not isinstance(given[name], str):
             raise InputError(f"{name}={given[name]!r} must be a column's name, a string.")
+    for name in ("name", "revision"):
+        if given[name] is not None and not isinstance(given[name], str):
+            raise InputError(f"{name}={given[name]!r} must be a string.")
     root = given["image_root"]
     if root is not None and not isinstance(root, str | os.PathLike):
         raise InputError(f"image_root={root!r} must be the path of a folder.")

@@ -9,6 +9,7 @@ from datasets import Dataset
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from ..errors import InputError
+from ..forms.tar_members import is_address, read_member
 from .image_kinds import JPEG, RAW, head_of, is_raw, kind_of, register_readers
 
 # Pixels of the largest JPEG image that is read, at a part of its size: what decodes in about five seconds.
@@ -52,6 +53,8 @@ class Images:
 
     def _decode(self, stored: dict[str, Any]) -> Image.Image:
         content, path = stored["bytes"], stored["path"]
+        if content is None and is_address(path):
+            content = read_member(path)
         # What only datasets can open: a URL, a file in an archive.
         if content is None and not os.path.isfile(path):
             return datasets.Image().decode_example(stored)

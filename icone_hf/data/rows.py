@@ -13,17 +13,19 @@ from transformers.utils import logging
 
 from ..errors import InputError, MissingFileError, first_of
 from ..forms.caption_values import as_captions
+from ..forms.dialogues import COLUMNS, dialogue_error
 from ..forms.form import Listing
 from ..forms.parts import check_text
 from ..forms.splits import no_split_error
+from ..forms.tar_members import is_address, span_of
 from .fingerprints import digest_image, parts_of
 
 logger = logging.get_logger(__name__)
 
 # Columns of the layout that save_groups writes, of tables of paths, and of copies of Flickr30k and COCO on the Hub. Of
 # several the first counts.
-IMAGE_COLUMNS = ("image", "file_name", "path", "image_path", "filepath", "filename")
-CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentences_raw", "alt_text", "text")
+IMAGE_COLUMNS = ("image", "file_name", "path", "image_path", "filepath", "filename", "jpg", "jpeg", "png", "webp")
+CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentences_raw", "alt_text", "text", "txt", "annotations")
 ID_COLUMNS = ("image_id", "cocoid", "img_id", "imgid")
 
 
@@ -53,7 +55,7 @@ def join_rows(
         raise no_split_error(split, source, listing.parts)
     table, some_rows = listing.parts[split]
     names = table.column_names
-    image_column, caption_column, id_column = _choose_columns(
+    image_column, caption_column, id_column = choose_columns(
         source,
         names,
         image_column or listing.image_column,
@@ -83,9 +85,7 @@ def join_rows(
     stored = table.cast_column(image_column, datasets.Image(decode=False)).data.column(image_column)
     paths = pyarrow.compute.struct_field(stored, "path").to_pylist()
     is_embedded = pyarrow.compute.is_valid(pyarrow.compute.struct_field(stored, "bytes")).to_pylist()
-    missing = [
-        paths[row] or f"row {row}" for row in rows if not is_embedded[row] and not os.path.isfile(paths[row] or "")
-    ]
+    missing = [paths[row] or f"row {row}" for row in rows if not is_embedded[row] and not _is_there(paths[row])]
     if not is_checked:
         missing = []
     if packed := [path for path in missing if "::" in path]:  # as datasets names a file in an archive
@@ -97,8 +97,8 @@ def join_rows(
         raise MissingFileError(
             f"{len(missing)} of {len(rows)} images of {source} are missing{start}: {first_of(missing)}"
         )
-    if not os.path.exists(source):
-        _check_downloaded(source, [paths[row] for row in rows if not is_embedded[row]])
+    if listing.is_downloaded:
+        _check_downloaded(source, [paths[row] for row in rows if not is_embedded[row]], listing.root)
 
     # Join the rows of one image. Without an id, a file is known by its path, an embedded image by its bytes: its path
     # is only a name, which many images of a data set may have.
@@ -149,7 +149,7 @@ def _digest_embedded(table: Dataset, image_column: str, rows: Sequence[int]) -> 
     return digests
 
 
-def _choose_columns(
+def choose_columns(
     source: str,
     names: Sequence[str],
     image_column: str | None,
@@ -168,6 +168,8 @@ def _choose_columns(
     Returns:
         The columns of images, captions and ids; the last is `None` where no column names images.
     """
+    if caption_column is None and (turns := COLUMNS & set(names)):
+        raise dialogue_error(source, turns)
     if image_column is None:
         image_column = next((name for name in IMAGE_COLUMNS if name in names), None)
         if image_column is None:
@@ -194,11 +196,15 @@ def _choose_columns(
     return image_column, caption_column, id_column
 
 
-def _check_downloaded(source: str, paths: Sequence[str]) -> None:
+def _is_there(path: str | None) -> bool:
+    return os.path.isfile(span_of(path)[0] if path and is_address(path) else path or "")
+
+
+def _check_downloaded(source: str, paths: Sequence[str], root: str | None) -> None:
     """Refuse a downloaded data set that names local files.
 
-    Its images are in it, or in the cache that it was downloaded into. A stranger's data set with any other path would
-    have this machine's own files read, and published by `icone data --push`.
+    Its images are in it, in the cache that it was downloaded into, or under the given `image_root`. A stranger's
+    data set with any other path would have this machine's own files read, and published by `icone data --push`.
     """
     caches = [
         os.path.join(os.path.realpath(folder), "")
@@ -206,6 +212,9 @@ def _check_downloaded(source: str, paths: Sequence[str]) -> None:
     ]
     # A file in a cache may be a link to another one there: both ends count.
     foreign = [path for path in paths if not os.path.realpath(path).startswith(tuple(caches))]
+    if root is not None:  # what the user puts in there may be links; names from the Hub can't lead out
+        within = os.path.join(os.path.abspath(root), "")
+        foreign = [path for path in foreign if not os.path.abspath(path).startswith(within)]
     if foreign:
         raise InputError(
             f"{source} comes from the Hub, but {len(foreign)} of its images are paths on this machine: "

@@ -170,8 +170,8 @@ def digest_images(groups: Dataset, rows: range | None = None, unreadable: dict[i
         unreadable: filled with the files that can't be read, as `{row: why}`; their digest is empty.
 
     Returns:
-        64 hexadecimal digits for each image. What only `datasets` can open, a URL or a file in an archive, counts by
-        its address.
+        64 hexadecimal digits for each image. What only `datasets` can open, a URL or a file in a zip, counts by its
+        address.
 
     Raises:
         InputError: if a file can't be read and `unreadable` is `None`.

@@ -53,6 +53,7 @@ def encode(
     num_workers: int = 0,
     autocast: torch.dtype | None = None,
     prune: bool = False,
+    is_part: bool = False,
 ) -> dict[int, str]:
     """Embed images and captions into Parquet shards.
 
@@ -77,6 +78,7 @@ def encode(
         num_workers: processes that decode images in advance.
         autocast: the type that the model computes in; see [`encode_groups`].
         prune: whether rows of what is no longer in the source are removed. If not, the log counts them.
+        is_part: whether `folder` also holds what other sources have, which is then neither counted nor removed.
 
     Returns:
         Why an image has no embedding, by row.
@@ -137,6 +139,8 @@ def encode(
             f"{len(unreadable)} images cannot be decoded and have no embedding: "
             f"{first_of((unreadable[row] for row in sorted(unreadable)), ' ')} Once they are replaced, encode again."
         )
+    if is_part:
+        return unreadable
     may_prune = prune and "" not in contents  # what can't be read now may be there again
     for kind, of_kind in zip(kinds, wanted, strict=True):
         by_main_process(partial(_report_gone, kind, of_kind, may_prune))

@@ -9,7 +9,8 @@ def as_captions(value: Any, where: str) -> list[str]:
     """Read a value of a caption column.
 
     Args:
-        value: one caption or a list of them, each a string or Karpathy's `{"raw": caption}`; `None` is an empty one.
+        value: one caption or a list of them, each a string or Karpathy's `{"raw": caption}` or COCO's `{"caption":
+            caption}`; `None` is an empty one.
         where: of the value, for the message.
 
     Raises:
@@ -17,8 +18,11 @@ def as_captions(value: Any, where: str) -> list[str]:
     """
     if not isinstance(value, list | tuple):
         value = [value]
-    captions = []
+    captions: list[str] = []
     for caption in value:
+        if isinstance(caption, dict) and "raw" not in caption and "caption" in caption:  # COCO's annotations
+            captions += as_captions(caption["caption"], where)
+            continue
         if isinstance(caption, dict):
             if "raw" not in caption:
                 raise InputError(

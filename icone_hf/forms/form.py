@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 SAMPLE_BYTES = 2**16  # of a file, for its form to be recognised
 SAMPLE_NAMES = 10_000  # of a folder, likewise
@@ -19,6 +19,8 @@ class Options(NamedTuple):
     """Hold what a reader takes; see [`load_groups`]."""
 
     image_root: str | None = None
+    name: str | None = None
+    revision: str | None = None
     is_checked: bool = True
 
 
@@ -39,6 +41,7 @@ class Listing:
         caption_column: holds a caption or a list of them; likewise.
         id_column: names images; likewise. `""`: no column does, and rows of one image file are one group.
         root: where relative paths start. `None`: images are in the table, or their paths are whole.
+        is_downloaded: whether a stranger wrote it: it may name no other files of this machine.
     """
 
     parts: Mapping[str, Part]
@@ -46,6 +49,7 @@ class Listing:
     caption_column: str | None = None
     id_column: str | None = None
     root: str | None = None
+    is_downloaded: bool = False
 
 
 class Sample:
@@ -122,9 +126,12 @@ class Form:
         recognises: says by its beginning whether a source has this form.
         read: reads a source of this form. It raises [`InputError`] with the file and the line.
         takes: the arguments of [`load_groups`] that have a meaning for it.
+        stream: yields the rows of a split of such a source, images undecoded, without reading it as a whole. `None`: it
+            can't be.
     """
 
     name: str
     recognises: Callable[[Sample], bool]
     read: Callable[[str, Options], Listing]
     takes: frozenset[str] = frozenset(("image_root", "image_column", "caption_column", "id_column"))
+    stream: Callable[[str, str, Options], IterableDataset] | None = None

@@ -43,6 +43,11 @@ def unreadable(source: str, layout: str, error: BaseException) -> InputError:
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     why = " ".join(str(error).split()).rstrip(".!") or type(error).__name__
+    if "scripts are no longer supported" in why and not os.path.exists(source):
+        return InputError(
+            f"{source} can't be read: {why}. The Hub keeps a copy of most such data sets as Parquet files: pass "
+            'revision="refs/convert/parquet".'
+        )
     if layout:
         return InputError(f"{source} can't be read: {why}. It must be {layout}.")
     files = sorted(Path(source).rglob("metadata.*"))

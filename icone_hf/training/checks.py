@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import HubStrategy
 
 from ..data.captions import Captions
@@ -30,7 +30,7 @@ def check_run(
     Raises:
         ValueError: naming the field or the data at fault, and the way out.
     """
-    if eval_dataset is None or not len(eval_dataset):
+    if eval_dataset is None or (isinstance(eval_dataset, Dataset) and not len(eval_dataset)):
         raise InputError(
             "There are no validation groups (eval_dataset), which pick the best epoch: cut some off the training "
             "groups, with Dataset.train_test_split."
@@ -55,6 +55,11 @@ def check_data(splits: Mapping[str, Dataset]) -> None:
         splits: `train_dataset` and `eval_dataset`.
     """
     for name, groups in splits.items():
+        if isinstance(groups, IterableDataset):
+            raise InputError(
+                f"{name} is a stream: training needs each group by its number. Load it without streaming=True; tars "
+                "are read where they lie, and are not copied."
+            )
         lacking = {"image", "captions"} - set(groups.column_names)
         if lacking:
             raise InputError(f"{name} lacks the columns {', '.join(sorted(lacking))}: load it with load_groups.")
