@@ -300,6 +300,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 REPO = r"([^/]+/[^/]+)"
+REVISION = r"(refs/convert/\w+|[^/]+)"
 API, FILES = rf"/api/(?:models|datasets)/{REPO}", rf"(?:/datasets)?/{REPO}"
 ROUTES = [
     ("POST", "/api/repos/create", Handler.create),
@@ -312,7 +313,7 @@ ROUTES = [
     ("PUT", r"/lfs/(\w+)", Handler.lfs_put),
     ("GET", API, Handler.info),
     ("GET", rf"{API}/revision/(.+)", Handler.info),
-    ("GET", rf"{API}/tree/([^/]+)(?:/(.+))?", Handler.tree),
-    ("HEAD", rf"{FILES}/resolve/([^/]+)/(.+)", Handler.resolve),
-    ("GET", rf"{FILES}/resolve/([^/]+)/(.+)", Handler.resolve),
+    ("GET", rf"{API}/tree/{REVISION}(?:/(.+))?", Handler.tree),
+    ("HEAD", rf"{FILES}/resolve/{REVISION}/(.+)", Handler.resolve),
+    ("GET", rf"{FILES}/resolve/{REVISION}/(.+)", Handler.resolve),
 ]

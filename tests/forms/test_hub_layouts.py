@@ -182,8 +182,8 @@ def test_data_sets_come_from_the_hub_at_a_revision_and_as_a_stream(tmp_path):
         script = tmp_path / "script"
         script.mkdir()
         (script / "flickr30k.py").write_text("raise SystemExit('this is never run')")
-        hub.add("nlphuji/script", script)
-        hub.repositories["nlphuji/script"].branches["refs/convert/parquet"] = hub.repositories["nlphuji/script"].commit(
+        hub.add("ada/flickr30k", script)
+        hub.repositories["ada/flickr30k"].branches["refs/convert/parquet"] = hub.repositories["ada/flickr30k"].commit(
             converted.commits[converted.branches["main"]]
         )
         wanted = [
@@ -192,11 +192,11 @@ def test_data_sets_come_from_the_hub_at_a_revision_and_as_a_stream(tmp_path):
             ("pixparse/cc3m-wds", "train", {}),
             ("pixparse/cc3m-wds", "validation", {"streaming": True}),
             ("shunk031/MSCOCO", "validation", {"name": "2017-captions"}),
-            ("nlphuji/script", "train", {}),
+            ("ada/flickr30k", "train", {}),
             ("yerevann/coco-karpathy", "train", {}),
             ("phiyodr/coco2017", "train", {"streaming": True}),
             ("nlphuji/flickr30k", "test", {"revision": "no-such-branch"}),
-            ("nlphuji/script", "train", {"revision": "refs/convert/parquet"}),
+            ("ada/flickr30k", "train", {"revision": "refs/convert/parquet"}),
         ]
         variables = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
         variables |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
