@@ -121,7 +121,7 @@ def test_a_form_is_known_by_what_the_file_holds(tmp_path):
 # --- where images are used ---
 
 
-def test_loaders_workers_read_after_a_fork_and_after_a_spawn(tmp_path):
+def test_loaders_workers_read_after_a_fork(tmp_path):
     source, _ = img2dataset_tars(tmp_path / "data")
     groups = load_groups(source, "train")
     images = Images(groups)
