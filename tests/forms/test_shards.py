@@ -202,7 +202,7 @@ def test_a_compressed_tar_is_refused_with_the_way_out(tmp_path):
     [
         ([], "holds no captioned image .it is empty"),
         ([("a.jpg", jpeg(0))], "holds no captioned image .1 no caption"),
-        ([("a.heif", b"x"), ("a.txt", b"one")], r"1 no image that Pillow reads \(\.heif\)"),
+        ([("a.jxl", b"x"), ("a.txt", b"one")], r"1 no image that Pillow reads \(\.jxl\)"),
         ([("a.jpg", jpeg(0)), ("a.json", b"{")], r"a\.json can't be read as JSON"),
         ([("a.jpg", jpeg(0)), ("a.txt", b"\xff\xfe")], r"a\.txt is no UTF-8 text"),
         ([("a.jpg", jpeg(0)), ("a.jpg", jpeg(1)), ("a.txt", b"x")], r"a\.jpg stands twice"),
