@@ -150,7 +150,7 @@ def load_groups(  # type: ignore[misc]
         listing = replace(listing, parts=parts_by(listing.parts, source, split_column))
     cuts.check_missing(source, listing.parts)
     whole = "train" if split in cuts.splits else split
-    groups = join_rows(listing, source, whole, **columns, is_checked=is_checked)
+    groups = join_rows(listing, source, whole, **columns, is_checked=is_checked, is_root_given=image_root is not None)
     if is_checked:
         Captions.read(groups).check(f"the {whole} split of {source}")
     if whole == "train" and cuts.given:

@@ -12,15 +12,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
-# Files that Pillow decodes by itself.
-IMAGE_ENDINGS = frozenset(
-    (
-        *(".apng", ".blp", ".bmp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".flc", ".fli", ".gif", ".icns", ".ico"),
-        *(".im", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".msp"),
-        *(".pbm", ".pcd", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".pxr", ".qoi", ".ras", ".rgb", ".rgba"),
-        *(".sgi", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm"),
-    )
-)
+from ..forms.image_names import FURTHER_ENDINGS
+
 HEAD = 32  # bytes of a file that tell its kind
 JPEG = b"\xff\xd8\xff"
 # How files begin that Pillow reads, whatever their ending says.
@@ -234,37 +227,32 @@ def _is_heic(head: bytes) -> bool:
     return head[4:8] == b"ftyp" and head[8:12] in brands and not _is_avif(head)
 
 
-def _unread(name: str, *endings: str) -> Kind:
+def _unread(name: str) -> Kind:
     """Describe a kind that no extra of ours reads."""
 
     def has_plug_in() -> bool:  # of the user's
-        return not {*endings}.isdisjoint(Image.registered_extensions())
+        return not FURTHER_ENDINGS[name].isdisjoint(Image.registered_extensions())
 
-    return Kind(name, frozenset(endings), lambda head: False, "is not read: save it as JPEG or PNG", has_plug_in)
+    return Kind(name, FURTHER_ENDINGS[name], lambda head: False, "is not read: save it as JPEG or PNG", has_plug_in)
 
 
 HEIC = Kind(
     "HEIC",
-    frozenset((".heic", ".heics", ".heif", ".heifs", ".hif")),
+    FURTHER_ENDINGS["HEIC"],
     _is_heic,
     "needs an extra: pip install 'icone_hf[heic]'",
     lambda: _imported("pillow_heif") is not None,
 )
 AVIF = Kind(
     "AVIF",
-    frozenset((".avif", ".avifs")),
+    FURTHER_ENDINGS["AVIF"],
     _is_avif,
     "needs a newer Pillow: pip install 'icone_hf[heic]'",
     lambda: ".avif" in Image.registered_extensions(),
 )
 RAW = Kind(
     "camera RAW",
-    frozenset(
-        (
-            *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc", ".mef", ".mos"),
-            *(".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
-        )
-    ),
+    FURTHER_ENDINGS["camera RAW"],
     _has_raw_magic,
     "needs an extra: pip install 'icone_hf[raw]'",
     lambda: _rawpy() is not None,
@@ -273,11 +261,10 @@ KINDS = (
     HEIC,
     AVIF,
     RAW,
-    _unread("JPEG XL", ".jxl"),
-    _unread("SVG", ".svg", ".svgz"),
-    _unread("OpenEXR", ".exr"),
-    _unread("JPEG XR", ".jxr", ".wdp", ".hdp"),
-    _unread("GIMP's XCF", ".xcf"),
-    _unread("Photoshop's PSB", ".psb"),
+    _unread("JPEG XL"),
+    _unread("SVG"),
+    _unread("OpenEXR"),
+    _unread("JPEG XR"),
+    _unread("GIMP's XCF"),
+    _unread("Photoshop's PSB"),
 )
-KNOWN_ENDINGS = IMAGE_ENDINGS.union(*(kind.endings for kind in KINDS))

@@ -1,6 +1,5 @@
 """Folders of image files without captions: what is in them, and what is left out."""
 
-import itertools
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,17 +9,11 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from ..errors import MissingFileError
+from ..forms.image_names import IMAGE_ENDINGS, is_hidden, is_image_name
 from .captions import first_of
-from .image_kinds import IMAGE_ENDINGS, KNOWN_ENDINGS, head_of, kind_of, register_readers
+from .image_kinds import head_of, kind_of, register_readers
 
 logger = logging.get_logger(__name__)
-
-# Folders that programs make, for thumbnails and for what was deleted: of Synology and QNAP disks, macOS's archives and
-# libraries, Windows. Most others, such as .thumbnails and .Trash-1000, are hidden by their name.
-_OF_PROGRAMS = frozenset(
-    ("@eadir", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "system volume information")
-)
-_LIBRARY = ".photoslibrary"  # of macOS: its folder `originals` holds the images, `resources` small copies
 
 
 @dataclass
@@ -107,11 +100,7 @@ def find_pictures(folder: str | os.PathLike) -> FoundFiles:
     names: list[str] = []
     for directory, _, files in os.walk(folder, onerror=lambda error: found.closed.append(str(error.filename))):
         inner = os.path.relpath(directory, folder)
-        names += [
-            name if inner == os.curdir else os.path.join(inner, name)
-            for name in files
-            if os.path.splitext(name)[1].lower() in KNOWN_ENDINGS
-        ]
+        names += [name if inner == os.curdir else os.path.join(inner, name) for name in files if is_image_name(name)]
     found.closed = [path for path in found.closed if os.path.isdir(path)]  # not a folder that doesn't exist
     for name in sorted(names):
         shown = os.fsencode(name).decode(errors="replace")  # Linux takes any bytes for a name
@@ -137,20 +126,6 @@ def _why_unread(path: str) -> str | None:
     except OSError:  # whoever decodes it says so
         return None
     return None if kind is None or kind.is_read() else kind.reason
-
-
-def is_hidden(name: str) -> bool:
-    """Say whether a file is hidden, or a thumbnail.
-
-    Args:
-        name: its path from the folder that is searched.
-    """
-    parts = name.split(os.sep)
-    folders = [part.lower() for part in parts[:-1]]
-    of_library = any(
-        folder.endswith(_LIBRARY) and inner != "originals" for folder, inner in itertools.pairwise(folders)
-    )
-    return of_library or not _OF_PROGRAMS.isdisjoint(folders) or any(part.startswith(".") for part in parts)
 
 
 def _left_out(names: list[str]) -> str:

@@ -15,6 +15,7 @@ from ..errors import InputError, MissingFileError, first_of
 from ..forms.caption_values import as_captions
 from ..forms.dialogues import COLUMNS, dialogue_error
 from ..forms.form import Listing
+from ..forms.image_folders import find_root
 from ..forms.parts import check_text
 from ..forms.splits import no_split_error
 from ..forms.tar_members import is_address, span_of
@@ -38,6 +39,7 @@ def join_rows(
     caption_column: str | None = None,
     id_column: str | None = None,
     is_checked: bool = True,
+    is_root_given: bool = True,
 ) -> Dataset:
     """Join the rows of a split to groups.
 
@@ -46,6 +48,7 @@ def join_rows(
         source: for messages.
         split: which one.
         image_column, caption_column, id_column, is_checked: as given to [`load_groups`].
+        is_root_given: whether `image_root` was; otherwise the images are looked for beside the file too.
 
     Raises:
         MissingSplitError: if the source has no such split.
@@ -69,8 +72,10 @@ def join_rows(
         check_text(source, table, name)
 
     # Turn paths into images.
-    if listing.root is not None and getattr(table.features[image_column], "dtype", None) in ("string", "large_string"):
-        paths = [os.path.join(listing.root, path or "") for path in table[image_column]]
+    root = listing.root
+    if root is not None and getattr(table.features[image_column], "dtype", None) in ("string", "large_string"):
+        root = find_root(source, root, table[image_column], looks_beside=not is_root_given)
+        paths = [os.path.join(root, path or "") for path in table[image_column]]
         table = table.remove_columns(image_column).add_column(image_column, paths)
     if not isinstance(table.features[image_column], datasets.Image):
         try:
@@ -93,7 +98,7 @@ def join_rows(
             f"{len(packed)} images of {source} lie in archives: {first_of(packed)}. Unpack them, and give the folder."
         )
     if missing:
-        start = "" if listing.root is None else f" from {listing.root or '.'} (image_root=)"
+        start = "" if root is None else f" from {root or '.'} (image_root=)"
         raise MissingFileError(
             f"{len(missing)} of {len(rows)} images of {source} are missing{start}: {first_of(missing)}"
         )

@@ -8,6 +8,7 @@ import datasets
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from ..errors import InputError, MissingFileError
+from .folder_contents import check_captioned
 from .form import Form, Listing, Options, Sample
 from .hub_layouts import check_has_images, with_derived_columns
 from .parts import parts_of
@@ -78,6 +79,8 @@ def _load(source: str, options: Options, streaming: bool) -> Any:
             f"revision={options.revision!r} has no meaning for {source}, a folder: it is of data sets on the Hub."
         )
     _refuse_unfinished(source)
+    if os.path.isdir(source):
+        check_captioned(source)
     given = {"name": options.name, "revision": options.revision, "streaming": streaming or None}
     return read(source, "", source, **{name: value for name, value in given.items() if value is not None})
 

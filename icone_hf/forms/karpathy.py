@@ -6,12 +6,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import Dataset
-
 from ..errors import InputError, MissingFileError, first_of
 from .caption_values import as_captions
-from .form import Form, Listing, Options, Part, Sample
+from .form import Form, Listing, Options, Sample
+from .image_folders import root_of
+from .image_names import leads_out
+from .parts import part_of
 from .splits import standard_split
 
 
@@ -26,8 +26,6 @@ def _read(source: str, options: Options) -> Listing:
             f"{path} does not exist. Karpathy's splits are in caption_datasets.zip: "
             "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
         )
-    if options.image_root is None:
-        raise InputError(f"{path} holds file names only: pass image_root=, the folder of the images.")
 
     # Collect the captions of each image. One file name may stand in two of COCO's folders: the path tells them apart.
     captions: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -45,15 +43,17 @@ def _read(source: str, options: Options) -> Listing:
         raise InputError(f"{path}: {len(straddling)} images stand in two splits: {first_of(straddling)}.")
 
     # Make a table of each split.
-    string = datasets.Value("string")
-    features = datasets.Features({"image": string, "captions": datasets.List(string), "image_id": string})
     parts = {}
     for split in dict.fromkeys(split for split, _ in captions):
         images = [name for name, splits in splits_of.items() if split in splits]
-        columns = {"image": images, "captions": [captions[split, name] for name in images]}
-        columns["image_id"] = [ids[name] for name in images]
-        parts[split] = Part(Dataset.from_dict(columns, features=features))
-    return Listing(parts, "image", "captions", "image_id", root=os.fspath(options.image_root))
+        parts[split] = part_of(images, [captions[split, name] for name in images], [ids[name] for name in images])
+    root = root_of(source, options.image_root, ids)
+    if options.image_root is None and ids and not any(os.path.isfile(os.path.join(root, name)) for name in ids):
+        raise InputError(
+            f"{path} holds file names only, and no folder in its own holds these images: pass image_root=, the folder "
+            "that their names start from."
+        )
+    return Listing(parts, "image", "captions", "image_id", root=root)
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
@@ -86,19 +86,17 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
             f"{path}: records {first_of(halves)} hold halves of characters (surrogates): mend these texts."
         )
     # A file of a stranger's must not have images read that lie anywhere else.
-    outside = [row for row, record in enumerate(records) if _leaves_its_root(record)]
+    outside = [
+        row
+        for row, record in enumerate(records)
+        if leads_out(os.path.join(record.get("filepath", ""), record["filename"]))
+    ]
     if outside:
         raise InputError(
             f"{path}: the file names of records {first_of(outside)} lead out of image_root: give the folder that holds "
             "all images as image_root=, and names that start from it."
         )
     return records
-
-
-def _leaves_its_root(record: dict[str, Any]) -> bool:
-    """Say whether a record's file lies outside its root."""
-    parts = record.get("filepath", ""), record["filename"]
-    return any(os.path.isabs(part) for part in parts) or os.path.normpath(os.path.join(*parts)).split(os.sep)[0] == ".."
 
 
 def _is_unicode(record: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """Tables of `datasets`, cut into splits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import datasets
 import pyarrow
@@ -9,6 +9,15 @@ from datasets import Dataset
 from ..errors import InputError, first_of
 from .form import Part
 from .splits import SPLIT_NAMES, SPLITS, standard_split
+
+STRING = datasets.Value("string")
+FEATURES = datasets.Features({"image": STRING, "captions": datasets.List(STRING), "image_id": STRING})
+
+
+def part_of(paths: Sequence[str], captions: Sequence[Sequence[str]], ids: Sequence[str]) -> Part:
+    """Make a split of what a reader has found."""
+    columns = {"image": list(paths), "captions": list(captions), "image_id": list(ids)}
+    return Part(Dataset.from_dict(columns, features=FEATURES))
 
 
 def parts_of(tables: Mapping[str, Dataset], source: str) -> dict[str, Part]:

@@ -8,6 +8,7 @@ import datasets
 from datasets import Dataset, DatasetDict
 
 from ..errors import InputError, MissingFileError, first_of
+from .folder_contents import describe
 
 
 def read(source: str, layout: str, *args: Any, **kwargs: Any) -> Dataset | DatasetDict:
@@ -26,10 +27,11 @@ def read(source: str, layout: str, *args: Any, **kwargs: Any) -> Dataset | Datas
         raise MissingFileError(f"{source} is no file or folder here, and can't be had from the Hub: {error}") from error
     except FileNotFoundError as error:
         why = str(error).rstrip(".")
-        raise MissingFileError(
-            f"{source} holds nothing that can be read: {why}. It must be a CSV, TSV, JSONL or Parquet file of paths "
-            "and captions, a Karpathy JSON, or a folder with Parquet files or with images and a metadata.csv."
-        ) from error
+        way_out = "It must be a CSV, TSV, JSONL or Parquet file of paths and captions, a file of Karpathy's, COCO's or "
+        way_out += "Flickr8k's, or a folder that holds one, Parquet files, or images with a metadata.csv or texts."
+        if os.path.isdir(source):
+            way_out = describe(source)
+        raise MissingFileError(f"{source} holds nothing that can be read: {why}. {way_out}") from error
     except (OSError, MemoryError) as error:  # the disk's or the machine's own, unless it is Arrow's, without a number
         if not isinstance(error, OSError) or error.errno is not None:
             raise
@@ -51,7 +53,7 @@ def unreadable(source: str, layout: str, error: BaseException) -> InputError:
     if layout:
         return InputError(f"{source} can't be read: {why}. It must be {layout}.")
     files = sorted(Path(source).rglob("metadata.*"))
-    of_folder = f" Look at {first_of(files)}." if files else ""
+    of_folder = f" Look at {first_of(files)}." if files else f" {describe(source)}" if os.path.isdir(source) else ""
     return InputError(f"{source} can't be read: {why}.{of_folder} Mend its files, or write them again.")
 
 

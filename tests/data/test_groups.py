@@ -136,8 +136,10 @@ def test_other_json_files_are_refused(tmp_path, content, message):
 
 
 def test_a_json_needs_its_image_root(tmp_path):
+    path = write_flickr(tmp_path / "here" / "lists")
+    (path.parent / "images").rename(tmp_path / "images")  # neither in its folder nor beside it
     with pytest.raises(ValueError, match="pass image_root="):
-        load_groups(write_flickr(tmp_path), "train")
+        load_groups(path, "train")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json does not exist"):
         load_groups("nowhere.json", "train", image_root=tmp_path)
 

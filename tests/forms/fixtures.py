@@ -1,0 +1,167 @@
+"""Captioned images in every form in which they stand on people's disks: small images, and texts byte for byte.
+
+Each function writes a form into an empty folder and returns the source, what `load_groups` is given.
+"""
+
+import json
+from pathlib import Path
+
+from photographs import photograph
+
+SENTENCES = (
+    "A red kite is flying over a row of tents at the edge of a beach .",
+    "A kite above some tents .",
+    "A small kite flying over the beach .",
+    "A kite flies above the tents by the sea .",
+    "A kite with a red tail over the tents .",
+)
+# Captions of image `number`, as all forms hold them.
+COUNT = 6
+TRAIN, VALIDATION, TEST = range(4), range(4, 5), range(5, 6)
+
+
+def captions_of(number, count=5):
+    return [f"{SENTENCES[row % 5][:-2]} {number} ." for row in range(count)]
+
+
+def save(path, number):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    photograph(number, 32).save(path)
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+    return path
+
+
+def name_of(number):
+    """A name as Flickr8k has them."""
+    return f"{1000000001 + number}_flickr8k{number}.jpg"
+
+
+def flickr8k_text(text, images):
+    """What the archive Flickr8k_text.zip holds, and the images of Flickr8k_Dataset.zip."""
+    for number in range(COUNT):
+        save(images / name_of(number), number)
+    lines = [f"{name_of(i)}#{row}\t{caption}" for i in range(COUNT) for row, caption in enumerate(captions_of(i))]
+    odd = [f"1000000009_flickr8k9.jpg.1#{row}\tPeople waiting {row} ." for row in range(5)]
+    write(text / "Flickr8k.token.txt", "\n".join([*lines[:15], *odd, *lines[15:], ""]))
+    write(text / "Flickr8k.lemma.token.txt", "\n".join(line.lower() for line in [*lines, ""]))
+    write(text / "CrowdFlowerAnnotations.txt", f"{name_of(0)}\t{name_of(1)}#2\t0.0\t0\t3\n")
+    write(text / "ExpertAnnotations.txt", f"{name_of(0)}\t{name_of(1)}#2\t1\t1\t1\n")
+    write(
+        text / "readme.txt", "If you use this corpus / data:\n\nPlease cite: M. Hodosh, P. Young and J. Hockenmaier\n"
+    )
+    for name, numbers in (("train", TRAIN), ("dev", VALIDATION), ("test", TEST)):
+        write(text / f"Flickr_8k.{name}Images.txt", "".join(f"{name_of(number)}\n" for number in numbers))
+
+
+def flickr8k_file(folder):
+    flickr8k_text(folder / "Flickr8k_text", folder / "Flicker8k_Dataset")
+    return folder / "Flickr8k_text" / "Flickr8k.token.txt"
+
+
+def flickr8k_folder(folder):
+    flickr8k_text(folder / "flickr8k" / "Flickr8k_text", folder / "flickr8k" / "Flicker8k_Dataset")
+    return folder / "flickr8k"
+
+
+def flickr30k(folder):
+    """Flickr30k's file beside its folder of images: no splits."""
+    names = [f"{1000092795 + number}.jpg" for number in range(COUNT)]
+    for number, name in enumerate(names):
+        save(folder / "flickr30k_images" / name, number)
+    lines = [f"{names[i]}#{row}\t{caption}\n" for i in range(COUNT) for row, caption in enumerate(captions_of(i))]
+    return write(folder / "results_20130124.token", "".join(lines))
+
+
+def coco_name(number):
+    return f"{number + 9:012}.jpg"
+
+
+def write_coco(folder, split, numbers, annotations="annotations", year=2017):
+    """A file of COCO's, in the order and with the fields that it has, and its images."""
+    for number in numbers:
+        save(folder / f"{split}{year}" / coco_name(number), number)
+    info = {"description": f"COCO {year} Dataset", "url": "http://cocodataset.org", "version": "1.0", "year": year}
+    licenses = [{"url": "http://creativecommons.org/licenses/by-nc-sa/2.0/", "id": 1, "name": "A licence"}]
+    images = [
+        {
+            "license": 1,
+            "file_name": coco_name(number),
+            "coco_url": f"http://images.cocodataset.org/{split}{year}/{coco_name(number)}",
+            "height": 32,
+            "width": 32,
+            "date_captured": "2013-11-14 11:18:45",
+            "id": number + 9,
+        }
+        for number in numbers
+    ]
+    pairs = [(number, caption) for number in numbers for caption in captions_of(number)]
+    records = [{"image_id": i + 9, "id": 700 + row, "caption": text} for row, (i, text) in enumerate(pairs)]
+    content = {"info": info, "licenses": licenses, "images": images, "annotations": records}
+    write(folder / annotations / f"captions_{split}{year}.json", json.dumps(content))
+    boxes = [{"image_id": i + 9, "id": i, "category_id": 18, "bbox": [1, 2, 3, 4], "area": 12.0} for i in numbers]
+    content = {"info": info, "licenses": licenses, "images": images, "annotations": boxes, "categories": []}
+    write(folder / annotations / f"instances_{split}{year}.json", json.dumps(content))
+
+
+def coco_file(folder):
+    write_coco(folder, "train", range(COUNT))
+    return folder / "annotations" / "captions_train2017.json"
+
+
+def coco_folder(folder):
+    write_coco(folder / "coco", "train", TRAIN)
+    write_coco(folder / "coco", "val", [*VALIDATION, *TEST])
+    return folder / "coco"
+
+
+def karpathy(folder):
+    """dataset_flickr8k.json as Karpathy wrote it, beside the images."""
+    images = []
+    for number in range(COUNT):
+        save(folder / "images" / name_of(number), number)
+        sentences = [
+            {"tokens": caption.lower()[:-2].split(), "raw": caption, "imgid": number, "sentid": 5 * number + row}
+            for row, caption in enumerate(captions_of(number))
+        ]
+        split = "train" if number in TRAIN else "val" if number in VALIDATION else "test"
+        ids = [5 * number + row for row in range(5)]
+        record = {"sentids": ids, "imgid": number, "sentences": sentences, "split": split, "filename": name_of(number)}
+        images.append(record)
+    return write(folder / "dataset_flickr8k.json", json.dumps({"images": images, "dataset": "flickr8k"}))
+
+
+def text_files(folder):
+    """As people train LoRAs: a text beside each image, of one or several lines; one image has none."""
+    for number in range(COUNT):
+        save(folder / "dogs" / f"{number:03}.png", number)
+        captions = captions_of(number, 1 + number % 2)
+        write(folder / "dogs" / f"{number:03}.txt", "\n".join(captions) + ("\n" if number % 2 else ""))
+    save(folder / "dogs" / "bare.png", COUNT)
+    return folder / "dogs"
+
+
+def text_files_in_splits(folder):
+    """Folders of splits, folders in these, and the ending .caption."""
+    for split, numbers in (("train", TRAIN), ("val", VALIDATION), ("test", TEST)):
+        for number in numbers:
+            inner = Path("dogs", split, "10_dog" if number % 2 else "5_cat")
+            save(folder / inner / f"{number}.jpg", number)
+            write(folder / inner / f"{number}.caption", f"{captions_of(number)[0]}\n")
+    return folder / "dogs"
+
+
+# By form, in the words of docs/data.md.
+FIXTURES = {
+    "Flickr8k as its authors give it, the file": flickr8k_file,
+    "Flickr8k as its authors give it, the folder": flickr8k_folder,
+    "Flickr30k as its authors give it": flickr30k,
+    "COCO's own file": coco_file,
+    "COCO's own folder": coco_folder,
+    "Karpathy's files": karpathy,
+    "images, each with a text file": text_files,
+    "the same in folders of splits": text_files_in_splits,
+}
