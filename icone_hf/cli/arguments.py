@@ -132,7 +132,7 @@ class DataArguments:
     _argument_group_name = "data"
 
     source: str | None = field(
-        default=None, metadata={"help": "Karpathy JSON, Hub id, folder, CSV file, openmoji-scenes."}
+        default=None, metadata={"help": "A table, JSON or token file, folder, Hub id, openmoji-scenes."}
     )
     image_root: str | None = field(default=None, metadata={"help": "Folder of a file's images."})
     image_column: str | None = field(default=None, metadata={"help": "Column with the images, or their paths."})

@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 
 NO_SOURCE = """there is no --source, the captioned images to train on. For example:
   icone train --source photos                                            # train/ and validation/, with a metadata.csv
+  icone train --source dogs                                              # images, each with a text file of its name
   icone train --source dataset_flickr30k.json --image_root flickr30k     # one of Karpathy's files
   icone train --source openmoji-scenes                                   # drawn scenes, to try it out"""
 

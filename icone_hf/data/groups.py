@@ -75,7 +75,11 @@ def load_groups(  # type: ignore[misc]
     Args:
         source: one of
 
-            - a Karpathy JSON (`dataset_flickr30k.json`, `dataset_coco.json`), with `image_root`;
+            - a Karpathy JSON (`dataset_flickr30k.json`, `dataset_coco.json`);
+            - COCO's own `captions_train2017.json`, or the folder that holds several;
+            - `Flickr8k.token.txt` or `results_20130124.token`, with lists of splits beside it;
+            - a folder of images, each with a text file of its name (`.txt` or `.caption`): each line is a caption;
+            - a folder with one such file, or with one table of captions;
             - the id of a data set on the Hub, or a local folder that `datasets.load_dataset` or `load_from_disk` reads:
               Parquet files, or images with a `metadata.csv`, `.jsonl` or `.parquet` (an ImageFolder);
             - a CSV, TSV, JSONL or Parquet file of paths and captions;
@@ -86,8 +90,8 @@ def load_groups(  # type: ignore[misc]
         split: `"train"`, `"validation"` or `"test"`. `val`, `valid` and `dev` are read as validation, `restval` as
             train. Where a data set on the Hub or a file has a column `split` with such names, as copies of Flickr30k
             have, the column counts, and not the split that its rows lie in. A file without one is training data.
-        image_root: folder that file names start from. For COCO's JSON it is the one that holds `train2014` and
-            `val2014`; for a table of paths it is the table's own folder by default.
+        image_root: folder that file names start from. `None`: the file's own folder, or the one in it or beside it
+            where the first names are.
         image_column: the column with the images, or their paths. `None`: the first of `image`, `file_name`, `path`,
             `image_path`, `filepath`, `filename` that is there.
         caption_column: the column with a caption, a list of captions, or Karpathy's `{"raw": caption}`. `None`: the

@@ -58,13 +58,14 @@ def find_root(source: str, folder: str, names: Iterable[str], *, looks_beside: b
     candidates = {os.path.realpath(inner): inner for inner, count in sorted(found.items()) if count == most > 0}
     if len(candidates) > 1:
         raise InputError(
-            f"The images of {source} are in {len(candidates)} folders: {first_of(candidates.values())}. Name the "
-            "one that counts by image_root=."
+            f"The images of {source} are in {len(candidates)} folders: {first_of(candidates.values())}. Say by "
+            "image_root= which one counts."
         )
-    for inner in candidates.values():
-        logger.info(f"The images of {source} are in {inner} (image_root=).")
-        return inner
-    return folder
+    if not candidates:
+        return folder
+    (inner,) = candidates.values()
+    logger.info(f"The images of {source} are in {inner} (image_root=).")
+    return inner
 
 
 def _count(folder: str, names: list[str]) -> int:
