@@ -82,7 +82,7 @@ def load_groups(  # type: ignore[misc]
             - a folder with one such file, or with one table of captions;
             - the id of a data set on the Hub, or a local folder that `datasets.load_dataset` or `load_from_disk` reads:
               Parquet files, or images with a `metadata.csv`, `.jsonl` or `.parquet` (an ImageFolder);
-            - a CSV, TSV, JSONL or Parquet file of paths and captions;
+            - a table of paths and captions: JSONL, Parquet, or text with any usual separator, also packed by gzip;
             - what img2dataset writes: a folder of its folders, Parquet files or tars;
             - WebDataset's tars: one, a folder of them, or a pattern like `shards/{00000..00009}.tar`. Images are read
               from them where they lie;
@@ -93,9 +93,12 @@ def load_groups(  # type: ignore[misc]
         image_root: folder that file names start from. `None`: the file's own folder, or the one in it or beside it
             where the first names are.
         image_column: the column with the images, or their paths. `None`: the first of `image`, `file_name`, `path`,
-            `image_path`, `filepath`, `filename` that is there.
+            `image_path`, `filepath`, `filename`, `image_name`, `image_file`, `img`, `img_path`, `img_name`, `file` that
+            is there, in any case.
         caption_column: the column with a caption, a list of captions, or Karpathy's `{"raw": caption}`. `None`: the
-            first of `captions`, `caption`, `sentences`, `sentences_raw`, `alt_text`, `text` that is there.
+            first of `captions`, `caption`, `sentences`, `sentences_raw`, `alt_text`, `text` that is there; else
+            `caption_0`, `caption_1` and so on together; else the first of `sentence`, `comment`, `comments`,
+            `description`, `prompt`, `title`, `raw`.
         id_column: the column that names an image. Rows with the same id are one group; without such a column, rows of
             the same local file, or of the same bytes, are. `None`: the first of `image_id`, `cocoid`, `img_id`,
             `imgid` that is there. `"none"`: no column does.

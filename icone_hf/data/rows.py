@@ -3,6 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import datasets
@@ -12,22 +13,17 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers.utils import logging
 
 from ..errors import InputError, MissingFileError, first_of
-from ..forms.caption_values import as_captions
-from ..forms.dialogues import COLUMNS, dialogue_error
+from ..forms.caption_values import as_captions, join_numbered, lists_in_texts
+from ..forms.columns import choose_columns, numbered_captions
 from ..forms.form import Listing
 from ..forms.image_folders import find_root
 from ..forms.parts import check_text
+from ..forms.reading import file_of
 from ..forms.splits import no_split_error
 from ..forms.tar_members import is_address, span_of
 from .fingerprints import digest_image, parts_of
 
 logger = logging.get_logger(__name__)
-
-# Columns of the layout that save_groups writes, of tables of paths, and of copies of Flickr30k and COCO on the Hub. Of
-# several the first counts.
-IMAGE_COLUMNS = ("image", "file_name", "path", "image_path", "filepath", "filename", "jpg", "jpeg", "png", "webp")
-CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentences_raw", "alt_text", "text", "txt", "annotations")
-ID_COLUMNS = ("image_id", "cocoid", "img_id", "imgid")
 
 
 def join_rows(
@@ -58,24 +54,27 @@ def join_rows(
         raise no_split_error(split, source, listing.parts)
     table, some_rows = listing.parts[split]
     names = table.column_names
+    caption_column = caption_column or listing.caption_column
+    numbered = numbered_captions(names) if caption_column is None else []  # caption_0 ... caption_4
     image_column, caption_column, id_column = choose_columns(
         source,
         names,
         image_column or listing.image_column,
-        caption_column or listing.caption_column,
+        numbered[0] if numbered else caption_column,
         "" if id_column == "none" else id_column or listing.id_column,
+        partial(_first_row, table),
     )
     if not len(table):
         raise InputError(f"The {split} split of {source} has no rows.")
     rows = range(len(table)) if some_rows is None else some_rows
-    for name in filter(None, (image_column, caption_column, id_column)):
+    for name in filter(None, dict.fromkeys((image_column, caption_column, id_column, *numbered))):
         check_text(source, table, name)
 
     # Turn paths into images.
     root = listing.root
     if root is not None and getattr(table.features[image_column], "dtype", None) in ("string", "large_string"):
         root = find_root(source, root, table[image_column], looks_beside=not is_root_given)
-        paths = [os.path.join(root, path or "") for path in table[image_column]]
+        paths = [file_of(root, path or "") for path in table[image_column]]
         table = table.remove_columns(image_column).add_column(image_column, paths)
     if not isinstance(table.features[image_column], datasets.Image):
         try:
@@ -120,7 +119,10 @@ def join_rows(
         keys = [digests[row][:32] if is_embedded[row] else paths[row] for row in rows]
     captions: dict[str | int, list[str]] = defaultdict(list)
     first_row: dict[str | int, int] = {}
-    texts = table[caption_column][:]
+    if numbered:
+        texts: Sequence[Any] = join_numbered([table[name][:] for name in numbered])
+    else:
+        texts = lists_in_texts(table[caption_column][:])
     for row, name in zip(rows, keys, strict=True):
         key = name or row  # without a name each is a group, and may only be checked
         captions[key] += as_captions(texts[row], f"row {row} of {source}, column {caption_column!r}")
@@ -131,7 +133,7 @@ def join_rows(
     # Give the three columns the names that groups have. Captions and ids stand at each image's first row, and the rows
     # are chosen last: a column that is added after that has datasets copy all columns, images too, into its cache.
     groups = table.remove_columns(
-        [name for name in {caption_column, id_column, "captions", "image_id"} if name in names]
+        [name for name in {caption_column, id_column, "captions", "image_id", *numbered} if name in names]
     )
     if image_column != "image":
         groups = groups.rename_column(image_column, "image")
@@ -144,6 +146,14 @@ def join_rows(
     return groups if len(first_row) == len(table) else groups.select(list(first_row.values()))
 
 
+def _first_row(table: Dataset) -> dict[str, Any]:
+    """Read the first row, without decoding its image."""
+    try:
+        return table.with_format("arrow")[:1].to_pylist()[0] if len(table) else {}
+    except UnicodeDecodeError:  # some readers take any bytes for text
+        return {}
+
+
 def _digest_embedded(table: Dataset, image_column: str, rows: Sequence[int]) -> dict[int, str]:
     """Digest the bytes of embedded images, by row."""
     stored = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
@@ -152,53 +162,6 @@ def _digest_embedded(table: Dataset, image_column: str, rows: Sequence[int]) -> 
         some = [rows[place] for place in part]
         digests |= zip(some, map(digest_image, stored.select(some)[:][image_column]), strict=True)
     return digests
-
-
-def choose_columns(
-    source: str,
-    names: Sequence[str],
-    image_column: str | None,
-    caption_column: str | None,
-    id_column: str | None,
-) -> tuple[str, str, str | None]:
-    """Find the columns that were not named.
-
-    All columns are checked.
-
-    Args:
-        source: for the messages.
-        names: of the columns that there are.
-        image_column, caption_column, id_column: as given to [`load_groups`].
-
-    Returns:
-        The columns of images, captions and ids; the last is `None` where no column names images.
-    """
-    if caption_column is None and (turns := COLUMNS & set(names)):
-        raise dialogue_error(source, turns)
-    if image_column is None:
-        image_column = next((name for name in IMAGE_COLUMNS if name in names), None)
-        if image_column is None:
-            raise InputError(
-                f"{source} has no column {', '.join(IMAGE_COLUMNS)}, only {', '.join(names)}: pass image_column=."
-            )
-    if caption_column is None:
-        caption_column = next((name for name in CAPTION_COLUMNS if name in names), None)
-        if caption_column is None:
-            raise InputError(
-                f"{source} has no column {', '.join(CAPTION_COLUMNS)}, only {', '.join(names)}: pass caption_column=. "
-                "(A folder of images needs a metadata.csv with the columns file_name and caption.)"
-            )
-    if id_column is None:
-        id_column = next((name for name in ID_COLUMNS if name in names), None)
-    id_column = id_column or None
-    for argument, name in (
-        ("image_column", image_column),
-        ("caption_column", caption_column),
-        ("id_column", id_column),
-    ):
-        if name is not None and name not in names:
-            raise InputError(f"{argument}={name!r} is no column of {source}; it has {', '.join(names)}.")
-    return image_column, caption_column, id_column
 
 
 def _is_there(path: str | None) -> bool:

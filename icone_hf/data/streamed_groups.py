@@ -12,11 +12,11 @@ from datasets import IterableDataset
 
 from ..errors import InputError
 from ..forms.caption_values import as_captions
+from ..forms.columns import choose_columns
 from ..forms.form import Form, Options
 from ..forms.hub_layouts import derived_columns
 from ..forms.tar_members import is_address
 from .captions import Captions
-from .rows import choose_columns
 
 FEATURES = datasets.Features(
     {

@@ -8,12 +8,17 @@ from .form import Form, Listing, Options, Sample
 COLUMNS = frozenset(("conversations", "messages"))
 
 
-def dialogue_error(source: str, names: Iterable[str]) -> InputError:
-    """Say why dialogues can't serve."""
+def dialogue_error(source: str, names: Iterable[str], found: str = "") -> InputError:
+    """Say why dialogues can't serve.
+
+    Args:
+        source, names: for the message: which columns hold them.
+        found: what else to say.
+    """
     return InputError(
         f"{source} holds dialogues ({', '.join(sorted(names))}), as LLaVA is trained on, no captions: turns of a "
         "dialogue describe no image by themselves. Write a table of images and captions, or name a column of captions "
-        "by caption_column=."
+        f"by caption_column=.{found}"
     )
 
 

@@ -1,7 +1,9 @@
 """What a form of source is, and what its reader returns."""
 
+import codecs
 import gzip
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,8 +90,13 @@ class Sample:
         try:
             with gzip.open(self.source) as file:
                 return file.read(SAMPLE_BYTES)
-        except (OSError, EOFError):  # what only begins like gzip; the reader says so
+        except (OSError, EOFError, zlib.error):  # what only begins like gzip; the reader says so
             return b""
+
+    @property
+    def encoding(self) -> str:
+        """Name the text's encoding by its byte order mark."""
+        return "utf-16" if self.content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
     @cached_property
     def text(self) -> str:
@@ -97,7 +104,7 @@ class Sample:
         # A character may be cut at the end.
         for missing in range(4):
             try:
-                return self.content[: len(self.content) - missing].decode("utf-8-sig")
+                return self.content[: len(self.content) - missing].decode(self.encoding)
             except UnicodeDecodeError:
                 pass
         return ""

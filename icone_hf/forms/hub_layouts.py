@@ -14,10 +14,8 @@ import datasets
 from datasets import Dataset
 
 from ..errors import InputError
-
-_NUMBERED = re.compile(r"(?:captions?|sentences?|text)_?(\d+)")
-_CAPTIONS = ("captions", "caption", "sentences", "sentences_raw")
-_IDS = ("image_id", "cocoid", "img_id", "imgid")
+from .caption_values import join_numbered
+from .columns import ID_COLUMNS, find_column, numbered_captions
 
 
 def derived_columns(
@@ -35,17 +33,15 @@ def derived_columns(
         `image_id` of WebDataset's `__url__` and `__key__`; each only where it is needed.
     """
     derived: dict[str, list[Any]] = {}
-    numbered = sorted((name for name in names if _NUMBERED.fullmatch(name)), key=_number)
-    if len(numbered) > 1 and not set(_CAPTIONS) & set(names):
-        rows = zip(*map(column, numbered), strict=True)
-        derived["captions"] = [[text for text in row if not _is_empty(text)] for row in rows]
+    if numbered := numbered_captions(names):
+        derived["captions"] = join_numbered([column(name) for name in numbered])
     if {"filepath", "filename"} <= set(names) and not {"image", "file_name"} & set(names):
         pairs = zip(column("filepath"), column("filename"), strict=True)
         derived["file_name"] = [os.path.join(folder or "", name or "") for folder, name in pairs]
     if root is not None and {"file_name", "coco_url"} <= set(names):
         pairs = zip(column("file_name"), column("coco_url"), strict=True)
         derived["file_name"] = [_in_its_folder(name or "", url or "", root) for name, url in pairs]
-    if {"__key__", "__url__"} <= set(names) and not set(_IDS) & set(names):
+    if {"__key__", "__url__"} <= set(names) and not find_column(names, ID_COLUMNS):
         pairs = zip(column("__url__"), column("__key__"), strict=True)
         derived["image_id"] = [f"{os.path.splitext(os.path.basename(url))[0]}/{key}" for url, key in pairs]
     return derived
@@ -105,12 +101,3 @@ def _in_its_folder(name: str, url: str, root: str) -> str:
     # Where the user has all files in one folder, there is none of that name.
     folder = os.path.basename(os.path.dirname(url))
     return os.path.join(folder, name) if folder and os.path.isdir(os.path.join(root, folder)) else name
-
-
-def _number(name: str) -> int:
-    match = _NUMBERED.fullmatch(name)
-    return int(match[1]) if match else 0
-
-
-def _is_empty(text: Any) -> bool:
-    return text is None or (isinstance(text, str) and not text.strip())

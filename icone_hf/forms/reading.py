@@ -67,3 +67,15 @@ def read_table(source: str, builder: str, layout: str) -> Dataset:
 def root_of(source: str, image_root: str | None) -> str:
     """Return where a file's paths start: `image_root`, or its own folder."""
     return os.path.dirname(source) if image_root is None else image_root
+
+
+def file_of(root: str, name: str) -> str:
+    """Return the path of a file in a table.
+
+    Windows may have written it: backslashes separate folders, and spaces around a name are left out, where no file is
+    called as it is written.
+    """
+    path = os.path.join(root, name)
+    if ("\\" in name or name != name.strip()) and not os.path.isfile(path):
+        return os.path.join(root, name.strip().replace("\\", "/"))
+    return path

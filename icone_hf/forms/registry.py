@@ -20,10 +20,10 @@ from .form import Form, Sample
 FORMS: tuple[Form, ...] = (
     dialogues.FORM,
     coco.FORM,
+    json_lines.FORM,
     karpathy.FORM,
     flickr_tokens.FORM,
     separated.FORM,
-    json_lines.FORM,
     webdataset.FORM,
     img2dataset.FOLDERS,
     img2dataset.PARQUET,
@@ -33,7 +33,7 @@ FORMS: tuple[Form, ...] = (
     folders.FORM,
 )
 # Of what is left to `datasets`, a folder with one file of these forms is read as that file.
-OF_FILES = (karpathy.FORM, flickr_tokens.FORM, separated.FORM, json_lines.FORM)
+OF_FILES = (json_lines.FORM, karpathy.FORM, flickr_tokens.FORM, separated.FORM)
 
 
 def form_of(source: str) -> Form:

@@ -227,7 +227,8 @@ def test_a_table_that_is_not_there_or_lacks_a_column_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.csv does not exist"):
         load_groups("nowhere.csv", "train")
     (tmp_path / "odd.csv").write_text("picture,caption\na.png,one\n")
-    with pytest.raises(ValueError, match=r"has no column image, .*, only picture, caption: pass image_column="):
+    message = r"has no column image, .*, only picture \('a\.png'\), caption \('one'\): pass image_column="
+    with pytest.raises(ValueError, match=message):
         load_groups(tmp_path / "odd.csv", "train")
 
 

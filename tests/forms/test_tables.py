@@ -1,0 +1,352 @@
+"""Tables as people save them: each file byte for byte as such files are, read with no column named."""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+from collections import defaultdict
+
+import numpy as np
+import pandas as pd
+import pytest
+from fuzzing import examples
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import color_pairs
+from tiny import draw as draw_image
+
+from icone_hf import load_groups
+from icone_hf.errors import InputError
+from icone_hf.forms.registry import form_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the images that the tables name."""
+    root = tmp_path_factory.mktemp("images")
+    names = ("a.jpg", "b.jpg", "images/a.jpg", "images/b.jpg", "odd\\name.jpg", "2199200615.jpg", "1000092795.jpg")
+    for name, (ground, square) in zip(names, color_pairs(len(names)), strict=True):
+        (root / name).parent.mkdir(exist_ok=True)
+        draw_image(ground, square).save(root / name, "JPEG")
+    return root
+
+
+def read(path, root, split="train", **options):
+    """Load a table's groups: captions by the path that an image has from its root."""
+    groups = load_groups(path, split, image_root=root, **options)
+    names = [name.removeprefix(f"{root}/") for name in groups["image_id"]]
+    return dict(zip(names, groups["captions"], strict=True))
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+KAGGLE_FLICKR8K = (
+    b"image,caption\n"
+    b"a.jpg,A red kite is flying over a row of tents at the edge of a beach .\n"
+    b"a.jpg,A kite above some tents .\n"
+    b'b.jpg,"A grey cat and a striped cat with green eyes are sitting side by side , on a wall ."\n'
+    b'b.jpg,"A ""Go"" sign , seen twice ."\n'
+)
+FLICKR8K = {
+    "a.jpg": [
+        "A red kite is flying over a row of tents at the edge of a beach .",
+        "A kite above some tents .",
+    ],
+    "b.jpg": [
+        "A grey cat and a striped cat with green eyes are sitting side by side , on a wall .",
+        'A "Go" sign , seen twice .',
+    ],
+}
+KAGGLE_FLICKR30K = (
+    b"image_name| comment_number| comment\n"
+    b"1000092795.jpg| 0| Three grey cats with long tails look at a mouse while sitting on a wall .\n"
+    b"1000092795.jpg| 1| Three cats , all grey , are outside near many flowers .\n"
+    b'1000092795.jpg| 2| "Three cats in the sun" are standing , 6" apart , in a yard .\n'
+    b"2199200615.jpg| 3| A grey and white cat walks towards some in the garden\n"
+    b"2199200615.jpg| 4   A cat walks along the wall .\n"
+)
+FLICKR30K = {
+    "1000092795.jpg": [
+        "Three grey cats with long tails look at a mouse while sitting on a wall .",
+        "Three cats , all grey , are outside near many flowers .",
+        '"Three cats in the sun" are standing , 6" apart , in a yard .',
+    ],
+    "2199200615.jpg": [
+        "A grey and white cat walks towards some in the garden",
+        "A cat walks along the wall .",
+    ],
+}
+TWO = {"a.jpg": ["one, two; three", "four"], "b.jpg": ["five | six"]}
+
+# name of a form -> name of its file, its bytes, and its groups
+TABLES = {
+    "Kaggle's Flickr8k": ("captions.txt", KAGGLE_FLICKR8K, FLICKR8K),
+    "Kaggle's Flickr30k": ("results.csv", KAGGLE_FLICKR30K, FLICKR30K),
+    "Kaggle's Flickr30k, written again with commas": (
+        "captions.txt",
+        "image_name,comment_number,comment\n"
+        "a.jpg,0, A dog runs .\n"
+        'a.jpg,1," Three cats , all grey ."\n'
+        "b.jpg, 4   A cat walks along the wall .,\n",
+        {"a.jpg": ["A dog runs .", "Three cats , all grey ."], "b.jpg": ["A cat walks along the wall ."]},
+    ),
+    "open_clip's CSV": (
+        "train.csv",
+        'filepath\ttitle\na.jpg\tone, two; three\nb.jpg\t"five ""and"" six"\na.jpg\tfour\n',
+        {"a.jpg": ["one, two; three", "four"], "b.jpg": ['five "and" six']},
+    ),
+    "Excel's, in Europe": (
+        "table.csv",
+        b'\xef\xbb\xbfimage;caption\r\na.jpg;"one, two; three"\r\na.jpg;four\r\nb.jpg;five | six\r\n;\r\n',
+        TWO,
+    ),
+    "Excel's Unicode text": (
+        "table.txt",
+        codecs.BOM_UTF16_LE + "Image\tCaption\r\na.jpg\tGrün\r\nb.jpg\t😀 二\r\n".encode("utf-16-le"),
+        {"a.jpg": ["Grün"], "b.jpg": ["😀 二"]},
+    ),
+    "packed": ("captions.csv.gz", gzip.compress(KAGGLE_FLICKR8K), FLICKR8K),
+    "packed, under another name": ("captions.csv", gzip.compress(KAGGLE_FLICKR8K), FLICKR8K),
+    "no ending": ("captions", KAGGLE_FLICKR8K, FLICKR8K),
+    "Windows": (
+        "table.csv",
+        "file_name,caption\r\nimages\\a.jpg,one\r\nodd\\name.jpg,two\r\n images\\b.jpg ,three\r\n",
+        {"images/a.jpg": ["one"], "odd\\name.jpg": ["two"], "images/b.jpg": ["three"]},
+    ),
+    "spaces and quotes": (
+        "table.csv",
+        '"image", "caption", "width"\n"a.jpg", "one, two; three", 40\n"a.jpg", four ,40\n"b.jpg", five | six , 40\n',
+        TWO,
+    ),
+    "spaces in rows alone": (
+        "table.csv",
+        'image,caption\na.jpg, "one, two; three"\na.jpg, four\nb.jpg,  five | six\n',
+        TWO,
+    ),
+    "pandas with row numbers": (
+        "table.csv",
+        ',image,caption\n0,a.jpg,"one, two; three"\n1,a.jpg,four\n2,b.jpg,five | six\n',
+        TWO,
+    ),
+    "as it stands": (
+        "table.csv",
+        "IMG,Description,Image_ID\na.jpg, 007,007\nb.jpg,None,7\na.jpg,1e5 ,007\n",
+        {"007": [" 007", "1e5 "], "7": ["None"]},
+    ),
+    "lists as JSON": (
+        "table.csv",
+        'filename,raw\na.jpg,"[""one, two; three"", ""four""]"\nb.jpg,"[""five | six""]"\n',
+        TWO,
+    ),
+    "lists as Karpathy's records": (
+        "table.tsv",
+        'filename\tsentences\na.jpg\t[{"raw": "one, two; three"}, {"raw": "four"}]\nb.jpg\t[{"raw": "five | six"}]\n',
+        TWO,
+    ),
+    "lists as Python": (
+        "table.csv",
+        'filename,captions\na.jpg,"[\'one, two; three\', \'four\']"\nb.jpg,"[""five | six""]"\n',
+        TWO,
+    ),
+    "one is no list": (
+        "table.csv",
+        "filename,captions\na.jpg,\"['one', 'two']\"\nb.jpg,[a sign] of wood\n",
+        {"a.jpg": ["['one', 'two']"], "b.jpg": ["[a sign] of wood"]},
+    ),
+    "numbered from 0": (
+        "table.csv",
+        'file_name,caption_0,caption_1,caption_2,title\na.jpg,"one, two; three",,four,x\nb.jpg,five | six, ,,y\n',
+        TWO,
+    ),
+    "numbered from 1": (
+        "table.tsv",
+        "image\tCaption10\tCaption2\tCaption1\na.jpg\tten\ttwo\tone\nb.jpg\t\tfour\tthree\n",
+        {"a.jpg": ["one", "two", "ten"], "b.jpg": ["three", "four"]},
+    ),
+    "JSON lines, written by Windows": (
+        "table.jsonl",
+        b'\xef\xbb\xbf{"Image": "images\\\\a.jpg", "Caption": "one"}\r\n'
+        b'{"Image": "images\\\\b.jpg", "Caption": "two"}\r\n',
+        {"images/a.jpg": ["one"], "images/b.jpg": ["two"]},
+    ),
+    "JSON lines, packed": (
+        "table.jsonl.gz",
+        gzip.compress(
+            b'{"img": "a.jpg", "caption_1": "one", "caption_2": null}\n{"img": "b.jpg", "caption_1": "two"}\n'
+        ),
+        {"a.jpg": ["one"], "b.jpg": ["two"]},
+    ),
+    "JSON lines, called JSON": (
+        "table.json",
+        '{"image": "a.jpg", "caption": "one"}\n{"image": "b.jpg", "caption": "two"}\n',
+        {"a.jpg": ["one"], "b.jpg": ["two"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_read_with_no_column_named(folder, tmp_path, name):
+    file, content, groups = TABLES[name]
+    assert read(write(tmp_path, file, content), folder) == groups
+
+
+def test_a_table_lies_beside_its_images(tmp_path):
+    draw_image("red", "blue").save(tmp_path / "a.jpg")
+    groups = load_groups(write(tmp_path, "captions.txt", "image,caption\na.jpg,one\n"), "train")
+    assert groups[0]["image"].size == (40, 40)
+
+
+def test_what_is_mended_is_said_with_its_line(folder, tmp_path, caplog):
+    path = write(tmp_path, "results.csv", KAGGLE_FLICKR30K)
+    read(path, folder)
+    (record,) = [record for record in caplog.records if "lacks a separator" in record.getMessage()]
+    assert record.levelname == "WARNING"
+    assert f"{path}: line 6 lacks a separator" in record.getMessage()
+    assert "4|A cat walks along the wall ." in record.getMessage()
+    # A row that lacks more is refused as before.
+    worse = write(tmp_path, "worse.csv", KAGGLE_FLICKR30K + b"a.jpg| A dog without a number\n")
+    with pytest.raises(InputError, match=r"worse.csv can't be read: line 7: 2 fields, but the header has 3"):
+        read(worse, folder)
+
+
+def test_lists_as_pandas_writes_them(folder, tmp_path):
+    texts = ['it\'s a "red" square', "a\nb", "é, 'quoted'"]
+    for number, lists in enumerate(([texts, ["one"]], [np.array(texts, dtype=object), np.array(["one"])])):
+        path = tmp_path / f"{number}.csv"
+        pd.DataFrame({"image": ["a.jpg", "b.jpg"], "captions": lists}).to_csv(path)
+        assert read(path, folder) == {"a.jpg": texts, "b.jpg": ["one"]}
+
+
+def test_an_earlier_choice_stays(folder, tmp_path):
+    """Names that were known before count before all others, as they are written."""
+    rows = {"Image": "b.jpg", "img": "b.jpg", "path": "a.jpg", "Caption": "x", "title": "x", "text": "one"}
+    rows |= {"caption_0": "x", "caption_1": "y", "messages": "z"}
+    path = tmp_path / "table.csv"
+    pd.DataFrame([rows]).to_csv(path, index=False)
+    assert read(path, folder) == {"a.jpg": ["one"]}
+    assert read(path, folder, image_column="Image", caption_column="title") == {"b.jpg": ["x"]}
+
+
+def test_parquet_files_follow_the_same_names(folder, tmp_path):
+    path = tmp_path / "t.parquet"
+    table = pd.DataFrame({" Image_Name ": ["images\\a.jpg"], "caption_0": ["one"], "caption_1": [None]})
+    table.assign(caption_2="two").to_parquet(path)
+    assert read(path, folder) == {"images/a.jpg": ["one", "two"]}
+
+
+LONG = "a very long caption " * 10
+UNREADABLE = {
+    "no image column": (
+        "t.csv",
+        f"picture,caption,width\na.jpg,{LONG},40\n",
+        r"no column image, .*, only picture \('a.jpg'\), caption \('a very long [a-z ]{44,46}\.\.\.'\), "
+        r"width \('40'\): pass image_column=",
+    ),
+    "no caption column": (
+        "t.txt",
+        "image;what;width\na.jpg;007;40\nb.jpg;one, two;40\n",
+        r"no column captions, .*, only image \('a.jpg'\), what \('007'\), width \('40'\): pass caption_column=",
+    ),
+    "LLaVA's turns": (
+        "t.jsonl",
+        json.dumps({"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}),
+        r"holds dialogues \(conversations\), .* by caption_column=. There is id \('1'\), image \('a.jpg'\), "
+        r"conversations \(\[\{'from': 'human'",
+    ),
+    "no header": (
+        "t.csv",
+        "a.jpg,one\nb.jpg,two\n",
+        r"line 1: .* but is 'a.jpg', 'one': write a line such as image,cap",
+    ),
+    "two names alike": ("t.csv", "image,caption, caption\na.jpg,one,two\n", "line 1: the header must name each column"),
+    "cut": ("t.csv.gz", gzip.compress(KAGGLE_FLICKR8K * 99)[:-20], r"t.csv.gz can't be (read|unpacked by gzip): \w+"),
+    "not packed": ("t.csv", b"\x1f\x8b\x08\x00 hello, there", r"t.csv can't be (read|unpacked by gzip): \w+"),
+    "cut within a character": (
+        "t.csv",
+        "image,caption\na.jpg,one\n".encode("utf-16")[:-1],
+        "t.csv can't be read: line .: 'utf-16.*' codec",
+    ),
+    "a short row": ("t.csv", "image;caption\na.jpg;one\nb.jpg\n", "line 3: 1 fields, but the header has 2"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_says_what_was_found(folder, tmp_path, name):
+    file, content, message = UNREADABLE[name]
+    path = write(tmp_path, file, content)
+    with pytest.raises(InputError, match=message) as caught:
+        read(path, folder)
+    assert str(path) in str(caught.value)
+
+
+def test_embedded_images_are_shown_by_their_size(tmp_path):
+    content = io.BytesIO()
+    draw_image("red", "blue").save(content, "PNG")
+    table = pd.DataFrame({"picture": [{"bytes": content.getvalue(), "path": None}], "caption": ["one"]})
+    table.to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=rf"only picture \({len(content.getvalue())} bytes\), caption \('one'\)"):
+        load_groups(tmp_path / "t.parquet", "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "is_table"),
+    [
+        ("image,caption\na.jpg,one\n", True),
+        ("picture\twords\na.jpg\tone\nb.jpg\ttwo\n", True),
+        ("a.jpg#0\tone\na.jpg#1\ttwo\n", False),
+        ("a.jpg\nb.jpg\n", False),
+        ("hello", False),
+        ("", False),
+        ("{\n", False),
+    ],
+)
+def test_a_text_file_is_a_table_by_its_content(tmp_path, content, is_table):
+    assert ("separators" in form_of(str(write(tmp_path, "captions.txt", content))).name) == is_table
+
+
+# --- a random table in a random dialect ---
+
+cells = st.text(st.sampled_from("ab 0é😀,;\t|\"'\\\n\r[]"), max_size=6).map(lambda text: f"x{text}x")
+
+
+@st.composite
+def written_tables(draw):
+    """Draw a dialect and rows of texts, and write them; quotes are written as the separator's files have them."""
+    separator = draw(st.sampled_from(",\t;|"))
+    words = st.tuples(st.sampled_from(["a.jpg", "b.jpg", "images/a.jpg"]), cells, st.just("007") | cells)
+    rows = draw(st.lists(words, min_size=1, max_size=5))
+    names = draw(st.permutations([0, 1, 2]))
+    header = [draw(st.sampled_from(some)) for some in (("image", "FilePath"), ("caption", "title"), ("width", "x"))]
+    if separator == "|":  # which has no quotes, so that its fields can't hold everything
+        rows = [[field.translate({ord(sign): " " for sign in "|\r\n"}) for field in row] for row in rows]
+    file = io.StringIO(newline="")
+    quoting = csv.QUOTE_NONE if separator == "|" else draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+    dialect = {"delimiter": separator, "quoting": quoting, "lineterminator": draw(st.sampled_from(["\n", "\r\n"]))}
+    if quoting == csv.QUOTE_NONE:
+        dialect["quotechar"] = None
+    csv.writer(file, **dialect).writerows([[row[place] for place in names] for row in (header, *rows)])
+    content = file.getvalue().encode(draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16"])))
+    return gzip.compress(content) if draw(st.booleans()) else content, dialect, [header[0], header[1]]
+
+
+def independent_reader(content, dialect, image, caption):
+    """Read a table whose dialect is known."""
+    content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    groups = defaultdict(list)
+    for row in csv.DictReader(io.StringIO(content.decode(encoding), newline=""), **dialect):
+        groups[row[image]].append(row[caption])
+    return dict(groups)
+
+
+@examples(0.6)
+@given(written_tables(), st.sampled_from(["table.csv", "table.tsv", "table.txt", "table"]))
+def test_a_random_dialect_is_read_as_the_csv_module_reads_it(tmp_path_factory, folder, written, name):
+    content, dialect, columns = written
+    path = write(tmp_path_factory.mktemp("t"), name, content)
+    assert read(path, folder) == independent_reader(content, dialect, *columns)
