@@ -27,16 +27,18 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an Image
 def _recognises(sample: Sample) -> bool:
     if not sample.is_folder:
         return False
-    seen: dict[str, set[str]] = {}  # by folder
-    for folder, name in islice(_files_of(sample.source), SAMPLE_NAMES):
-        seen.setdefault(folder, set()).add(name)
-        if name in METADATA:
+    seen = 0
+    has_pair = False
+    for _, _, files in os.walk(sample.source):
+        names = set(files)
+        if not names.isdisjoint(METADATA):
             return False
-    return any(
-        is_image_name(name) and any(text in names for text in _texts_of(name))
-        for names in seen.values()
-        for name in names
-    )
+        some = islice(filter(is_image_name, files), SAMPLE_NAMES)
+        has_pair = has_pair or any(not names.isdisjoint(_texts_of(name)) for name in some)
+        seen += len(files)
+        if seen > SAMPLE_NAMES:
+            break
+    return has_pair
 
 
 def _files_of(source: str) -> Iterator[tuple[str, str]]:
@@ -65,6 +67,7 @@ def _read(source: str, options: Options) -> Listing:
     without: list[str] = []
     images_without: list[str] = []
     empty: list[str] = []
+    unnamed: list[str] = []
     doubled = 0
     for folder, names in folders.items():
         there, used = set(names), set()
@@ -72,6 +75,10 @@ def _read(source: str, options: Options) -> Listing:
             found = [text for text in _texts_of(name) if text in there]
             used.update(found)
             path = os.path.join(folder, name)
+            shown = os.fsencode(path).decode(errors="replace")  # Linux takes any bytes for a name
+            if shown != path:
+                unnamed.append(shown)
+                continue
             if not found:
                 images_without.append(path)
                 continue
@@ -84,6 +91,7 @@ def _read(source: str, options: Options) -> Listing:
         without += [os.path.join(folder, name) for name in names if name.endswith(ENDINGS) and name not in used]
     for count, what in (
         (images_without, "images have no text file of their name, and are left out"),
+        (unnamed, "images have a name that is no UTF-8, and are left out: rename them"),
         (empty, "images have an empty text file, and are left out"),
         (without, "text files have no image of their name, and are left out"),
     ):

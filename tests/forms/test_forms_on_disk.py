@@ -301,6 +301,16 @@ def test_a_folder_takes_the_arguments_of_its_file(tmp_path):
     assert load_groups(tmp_path, "train", caption_column="title")["captions"][:] == [["Two ."]]
 
 
+def test_a_table_for_each_split_in_a_folder(tmp_path):
+    for split, numbers in (("train", TRAIN), ("val", VALIDATION), ("test", TEST)):
+        rows = [f'{number}.png,"{caption}"' for number in numbers for caption in captions_of(number)]
+        write(tmp_path / f"{split}.csv", "\n".join(["file_name,caption", *rows]))
+        for number in numbers:
+            save(tmp_path / "images" / f"{number}.png", number)
+    for split, numbers in SPLITS.items():
+        check(tmp_path, split, numbers)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
