@@ -311,7 +311,8 @@ def test_a_text_file_is_a_table_by_its_content(tmp_path, content, is_table):
 
 # --- a random table in a random dialect ---
 
-cells = st.text(st.sampled_from("ab 0é😀,;\t|\"'\\\n\r[]"), max_size=6).map(lambda text: f"x{text}x")
+# Without "\r", which the csv module writes without quotes, and then reads as the end of a line.
+cells = st.text(st.sampled_from("ab 0é😀,;\t|\"'\\\n[]"), max_size=6).map(lambda text: f"x{text}x")
 
 
 @st.composite
