@@ -73,7 +73,7 @@ def join_rows(
     # Turn paths into images.
     root = listing.root
     has_paths = getattr(table.features[image_column], "dtype", None) in ("string", "large_string")
-    if root is None and has_paths and os.path.isdir(source) and not os.path.isfile(table[image_column][0] or ""):
+    if root is None and has_paths and os.path.isdir(source) and not _is_there(table[image_column][0]):
         root = source  # tables in a folder: their paths start there, or where Python was called
     if root is not None and has_paths:
         root = find_root(source, root, table[image_column], looks_beside=not is_root_given)
