@@ -305,3 +305,26 @@ HUB = {
     "tsystems/flickr8k": (tsystems_flickr8k, "train", 3, 5),
     "pixparse/cc3m-wds": (pixparse_cc3m, "train", 6, 1),
 }
+
+
+def coco_files(folder, splits):
+    """The images that two data sets name, in COCO's folders."""
+    for number in range(5):
+        for where, name in splits(number):
+            (folder / where).mkdir(parents=True, exist_ok=True)
+            (folder / where / name).write_bytes(jpeg(number))
+    return folder
+
+
+def write_hub(name, tmp_path):
+    """A repository's files, and the arguments that it needs."""
+    make, split, count, captions = HUB[name]
+    make(tmp_path / "repository")
+    arguments = {"name": "2014-captions"} if name == "shunk031/MSCOCO" else {}
+    if name == "yerevann/coco-karpathy":
+        root = coco_files(tmp_path / "coco", lambda n: [("train2014", f"COCO_train2014_{n:012}.jpg")])
+        arguments["image_root"] = root
+    if name == "phiyodr/coco2017":
+        root = coco_files(tmp_path / "coco", lambda n: [("train2017" if n < 3 else "val2017", f"{n:012}.jpg")])
+        arguments["image_root"] = root
+    return tmp_path / "repository", split, count, captions, arguments

@@ -8,7 +8,7 @@ import children
 import datasets
 import numpy as np
 import pytest
-from forms.shard_fixtures import HUB, STRING, embedded, jpeg, sentences, write_parquet
+from forms.shard_fixtures import HUB, STRING, embedded, jpeg, sentences, write_hub, write_parquet
 from hub_server import Hub
 from PIL import Image
 from tiny import draw
@@ -26,33 +26,10 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def coco_files(folder, splits):
-    """The images that two data sets name, in COCO's folders."""
-    for number in range(5):
-        for where, name in splits(number):
-            (folder / where).mkdir(parents=True, exist_ok=True)
-            (folder / where / name).write_bytes(jpeg(number))
-    return folder
-
-
-def write(name, tmp_path):
-    """A repository's files, and the arguments that it needs."""
-    make, split, count, captions = HUB[name]
-    make(tmp_path / "repository")
-    arguments = {"name": "2014-captions"} if name == "shunk031/MSCOCO" else {}
-    if name == "yerevann/coco-karpathy":
-        root = coco_files(tmp_path / "coco", lambda n: [("train2014", f"COCO_train2014_{n:012}.jpg")])
-        arguments["image_root"] = root
-    if name == "phiyodr/coco2017":
-        root = coco_files(tmp_path / "coco", lambda n: [("train2017" if n < 3 else "val2017", f"{n:012}.jpg")])
-        arguments["image_root"] = root
-    return tmp_path / "repository", split, count, captions, arguments
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", HUB)
 def test_a_layout_needs_no_columns_named(name, streaming, tmp_path):
-    source, split, count, captions, arguments = write(name, tmp_path)
+    source, split, count, captions, arguments = write_hub(name, tmp_path)
     groups = list(load_groups(source, split, streaming=streaming, **arguments))
     assert [group["captions"] for group in groups] == [sentences(number, captions) for number in range(count)]
     for number, group in enumerate(groups):
@@ -61,18 +38,18 @@ def test_a_layout_needs_no_columns_named(name, streaming, tmp_path):
 
 
 def test_the_column_split_counts_where_all_rows_lie_in_one(tmp_path):
-    source, *_ = write("nlphuji/flickr30k", tmp_path)
+    source, *_ = write_hub("nlphuji/flickr30k", tmp_path)
     for streaming in (False, True):
         found = {s: len(list(load_groups(source, s, streaming=streaming))) for s in ("train", "validation", "test")}
         assert found == {"train": 3, "validation": 1, "test": 1}
-    source, *_ = write("lmms-lab/flickr30k", tmp_path / "other")
+    source, *_ = write_hub("lmms-lab/flickr30k", tmp_path / "other")
     for streaming in (False, True):
         with pytest.raises(InputError, match="no train split"):
             load_groups(source, "train", streaming=streaming)
 
 
 def test_configurations_are_told_apart(tmp_path):
-    source, *_ = write("shunk031/MSCOCO", tmp_path)
+    source, *_ = write_hub("shunk031/MSCOCO", tmp_path)
     assert load_groups(source, "train", name="2017-captions")["image_id"][:] == ["10", "11", "12"]
     with pytest.raises(InputError, match=r"Config name is missing[\s\S]*2014-captions"):
         load_groups(source, "train")
@@ -104,7 +81,7 @@ def test_dialogues_are_no_captions(tmp_path):
 
 
 def test_arguments_without_a_meaning_are_refused(tmp_path):
-    source, *_ = write("jxie/flickr8k", tmp_path)
+    source, *_ = write_hub("jxie/flickr8k", tmp_path)
     with pytest.raises(InputError, match=r"revision='v1' has no meaning for .*, a folder"):
         load_groups(source, "train", revision="v1")
     with pytest.raises(InputError, match=r"image_root=.* has no meaning for .* which holds its images"):
@@ -175,7 +152,7 @@ def test_data_sets_come_from_the_hub_at_a_revision_and_as_a_stream(tmp_path):
     """One process asks a small Hub for all, as a user's would."""
     with Hub() as hub:
         for name in ("nlphuji/flickr30k", "pixparse/cc3m-wds", "shunk031/MSCOCO", *WITHOUT_IMAGES):
-            source, *_ = write(name, tmp_path / name)
+            source, *_ = write_hub(name, tmp_path / name)
             hub.add(name, source)
         # A script, and the Parquet files that the Hub has made of it.
         converted = hub.repositories["nlphuji/flickr30k"]
@@ -225,7 +202,7 @@ def test_icone_encode_streams_and_goes_on(tmp_path, make_model, processor, capsy
     from icone_hf.embedding.shards import read_embeddings
     from icone_hf.embedding.streamed_shards import encode_stream
 
-    source, *_ = write("pixparse/cc3m-wds", tmp_path)
+    source, *_ = write_hub("pixparse/cc3m-wds", tmp_path)
     model = make_model()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -269,7 +246,7 @@ def test_icone_encode_streams_and_goes_on(tmp_path, make_model, processor, capsy
 def test_streams_are_cut_by_the_bytes_of_their_images(tmp_path):
     from icone_hf.embedding.streamed_shards import in_parts
 
-    source, *_ = write("jxie/flickr8k", tmp_path)
+    source, *_ = write_hub("jxie/flickr8k", tmp_path)
     stream = load_groups(source, "train", streaming=True)
     assert [len(part) for part in in_parts(stream, 2, 10**9)] == [2, 1]
     parts = list(in_parts(stream, 100, 1))
@@ -278,7 +255,7 @@ def test_streams_are_cut_by_the_bytes_of_their_images(tmp_path):
 
 
 def test_only_encoding_into_shards_takes_a_stream(tmp_path, capsys, make_model, processor):
-    source, *_ = write("jxie/flickr8k", tmp_path)
+    source, *_ = write_hub("jxie/flickr8k", tmp_path)
     make_model().save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     for command in (
@@ -302,7 +279,7 @@ def test_a_trainer_refuses_a_stream(tmp_path, make_model, processor):
 
     from icone_hf import IConETrainer, IConETrainingArguments
 
-    source, *_ = write("jxie/flickr8k", tmp_path)
+    source, *_ = write_hub("jxie/flickr8k", tmp_path)
     stream = load_groups(source, "train", streaming=True)
     args = IConETrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none", disable_tqdm=True)
     for splits, name in (((stream, make_groups(4)), "train_dataset"), ((make_groups(4), stream), "eval_dataset")):
