@@ -1,23 +1,21 @@
 """A folder that holds a file of captions is read as that file."""
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 
 from ..errors import InputError, first_of
-from . import coco
-from .form import Form, Listing, Options, Sample
+from . import coco, json_lines, separated
+from .form import Form, Listing, Options, Part, Sample
 from .image_names import is_hidden, is_image_name
-from .splits import SPLIT_NAMES
+from .splits import split_in
 from .text_files import METADATA
 
 MOST_FILES = 50  # that may hold captions, in one folder: more are no lists, but texts of single images
 MOST_FOLDERS = 100
 _OF_DATASETS = (".parquet", ".arrow", ".zip", ".tar")  # a folder with such files is for others to read
-_SPLIT = re.compile(rf"({'|'.join(name for names in SPLIT_NAMES.values() for name in names)})\b.*", re.IGNORECASE)
 
 
 def find_within(sample: Sample, forms: Sequence[Form]) -> Form | None:
@@ -40,6 +38,8 @@ def find_within(sample: Sample, forms: Sequence[Form]) -> Form | None:
     found = list(_files_of_captions(sample, forms))
     for inner in [] if found else _inner(sample):
         found += _files_of_captions(inner, forms)
+    if (tables := _tables_of_splits(found)) is not None:
+        return replace(found[0][1], read=partial(_read_splits, tables))
     if len(found) > 1:
         names = (os.path.relpath(path, sample.source) for path, _ in found)
         raise InputError(
@@ -50,6 +50,33 @@ def find_within(sample: Sample, forms: Sequence[Form]) -> Form | None:
 
 def _read_there(path: str, form: Form, source: str, options: Options) -> Listing:
     return form.read(path, options)
+
+
+def _tables_of_splits(found: Sequence[tuple[str, Form]]) -> dict[str, tuple[str, Form]] | None:
+    """Find tables that are called after splits.
+
+    `None` if there are other files too, or two tables of one split.
+    """
+    tables = {}
+    for path, form in found:
+        split = split_in(os.path.basename(path))
+        if split is None or form not in (separated.FORM, json_lines.FORM):
+            return None
+        tables[split] = path, form
+    return tables if tables and len(tables) == len(found) else None
+
+
+def _read_splits(tables: dict[str, tuple[str, Form]], source: str, options: Options) -> Listing:
+    parts: dict[str, Part] = {}
+    for split, (path, form) in tables.items():
+        listing = form.read(path, options)
+        if not {"train", split}.issuperset(listing.parts) or len(listing.parts) > 1:
+            raise InputError(
+                f"{path} has a column that names the splits {', '.join(listing.parts)}, and its own name says {split}: "
+                "give this file alone as source, or leave the column out."
+            )
+        (parts[split],) = listing.parts.values()
+    return replace(listing, parts=parts)
 
 
 def _files_of_captions(folder: Sample, forms: Sequence[Form]) -> Iterator[tuple[str, Form]]:
@@ -72,8 +99,7 @@ def _files_of_captions(folder: Sample, forms: Sequence[Form]) -> Iterator[tuple[
         # A lemma of each word stands in a copy of Flickr8k's file, which is for other purposes.
         if coco.is_coco(file) or ".lemma." in name:
             continue
-        # Tables that are called after splits are one source of `datasets`.
-        if _SPLIT.fullmatch(name) or (file.ending == ".json" and '"sentences"' not in file.text):
+        if file.ending == ".json" and '"sentences"' not in file.text:
             continue
         if (form := next((form for form in forms if form.recognises(file)), None)) is not None:
             yield path, form

@@ -15,7 +15,7 @@ from .form import Form, Listing, Options, Part, Sample
 from .image_folders import root_of
 from .image_names import leads_out
 from .parts import part_of
-from .splits import SPLITS, standard_split
+from .splits import split_in
 
 logger = logging.get_logger(__name__)
 
@@ -59,8 +59,7 @@ def read_coco(source: str, options: Options) -> Listing:
 
 def _split_of(path: str) -> str:
     """Find the split that a file's name says."""
-    words = re.findall("[a-z]+", os.path.basename(path).lower())
-    return next((split for word in words if (split := standard_split(word)) in SPLITS), "train")
+    return split_in(os.path.basename(path)) or "train"
 
 
 def _read_file(path: str, options: Options) -> Part:

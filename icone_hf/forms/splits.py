@@ -1,5 +1,6 @@
 """The three splits, and the names that sources give them."""
 
+import re
 from collections.abc import Iterable
 
 from ..errors import InputError
@@ -29,3 +30,9 @@ def no_split_error(split: str, source: str, found: Iterable[str]) -> MissingSpli
 def standard_split(name: str) -> str:
     """Translate a source's name for a split."""
     return next((standard for standard, names in SPLIT_NAMES.items() if name in names), name)
+
+
+def split_in(name: str) -> str | None:
+    """Find the split that a file's name says."""
+    words = re.findall("[a-z]+", name.lower())
+    return next((split for word in words if (split := standard_split(word)) in SPLITS), None)

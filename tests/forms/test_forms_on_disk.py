@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from forms.fixtures import (
     COUNT,
@@ -301,10 +302,22 @@ def test_a_folder_takes_the_arguments_of_its_file(tmp_path):
     assert load_groups(tmp_path, "train", caption_column="title")["captions"][:] == [["Two ."]]
 
 
-def test_a_table_for_each_split_in_a_folder(tmp_path):
+def test_a_table_that_says_another_split_than_its_name(tmp_path):
+    save(tmp_path / "0.png", 0)
+    write(tmp_path / "train.csv", "file_name,caption,split\n0.png,One .,test\n")
+    with pytest.raises(InputError, match=r"train\.csv has a column that names the splits test, and its own name says"):
+        load_groups(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", ["{}.csv", "captions_{}.tsv", "{}.parquet"])
+def test_a_table_for_each_split_in_a_folder(tmp_path, name):
     for split, numbers in (("train", TRAIN), ("val", VALIDATION), ("test", TEST)):
-        rows = [f'{number}.png,"{caption}"' for number in numbers for caption in captions_of(number)]
-        write(tmp_path / f"{split}.csv", "\n".join(["file_name,caption", *rows]))
+        rows = [(f"{number}.png", caption) for number in numbers for caption in captions_of(number)]
+        table, path = pd.DataFrame(rows, columns=["file_name", "caption"]), tmp_path / name.format(split)
+        if path.suffix == ".parquet":
+            table.to_parquet(path)
+        else:
+            table.to_csv(path, sep="\t", index=False)
         for number in numbers:
             save(tmp_path / "images" / f"{number}.png", number)
     for split, numbers in SPLITS.items():
