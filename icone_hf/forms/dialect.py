@@ -4,7 +4,6 @@ import contextlib
 import csv
 import gzip
 import io
-import re
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -15,7 +14,6 @@ SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".psv": "|"}  # by the fi
 UNQUOTED = "|"  # with it a quote is a character as any other, as in Flickr30k's results.csv
 SPACES = " \t"
 SAMPLE_ROWS = 100
-_IMAGE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)(#\d+)?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -65,14 +63,6 @@ def sniff(sample: Sample) -> Dialect:
         (dialect for dialect in found if dialect.is_known),
         next((dialect for dialect in found if dialect.is_even), found[0]),
     )
-
-
-def is_image_name(text: str) -> bool:
-    """Say whether a text names an image file.
-
-    A caption's number may follow it.
-    """
-    return _IMAGE.search(text.strip()) is not None
 
 
 def _try(sample: Sample, separator: str) -> Dialect:

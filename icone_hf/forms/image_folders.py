@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from ..errors import InputError, first_of
 from .image_names import is_hidden, is_image_name, leads_out
+from .reading import file_of
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +70,7 @@ def find_root(source: str, folder: str, names: Iterable[str], *, looks_beside: b
 
 
 def _count(folder: str, names: list[str]) -> int:
-    return sum(os.path.isfile(os.path.join(folder, name)) for name in names)
+    return sum(os.path.isfile(file_of(folder, name)) for name in names)
 
 
 def _folders_below(folder: str) -> Iterator[str]:

@@ -17,8 +17,9 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from ..errors import InputError, MissingFileError
-from .dialect import SEPARATORS, Dialect, is_image_name, sniff
+from .dialect import SEPARATORS, Dialect, sniff
 from .form import Form, Listing, Options, Sample
+from .image_names import is_image_name
 from .parts import parts_of
 from .reading import root_of
 
@@ -132,7 +133,7 @@ def _recognises(sample: Sample) -> bool:
         dialect.is_even
         and len(sample.lines) > 1
         and sample.ending in TEXT_ENDINGS
-        and not is_image_name(sample.lines[0].split(dialect.separator)[0])
+        and not is_image_name(sample.lines[0].split(dialect.separator)[0].strip())
     )
 
 

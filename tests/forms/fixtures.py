@@ -3,6 +3,7 @@
 Each function writes a form into an empty folder and returns the source, what `load_groups` is given.
 """
 
+import gzip
 import json
 from pathlib import Path
 
@@ -154,14 +155,82 @@ def text_files_in_splits(folder):
     return folder / "dogs"
 
 
+def kaggle_flickr8k(folder):
+    """Kaggle's copy: a CSV called .txt, in which captions with commas stand in quotes."""
+    lines = ["image,caption"]
+    for number in range(COUNT):
+        save(folder / "Images" / name_of(number), number)
+        lines += [f"{name_of(number)},{caption}" for caption in captions_of(number, 4)]
+        lines.append(f'{name_of(number)},"Dog {number} and a dog are staring at each other , in the street ."')
+    return write(folder / "captions.txt", "\n".join([*lines, ""]))
+
+
+def kaggle_flickr30k(folder):
+    """Kaggle's copy: in one of its rows the second separator is missing."""
+    lines = ["image_name| comment_number| comment"]
+    names = [*(f"{1000092795 + number}.jpg" for number in range(COUNT - 1)), "2199200615.jpg"]
+    for number, name in enumerate(names):
+        save(folder / "flickr30k_images" / name, number)
+        lines += [f"{name}| {row}| {caption}" for row, caption in enumerate(captions_of(number))]
+    lines[-1] = f"{names[-1]}| 4   A cat walks along the wall ."
+    return write(folder / "results.csv", "\n".join([*lines, ""]))
+
+
+def open_clip(folder):
+    """Tabs, though it is called .csv, and open_clip's names of columns."""
+    lines = ["filepath\ttitle"]
+    for number in range(COUNT):
+        save(folder / "images" / f"{number}.png", number)
+        lines += [f"images/{number}.png\t{caption}" for caption in captions_of(number, 1)]
+    return write(folder / "train.csv", "\n".join([*lines, ""]))
+
+
+def spreadsheet(folder):
+    """As a spreadsheet saves it in Europe, on Windows."""
+    lines = ["Image;Caption;Width"]
+    for number in range(COUNT):
+        save(folder / "images" / f"{number}.jpg", number)
+        lines += [f'images\\{number}.jpg;"{caption}; seen";32' for caption in captions_of(number, 2)]
+    return write(folder / "captions.csv", "\ufeff" + "\r\n".join([*lines, ""]))
+
+
+def lists(folder):
+    """A column of lists, as pandas writes them, with row numbers."""
+    lines = [",filename,captions"]
+    for number in range(COUNT):
+        save(folder / "images" / f"{number}.jpg", number)
+        lines.append(f'{number},{number}.jpg,"{captions_of(number, 1 + number % 3)}"')
+    return write(folder / "captions.csv", "\n".join([*lines, ""]))
+
+
+def numbered(folder):
+    """Five columns of captions, some of them empty."""
+    lines = ["file_name\tsplit\t" + "\t".join(f"caption_{row}" for row in range(5))]
+    for number in range(COUNT):
+        save(folder / f"{number}.jpg", number)
+        split = "train" if number in TRAIN else "val" if number in VALIDATION else "test"
+        captions = captions_of(number, 5 - number % 2)
+        lines.append("\t".join([f"{number}.jpg", split, *captions, *[""] * (5 - len(captions))]))
+    path = folder / "captions.tsv.gz"
+    # Without a time in it, the file's bytes are always the same.
+    path.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
+    return path
+
+
 # By form, in the words of docs/data.md.
 FIXTURES = {
     "Flickr8k as its authors give it, the file": flickr8k_file,
     "Flickr8k as its authors give it, the folder": flickr8k_folder,
     "Flickr30k as its authors give it": flickr30k,
+    "Kaggle's copy of Flickr8k, a CSV": kaggle_flickr8k,
+    "Kaggle's copy of Flickr30k, a row of which is mended": kaggle_flickr30k,
     "COCO's own file": coco_file,
     "COCO's own folder": coco_folder,
     "Karpathy's files": karpathy,
     "images, each with a text file": text_files,
     "the same in folders of splits": text_files_in_splits,
+    "open_clip's CSV, with tabs": open_clip,
+    "a spreadsheet's CSV: semicolons, backslashes, a byte order mark": spreadsheet,
+    "a table with a column of lists": lists,
+    "a table with captions in five columns, packed": numbered,
 }

@@ -10,6 +10,19 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 import pytest
+from forms.fixtures import (
+    COUNT,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    captions_of,
+    kaggle_flickr8k,
+    kaggle_flickr30k,
+    lists,
+    numbered,
+    open_clip,
+    spreadsheet,
+)
 from forms.table_fixtures import KAGGLE_FLICKR8K, KAGGLE_FLICKR30K, TABLES, write, write_images
 from fuzzing import examples
 from hypothesis import given
@@ -40,6 +53,24 @@ def test_tables_are_read_with_no_column_named(folder, tmp_path, name):
     assert read(write(tmp_path, file, content), folder) == groups
 
 
+@pytest.mark.parametrize(
+    ("function", "count"),
+    [(kaggle_flickr8k, 5), (kaggle_flickr30k, 5), (open_clip, 1), (spreadsheet, 2), (lists, None)],
+)
+def test_images_are_found_near_their_table(tmp_path, function, count):
+    groups = load_groups(function(tmp_path), "train")
+    assert [len(captions) for captions in groups["captions"]] == [count or 1 + number % 3 for number in range(COUNT)]
+    assert groups["captions"][1][0].startswith(captions_of(1)[0])
+    assert groups[1]["image"].size == (32, 32)
+
+
+def test_five_columns_and_a_split_in_one_table(tmp_path):
+    source = numbered(tmp_path)
+    for split, numbers in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):
+        expected = [captions_of(number, 5 - number % 2) for number in numbers]
+        assert load_groups(source, split)["captions"][:] == expected
+
+
 def test_a_table_lies_beside_its_images(tmp_path):
     draw_image("red", "blue").save(tmp_path / "a.jpg")
     groups = load_groups(write(tmp_path, "captions.txt", "image,caption\na.jpg,one\n"), "train")
@@ -61,9 +92,9 @@ def test_what_is_mended_is_said_with_its_line(folder, tmp_path, caplog):
 
 def test_lists_as_pandas_writes_them(folder, tmp_path):
     texts = ['it\'s a "red" square', "a\nb", "é, 'quoted'"]
-    for number, lists in enumerate(([texts, ["one"]], [np.array(texts, dtype=object), np.array(["one"])])):
+    for number, columns in enumerate(([texts, ["one"]], [np.array(texts, dtype=object), np.array(["one"])])):
         path = tmp_path / f"{number}.csv"
-        pd.DataFrame({"image": ["a.jpg", "b.jpg"], "captions": lists}).to_csv(path)
+        pd.DataFrame({"image": ["a.jpg", "b.jpg"], "captions": columns}).to_csv(path)
         assert read(path, folder) == {"a.jpg": texts, "b.jpg": ["one"]}
 
 
