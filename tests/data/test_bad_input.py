@@ -29,7 +29,7 @@ KARPATHY = {
     "no JSON": ("{images: ", "can't be read as JSON: .*line 1 column 2"),
     "nested": ("[" * 100_000, "can't be read as JSON: .*recursion"),
     "binary": (bytes(range(256)), "can't be read as JSON: 'utf-8' codec"),
-    "a list": ([RECORD], "is not one of Karpathy's files"),
+    "a list": ([[RECORD]], "is not one of Karpathy's files"),
     "a number": (3, "is not one of Karpathy's files"),
     "no list": ({"images": {"a": 1}}, "is not one of Karpathy's files"),
     "no records": ({"images": [RECORD, 2, None]}, "records 1, 2 lack filename, sentences or split"),

@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import json
 
 from tiny import color_pairs, draw
 
@@ -156,6 +157,17 @@ TABLES = {
             b'{"img": "a.jpg", "caption_1": "one", "caption_2": null}\n{"img": "b.jpg", "caption_1": "two"}\n'
         ),
         {"a.jpg": ["one"], "b.jpg": ["two"]},
+    ),
+    "a JSON list": (
+        "annotations.json",
+        '[{"image": "a.jpg", "caption": "None", "image_id": "007"},\n {"image": "b.jpg", "caption": "2014-05-01",'
+        ' "image_id": "7"}]\n',
+        {"007": ["None"], "7": ["2014-05-01"]},
+    ),
+    "a JSON list with lists": (
+        "annotations.json",
+        json.dumps([{"file": "a.jpg", "captions": ["one", "two"]}, {"file": "b.jpg", "captions": ["1e5"]}], indent=2),
+        {"a.jpg": ["one", "two"], "b.jpg": ["1e5"]},
     ),
     "JSON lines, called JSON": (
         "table.json",
