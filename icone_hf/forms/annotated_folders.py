@@ -1,6 +1,7 @@
 """A folder that holds a file of captions is read as that file."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from .text_files import METADATA
 
 MOST_FILES = 50  # that may hold captions, in one folder: more are no lists, but texts of single images
 MOST_FOLDERS = 100
+_ABOUT = re.compile("readme|licen[cs]e|copying|citation", re.IGNORECASE)  # files that hold no captions
 _OF_DATASETS = (".parquet", ".arrow", ".zip", ".tar")  # a folder with such files is for others to read
 
 
@@ -88,7 +90,7 @@ def _files_of_captions(folder: Sample, forms: Sequence[Form]) -> Iterator[tuple[
     names = [name for name in folder.files if not is_image_name(name) and not _is_of_one_image(name, stems)]
     if any(name.lower().endswith(_OF_DATASETS) for name in names):
         return
-    names = [name for name in names if os.path.isfile(os.path.join(folder.source, name))]
+    names = [name for name in names if not _ABOUT.match(name) and os.path.isfile(os.path.join(folder.source, name))]
     if len(names) > MOST_FILES:
         return
     if paths := coco.files_in(folder.source):

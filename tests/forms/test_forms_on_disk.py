@@ -302,6 +302,12 @@ def test_a_folder_takes_the_arguments_of_its_file(tmp_path):
     assert load_groups(tmp_path, "train", caption_column="title")["captions"][:] == [["Two ."]]
 
 
+def test_a_readme_with_a_table_is_no_list_of_captions(tmp_path):
+    source = karpathy(tmp_path)
+    write(source.with_name("README.md"), "image,caption\nthe file,its sentences\n")
+    assert len(load_groups(tmp_path, "train")) == len(TRAIN)
+
+
 def test_a_table_that_says_another_split_than_its_name(tmp_path):
     save(tmp_path / "0.png", 0)
     write(tmp_path / "train.csv", "file_name,caption,split\n0.png,One .,test\n")
