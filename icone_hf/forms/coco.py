@@ -1,10 +1,8 @@
 """COCO's own files of captions: `captions_train2017.json` and its like."""
 
-import json
 import os
 import re
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
@@ -16,6 +14,7 @@ from .image_folders import root_of
 from .image_names import leads_out
 from .parts import part_of
 from .splits import split_in
+from .whole_texts import read_json
 
 logger = logging.get_logger(__name__)
 
@@ -68,10 +67,7 @@ def _read_file(path: str, options: Options) -> Part:
             f"{path} holds no captions, but what COCO says of its images besides: give the file whose name begins with "
             "captions_."
         )
-    try:
-        content = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} can't be read as JSON: {error}. Download it again, or give another file.") from error
+    content = read_json(path)
     images, annotations = (_records(path, content, key) for key in ("images", "annotations"))
     names = _checked(path, "images", images, "id", "file_name")
     if annotations and not any("caption" in record for record in annotations):

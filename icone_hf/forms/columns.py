@@ -48,17 +48,17 @@ def choose_columns(
     if image_column is None:
         image_column = find_column(names, IMAGE_COLUMNS)
         if image_column is None:
-            found = _describe(names, first_row())
+            found = describe_values(names, first_row())
             raise InputError(f"{source} has no column {', '.join(IMAGE_COLUMNS)}, only {found}: pass image_column=.")
     if caption_column is None:
         caption_column = find_column(names, CAPTION_COLUMNS)
         if caption_column is None and (turns := DIALOGUES & set(names)):
-            raise dialogue_error(source, turns, f" There is {_describe(names, first_row())}.")
+            raise dialogue_error(source, turns, f" There is {describe_values(names, first_row())}.")
         caption_column = caption_column or find_column(names, LOOSE_CAPTION_COLUMNS)
         if caption_column is None:
             raise InputError(
                 f"{source} has no column {', '.join((*CAPTION_COLUMNS, *LOOSE_CAPTION_COLUMNS))} or caption_0, "
-                f"caption_1 and so on, only {_describe(names, first_row())}: pass caption_column=. "
+                f"caption_1 and so on, only {describe_values(names, first_row())}: pass caption_column=. "
                 "(A folder of images needs a metadata.csv with the columns file_name and caption.)"
             )
     if id_column is None:
@@ -109,8 +109,8 @@ def has_known_columns(names: Sequence[str]) -> bool:
     return bool(captions) and find_column(names, IMAGE_COLUMNS) is not None
 
 
-def _describe(names: Sequence[str], first_row: Mapping[str, Any]) -> str:
-    """List columns, each with a value."""
+def describe_values(names: Sequence[str], first_row: Mapping[str, Any]) -> str:
+    """List columns or fields, each with a value."""
     return ", ".join(f"{name} ({_shorten(first_row[name])})" if name in first_row else name for name in names)
 
 

@@ -13,9 +13,10 @@ from transformers.utils import logging
 from ..errors import InputError, first_of
 from .form import Form, Listing, Options, Sample
 from .image_folders import root_of
-from .image_names import is_image_name, leads_out
+from .image_names import is_hidden, is_image_name, leads_out
 from .parts import part_of
 from .splits import standard_split
+from .whole_texts import read_text
 
 logger = logging.get_logger(__name__)
 
@@ -25,7 +26,8 @@ _LIST = re.compile(r"(?:.*[._-])?(train|val|valid|validation|dev|test)(?:[_-]?im
 
 
 def _recognises(sample: Sample) -> bool:
-    return _BEGINNING.match(sample.content) is not None
+    content = sample.text.encode() if sample.encoding == "utf-16" else sample.content
+    return _BEGINNING.match(content) is not None
 
 
 def _read(source: str, options: Options) -> Listing:
@@ -58,10 +60,10 @@ def _read_captions(source: str) -> dict[str, list[str]]:
     """Read the captions of each name."""
     captions: dict[str, list[str]] = defaultdict(list)
     odd = []
-    for number, line in enumerate(_read_text(source).split("\n"), 1):
+    for number, line in enumerate(read_text(source).split("\n"), 1):
         if not line.strip():
             continue
-        found = _LINE.fullmatch(line.rstrip("\r"))
+        found = _LINE.fullmatch(line)
         if found is None or leads_out(found[1]):
             odd.append(number)
         else:
@@ -83,9 +85,9 @@ def _read_lists(source: str, captions: dict[str, list[str]]) -> dict[str, set[st
     folder = Path(source).parent
     for path in sorted(folder.iterdir()):
         found = _LIST.fullmatch(path.name)
-        if found is None or not path.is_file():
+        if found is None or is_hidden(path.name) or not path.is_file():
             continue
-        listed = [line.strip() for line in _read_text(os.fspath(path)).splitlines() if line.strip()]
+        listed = [line.strip() for line in read_text(os.fspath(path)).splitlines() if line.strip()]
         known = {names[name] for name in listed if name in names}
         split = standard_split(found[1].lower())
         if not known:  # another text
@@ -99,13 +101,6 @@ def _read_lists(source: str, captions: dict[str, list[str]]) -> dict[str, set[st
             logger.warning(f"{path}: {len(unknown)} names have no captions in {source}: {first_of(unknown)}.")
         splits[split], files[split] = known, path.name
     return splits
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} can't be read: {error}. It must be UTF-8 text.") from error
 
 
 FORM = Form(

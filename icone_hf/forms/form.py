@@ -1,6 +1,7 @@
 """What a form of source is, and what its reader returns."""
 
 import codecs
+import contextlib
 import gzip
 import os
 import zlib
@@ -15,6 +16,11 @@ from datasets import Dataset, IterableDataset
 SAMPLE_BYTES = 2**16  # of a file, for its form to be recognised
 SAMPLE_NAMES = 10_000  # of a folder, likewise
 GZIP = b"\x1f\x8b"  # how such a file begins, whatever it is called
+
+
+def encoding_of(content: bytes) -> str:
+    """Name a text's encoding by its byte order mark."""
+    return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 class Options(NamedTuple):
@@ -90,13 +96,15 @@ class Sample:
         try:
             with gzip.open(self.source) as file:
                 return file.read(SAMPLE_BYTES)
-        except (OSError, EOFError, zlib.error):  # what only begins like gzip; the reader says so
+        except (OSError, EOFError, zlib.error):  # cut, or what only begins like gzip; the form's reader says so
+            with open(self.source, "rb") as file, contextlib.suppress(zlib.error):
+                return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(file.read(SAMPLE_BYTES), SAMPLE_BYTES)
             return b""
 
     @property
     def encoding(self) -> str:
         """Name the text's encoding by its byte order mark."""
-        return "utf-16" if self.content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        return encoding_of(self.content)
 
     @cached_property
     def text(self) -> str:

@@ -96,6 +96,8 @@ def _holds_texts_only(folder: str) -> bool:
     """Say whether a folder holds neither images nor folders."""
     try:
         with os.scandir(folder or os.curdir) as entries:
-            return not any(entry.is_dir() or is_image_name(entry.name) for entry in islice(entries, MOST_ENTRIES))
+            # What archives and disks of macOS leave there, such as __MACOSX, doesn't count.
+            shown = (entry for entry in entries if not is_hidden(os.path.join(entry.name, "")))
+            return not any(entry.is_dir() or is_image_name(entry.name) for entry in islice(shown, MOST_ENTRIES))
     except OSError:
         return False

@@ -2,21 +2,28 @@
 
 import json
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, MissingFileError, first_of
 from .caption_values import as_captions
+from .columns import describe_values
 from .form import Form, Listing, Options, Sample
 from .image_folders import root_of
 from .image_names import leads_out
 from .parts import part_of
 from .splits import standard_split
+from .whole_texts import read_json
+
+# As he wrote them; what else is called .json is named by the reader.
+_BEGINNING = re.compile(r'\s*\{\s*"(images|dataset)"\s*:')
+FIELDS_SHOWN = 5
 
 
 def _recognises(sample: Sample) -> bool:
-    return sample.ending == ".json"
+    return sample.ending == ".json" or ('"sentences"' in sample.text and _BEGINNING.match(sample.text) is not None)
 
 
 def _read(source: str, options: Options) -> Listing:
@@ -58,13 +65,13 @@ def _read(source: str, options: Options) -> Listing:
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
     """Read the records of one of Karpathy's files."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or JSON that is nested without end
-        raise InputError(f"{path} can't be read as JSON: {error}. Download it again, or give another file.") from error
+    content = read_json(os.fspath(path))
     records = content.get("images") if isinstance(content, dict) else None
     if not isinstance(records, list):
-        raise InputError(f'{path} is not one of Karpathy\'s files: it has no list under "images".')
+        raise InputError(
+            f'{path} is not one of Karpathy\'s files: it has no list under "images", but is {_describe(content)}. '
+            "Write a JSON object with the fields image and caption on each line, or give another file."
+        )
     fields = {"filename": str, "sentences": list, "split": str}
     odd = [
         row
@@ -97,6 +104,17 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
             "all images as image_root=, and names that start from it."
         )
     return records
+
+
+def _describe(content: Any) -> str:
+    """Say what a JSON file holds instead."""
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        return f"a list that begins with {_describe(content[0])}"
+    if not isinstance(content, dict):
+        return f"of type {type(content).__name__}"
+    names = list(content)[:FIELDS_SHOWN]
+    rest = f" and {len(content) - len(names)} more" if len(content) > len(names) else ""
+    return f"an object with {describe_values(names, content)}{rest}" if content else "an empty object"
 
 
 def _is_unicode(record: dict[str, Any]) -> bool:

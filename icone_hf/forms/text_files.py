@@ -7,7 +7,6 @@ them too, lines are captions to choose from and not one caption.
 import os
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 from transformers.utils import logging
 
@@ -16,11 +15,13 @@ from .form import SAMPLE_NAMES, Form, Listing, Options, Sample
 from .image_names import is_hidden, is_image_name
 from .parts import part_of
 from .splits import SPLITS, standard_split
+from .whole_texts import read_text
 
 logger = logging.get_logger(__name__)
 
 # Where both are there, taggers have written the first kind and captioners the second: sentences count.
-ENDINGS = (".txt", ".caption")
+# In capitals too, as `A.JPG` and `A.TXT` have them.
+ENDINGS = (".TXT", ".txt", ".CAPTION", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an ImageFolder
 
 
@@ -118,11 +119,7 @@ def _read(source: str, options: Options) -> Listing:
 
 
 def _read_lines(path: str) -> list[str]:
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} can't be read: {error}. It must be UTF-8 text.") from error
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 FORM = Form("a folder of images, each with a text file of its name", _recognises, _read, frozenset())
