@@ -5,8 +5,11 @@ Each function writes a form into an empty folder and returns the source, what `l
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
+from datasets import Dataset, DatasetDict, Image
 from photographs import photograph
 
 SENTENCES = (
@@ -217,6 +220,47 @@ def numbered(folder):
     return path
 
 
+def rows_of(numbers):
+    """A row for each caption, as ImageFolder and tables have them."""
+    rows = [(f"{number}.jpg", caption) for number in numbers for caption in captions_of(number)]
+    return pd.DataFrame(rows, columns=["file_name", "caption"])
+
+
+def image_folder(ending, folder):
+    """Folders of splits, each with its metadata."""
+    for split, numbers in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):
+        for number in numbers:
+            save(folder / "photos" / split / f"{number}.jpg", number)
+        write_rows(rows_of(numbers), folder / "photos" / split / f"metadata{ending}")
+    return folder / "photos"
+
+
+def write_rows(rows, path):
+    if path.suffix == ".csv":
+        rows.to_csv(path, index=False)
+    elif path.suffix == ".jsonl":
+        rows.to_json(path, orient="records", lines=True)
+    else:
+        rows.to_parquet(path)
+    return path
+
+
+def parquet_of_paths(folder):
+    for number in range(COUNT):
+        save(folder / "images" / f"{number}.jpg", number)
+    return write_rows(rows_of(range(COUNT)), folder / "captions.parquet")
+
+
+def saved_to_disk(folder):
+    """What save_to_disk of datasets leaves: the images are in it."""
+    splits = {}
+    for split, numbers in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):
+        columns = {"image": [photograph(number, 32) for number in numbers], "captions": list(map(captions_of, numbers))}
+        splits[split] = Dataset.from_dict(columns).cast_column("image", Image())
+    DatasetDict(splits).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
 # By form, in the words of docs/data.md.
 FIXTURES = {
     "Flickr8k as its authors give it, the file": flickr8k_file,
@@ -229,6 +273,11 @@ FIXTURES = {
     "Karpathy's files": karpathy,
     "images, each with a text file": text_files,
     "the same in folders of splits": text_files_in_splits,
+    "ImageFolder, metadata.csv": partial(image_folder, ".csv"),
+    "ImageFolder, metadata.jsonl": partial(image_folder, ".jsonl"),
+    "ImageFolder, metadata.parquet": partial(image_folder, ".parquet"),
+    "what save_to_disk leaves": saved_to_disk,
+    "a Parquet file of paths": parquet_of_paths,
     "open_clip's CSV, with tabs": open_clip,
     "a spreadsheet's CSV: semicolons, backslashes, a byte order mark": spreadsheet,
     "a table with a column of lists": lists,

@@ -19,9 +19,12 @@ from forms.fixtures import (
     flickr8k_file,
     flickr8k_folder,
     flickr30k,
+    image_folder,
     karpathy,
     name_of,
+    parquet_of_paths,
     save,
+    saved_to_disk,
     text_files,
     text_files_in_splits,
     write,
@@ -237,6 +240,20 @@ def test_a_text_among_the_images_of_an_image_folder_does_not_make_it_another_for
     source = text_files(tmp_path)
     write(source / "metadata.csv", "file_name,caption\n000.png,From the table .\n")
     assert load_groups(source, "train")["captions"][:] == [["From the table ."]]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_image_folders(tmp_path, ending):
+    source = image_folder(ending, tmp_path)
+    for split, numbers in SPLITS.items():
+        check(source, split, numbers)
+
+
+def test_a_parquet_file_of_paths_and_what_save_to_disk_leaves(tmp_path):
+    check(parquet_of_paths(tmp_path), "train", range(COUNT))
+    source = saved_to_disk(tmp_path)
+    for split, numbers in SPLITS.items():
+        check(source, split, numbers)
 
 
 # --- where images are ---
