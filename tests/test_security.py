@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from forms.shard_fixtures import write_tar
 from safetensors import SafetensorError
 from tiny import draw, make_groups
 
@@ -214,15 +214,7 @@ def archive_of(path, members):
             for name, content in members:
                 file.writestr(name, content if isinstance(content, bytes) else b"")
         return
-    with tarfile.open(path, "w") as file:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            if isinstance(content, bytes):
-                info.size = len(content)
-                file.addfile(info, io.BytesIO(content))
-            else:
-                info.type, info.linkname = tarfile.SYMTYPE, content
-                file.addfile(info)
+    write_tar(path, members)
 
 
 @pytest.mark.parametrize("ending", ["zip", "tar"])

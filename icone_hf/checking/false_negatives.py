@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .texts import together
+from .texts import number_together
 
 
 def false_pairs(groups: np.ndarray, *keys: np.ndarray) -> int:
@@ -16,8 +16,8 @@ def false_pairs(groups: np.ndarray, *keys: np.ndarray) -> int:
         The number of unordered couples of such pairs, exact.
     """
     # Of n alike, n (n - 1) / 2 couples are alike; those within a group never meet in a batch.
-    alike = together(*keys)
-    return _couples(np.bincount(alike)) - _couples(np.bincount(together(alike, groups)))
+    alike = number_together(*keys)
+    return _couples(np.bincount(alike)) - _couples(np.bincount(number_together(alike, groups)))
 
 
 def expected_false_negatives(

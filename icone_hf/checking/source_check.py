@@ -14,7 +14,7 @@ from .contents import Contents, folder_of
 from .false_negatives import expected_false_negatives
 from .looks import MISSING, Look, Seen, look_at_images
 from .report import Report
-from .texts import number, same_text, script_of, together, too_long
+from .texts import number, number_together, same_text, script_of, too_long
 from .towers import Towers
 
 LETTERS = 60  # of a caption in a message
@@ -299,7 +299,7 @@ def _several_groups(texts: np.ndarray, groups: np.ndarray) -> list[tuple[int, in
     """
     if not len(texts):
         return []
-    once = np.unique(together(texts, groups), return_index=True)[1]  # a text counts once in a group
+    once = np.unique(number_together(texts, groups), return_index=True)[1]  # a text counts once in a group
     counts = np.bincount(texts[once])
     first = np.unique(texts, return_index=True)[1]  # texts are numbered from 0 in the order in which they stand
     repeated = np.flatnonzero(counts > 1)

@@ -28,7 +28,7 @@ def number(keys: Iterable[Hashable]) -> np.ndarray:
     return np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), dtype=np.int64)
 
 
-def together(*keys: np.ndarray) -> np.ndarray:
+def number_together(*keys: np.ndarray) -> np.ndarray:
     """Number what shares all keys.
 
     Args:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from safetensors import SafetensorError
@@ -121,16 +122,23 @@ def _encode_shards(
         *load_checkpoint(checkpoint, encode_args),
         source,
         out,
-        shard_size=shard_args.shard_size,
-        dtype=shard_args.embedding_dtype,
-        batch_size=encode_args.per_device_eval_batch_size,
-        num_workers=encode_args.dataloader_num_workers,
-        autocast=autocast_of(encode_args),
+        **_settings(encode_args, shard_args),
         prune=shard_args.prune,
     )
     if PartialState().is_main_process:
         captions = 0 if found is not None else len(Captions.read(source))
         _print_encoded(output, out, len(source) - len(unreadable), captions, unreadable.values(), found)
+
+
+def _settings(encode_args: EncodeArguments, shard_args: ShardArguments) -> dict[str, Any]:
+    """Return the keywords of both functions that fill shards."""
+    return {
+        "shard_size": shard_args.shard_size,
+        "dtype": shard_args.embedding_dtype,
+        "batch_size": encode_args.per_device_eval_batch_size,
+        "num_workers": encode_args.dataloader_num_workers,
+        "autocast": autocast_of(encode_args),
+    }
 
 
 def _encode_stream(
@@ -150,11 +158,7 @@ def _encode_stream(
         *load_checkpoint(checkpoint, encode_args),
         load_groups(**data_args.load_arguments(encode_args.split)),
         out,
-        shard_size=shard_args.shard_size,
-        dtype=shard_args.embedding_dtype,
-        batch_size=encode_args.per_device_eval_batch_size,
-        num_workers=encode_args.dataloader_num_workers,
-        autocast=autocast_of(encode_args),
+        **_settings(encode_args, shard_args),
     )
     if PartialState().is_main_process:
         _print_encoded(output, out, counts.images, counts.captions, counts.unreadable)

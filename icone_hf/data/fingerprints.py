@@ -110,7 +110,7 @@ def fingerprint(groups: Dataset, num_workers: int | None = None) -> Fingerprints
 
     num_workers = num_workers or os.cpu_count() or 1
     with ThreadPoolExecutor(num_workers) as threads, progress("Looking at images", len(groups)) as advance:
-        for part in parts_of(range(len(groups))):
+        for part in ranges_of(range(len(groups))):
             found = threads.map(look_at, part, stored[part.start : part.stop]["image"])
             for row, (digest, seen, error) in zip(part, found, strict=True):
                 digests.append(digest)
@@ -123,7 +123,7 @@ def fingerprint(groups: Dataset, num_workers: int | None = None) -> Fingerprints
     return Fingerprints(digests, looks, colors, has_look, unreadable)
 
 
-def parts_of(rows: range) -> Iterator[range]:
+def ranges_of(rows: range) -> Iterator[range]:
     """Cut rows into what is read at a time."""
     return (rows[start : start + IMAGES_AT_A_TIME] for start in range(0, len(rows), IMAGES_AT_A_TIME))
 

@@ -21,7 +21,7 @@ from datasets import Dataset
 
 from ..errors import InputError, MissingFileError, first_of
 from .captions import Captions
-from .fingerprints import fingerprint, parts_of
+from .fingerprints import fingerprint, ranges_of
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _paths(groups: Dataset) -> list[str | None]:
     """List the paths of images."""
     stored = groups.select_columns(["image"]).cast_column("image", datasets.Image(decode=False)).with_format("arrow")
     paths: list[str | None] = []
-    for part in parts_of(range(len(groups))):
+    for part in ranges_of(range(len(groups))):
         paths += pyarrow.compute.struct_field(stored[part.start : part.stop]["image"], "path").to_pylist()
     return paths
 

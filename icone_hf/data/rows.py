@@ -21,7 +21,7 @@ from ..forms.parts import check_text
 from ..forms.reading import file_of
 from ..forms.splits import no_split_error
 from ..forms.tar_members import is_address, span_of
-from .fingerprints import digest_image, parts_of
+from .fingerprints import digest_image, ranges_of
 
 logger = logging.get_logger(__name__)
 
@@ -92,9 +92,8 @@ def join_rows(
     stored = table.cast_column(image_column, datasets.Image(decode=False)).data.column(image_column)
     paths = pyarrow.compute.struct_field(stored, "path").to_pylist()
     is_embedded = pyarrow.compute.is_valid(pyarrow.compute.struct_field(stored, "bytes")).to_pylist()
-    missing = [paths[row] or f"row {row}" for row in rows if not is_embedded[row] and not _is_there(paths[row])]
-    if not is_checked:
-        missing = []
+    looked_for = rows if is_checked else ()
+    missing = [paths[row] or f"row {row}" for row in looked_for if not is_embedded[row] and not _is_there(paths[row])]
     if packed := [path for path in missing if "::" in path]:  # as datasets names a file in an archive
         raise InputError(
             f"{len(packed)} images of {source} lie in archives: {first_of(packed)}. Unpack them, and give the folder."
@@ -161,7 +160,7 @@ def _digest_embedded(table: Dataset, image_column: str, rows: Sequence[int]) -> 
     """Digest the bytes of embedded images, by row."""
     stored = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     digests: dict[int, str] = {}
-    for part in parts_of(range(len(rows))):
+    for part in ranges_of(range(len(rows))):
         some = [rows[place] for place in part]
         digests |= zip(some, map(digest_image, stored.select(some)[:][image_column]), strict=True)
     return digests

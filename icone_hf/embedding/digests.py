@@ -23,7 +23,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from ..data.fingerprints import digest_image, parts_of
+from ..data.fingerprints import digest_image, ranges_of
 from ..errors import InputError
 from ..modeling.lora import merged_state_dict
 from ..modeling.modeling_icone import IConEModel
@@ -181,7 +181,7 @@ def digest_images(groups: Dataset, rows: range | None = None, unreadable: dict[i
     digests: list[str] = []
     shown = progress("Looking at images", len(rows), is_shown=PartialState().is_main_process)
     with ThreadPoolExecutor(4) as threads, shown as advance:
-        for part in parts_of(rows):
+        for part in ranges_of(rows):
             images = stored[part.start : part.stop]["image"]
             for row, digest in zip(part, threads.map(_digest_image, images), strict=True):
                 if isinstance(digest, OSError):

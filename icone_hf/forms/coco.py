@@ -47,18 +47,13 @@ def read_coco(source: str, options: Options) -> Listing:
     paths = files_in(source) if os.path.isdir(source) else [source]
     of_splits: dict[str, list[str]] = defaultdict(list)
     for path in paths:
-        of_splits[_split_of(path)].append(path)
+        of_splits[split_in(os.path.basename(path)) or "train"].append(path)
     for split, files in of_splits.items():
         if len(files) > 1:
             names = ", ".join(map(os.path.basename, files))
             raise InputError(f"{source} has {len(files)} files of its {split} split: {names}. Name one as source.")
     parts = {split: _read_file(path, options) for split, (path,) in of_splits.items()}
     return Listing(parts, "image", "captions", "image_id")
-
-
-def _split_of(path: str) -> str:
-    """Find the split that a file's name says."""
-    return split_in(os.path.basename(path)) or "train"
 
 
 def _read_file(path: str, options: Options) -> Part:

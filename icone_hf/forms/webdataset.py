@@ -28,7 +28,7 @@ from ..errors import InputError, MissingFileError, first_of
 from ..progress import progress
 from .form import Form, Listing, Options, Part, Sample
 from .same_names import FEATURES, NamedFile, failed_downloads, join_names, report_left_out
-from .splits import SPLITS, no_split_error, standard_split
+from .splits import SPLITS, no_split_error, split_in, standard_split
 from .tar_members import address_of, members_of, read_span
 
 ENDING = ".tar"
@@ -63,7 +63,7 @@ def _read(source: str, options: Options) -> Listing:
     with progress("Reading the headers of shards", len(shards), is_shown=len(shards) > 1) as advance:
         for path, name in shards.items():
             table, of_shard = _read_shard(path, name)
-            tables.setdefault(_split_of(name), []).append(table)
+            tables.setdefault((split_in(name) or "train"), []).append(table)
             left_out += of_shard + failed_downloads(f"{os.path.splitext(path)[0]}.parquet")
             advance(1)
     joined = {split: pyarrow.concat_tables(of_split) for split, of_split in tables.items()}
@@ -74,9 +74,9 @@ def _read(source: str, options: Options) -> Listing:
 def _stream(source: str, split: str, options: Options) -> IterableDataset:
     """Read shards one by one."""
     shards = _shards(source)
-    chosen = [(path, name) for path, name in shards.items() if _split_of(name) == split]
+    chosen = [(path, name) for path, name in shards.items() if (split_in(name) or "train") == split]
     if not chosen:
-        raise no_split_error(split, source, {_split_of(name) for name in shards.values()})
+        raise no_split_error(split, source, {(split_in(name) or "train") for name in shards.values()})
     return IterableDataset.from_generator(_rows, features=FEATURES, gen_kwargs={"shards": chosen})
 
 
@@ -134,12 +134,6 @@ def _expand(pattern: str) -> Iterator[str]:
         yield from sorted(glob.glob(pattern, recursive=True))
     else:
         yield pattern
-
-
-def _split_of(name: str) -> str:
-    """Find a split's name in a shard's: `cc3m-validation-0000`, `val/0000`."""
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((split for word in words if (split := standard_split(word)) in SPLITS), "train")
 
 
 def _beginning(path: str) -> bytes:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from transformers import BertTokenizer
 
-from icone_hf.checking.texts import number, same_text, script_of, together, too_long
+from icone_hf.checking.texts import number, number_together, same_text, script_of, too_long
 from icone_hf.checking.towers import Towers
 
 
@@ -39,7 +39,7 @@ def test_captions_are_the_same_but_for_case_and_spaces():
 def test_numbers_of_what_shares_all_keys():
     rng = np.random.default_rng(0)
     keys = [rng.integers(0, 4, 50) for _ in range(3)]
-    shared = together(*keys)
+    shared = number_together(*keys)
     for i in range(50):
         for j in range(50):
             assert (shared[i] == shared[j]) == all(key[i] == key[j] for key in keys)
