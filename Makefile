@@ -1,7 +1,7 @@
 # make quickstart   trains and tests a model from nothing but this folder and PyPI
 # make test         the tests, in the same environment
 # make test-slow    the long tests too
-# make versions     a part of the tests with the lowest and the newest supported versions (about 20 minutes, 12 GB)
+# make versions     a part of the tests with the lowest and the newest supported versions (about eight minutes, 12 GB)
 # make kills        kills runs at random moments and takes them up again: nothing may be lost (about ten minutes)
 # make coverage     the default tests, and how much of the code they run: 95% of the lines and 90% of the branches at least
 # make mutants      small changes to losses, batches and metrics, each of which a test must notice (two hours)

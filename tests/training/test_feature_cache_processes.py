@@ -45,8 +45,8 @@ def test_ranks_share_the_work_and_others_go_on_when_one_is_killed(towers, make_m
     children.spawn(fill_as_a_rank, (2, free_port(), towers, tmp_path, 8), 2, expected=-signal.SIGKILL)
     (key,) = tmp_path.glob("*/key.json")
     missing = {name: key.with_name(f"{name}.done").read_bytes().count(0) for name in ("image", "text")}
-    # Rank 0 alone has written four: eight, but for the batch that was cut, and the one being written then. Rank 1, which
-    # is ended with it, may have written none.
+    # Rank 0 alone has written four: eight, but for the batch that was cut, and the one being written then. Rank 1,
+    # which is ended with it, may have written none.
     assert 4 <= 21 - missing["image"] < 21
     children.spawn(fill_as_a_rank, (3, free_port(), towers, tmp_path, None), 3)
     counts = [json.loads((tmp_path / f"counts-{rank}.json").read_text()) for rank in range(3)]
