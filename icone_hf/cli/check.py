@@ -16,7 +16,8 @@ from ..data.groups import SPLITS, MissingSplitError, load_groups
 from ..errors import InputError, MissingFileError
 from ..modeling.processing_icone import IConEProcessor, load_image_processor
 from . import COMMANDS
-from .arguments import SOURCE, DataArguments, OutputArguments, parse_arguments
+from .arguments import SOURCE, DataArguments, OutputArguments
+from .parsing import parse_arguments
 
 LOOKS_FILE = "looks.jsonl"
 

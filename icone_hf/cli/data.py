@@ -12,8 +12,9 @@ from ..data.group_files import check_free, push_groups, save_groups
 from ..data.groups import SPLITS, check_disjoint
 from ..errors import InputError
 from . import COMMANDS
-from .arguments import PRIVATE, SOURCE, DataArguments, OutputArguments, parse_arguments
+from .arguments import PRIVATE, SOURCE, DataArguments, OutputArguments
 from .loading import load_splits
+from .parsing import parse_arguments
 
 
 @dataclass

@@ -18,8 +18,9 @@ from ..embedding.streamed_shards import encode_stream
 from ..errors import InputError
 from ..processes import together
 from . import COMMANDS
-from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments, parse_arguments
+from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments
 from .loading import autocast_of, embed, join_processes, load_checkpoint, load_split, splits_of_run
+from .parsing import parse_arguments
 
 logger = logging.get_logger(__name__)
 

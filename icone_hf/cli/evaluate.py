@@ -12,8 +12,9 @@ from ..evaluation.metrics import metrics_table
 from ..processes import together
 from ..training.run_folder import add_evaluation
 from . import COMMANDS
-from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments, parse_arguments
+from .arguments import CHECKPOINT, SOURCE, DataArguments, EncodeArguments, OutputArguments
 from .loading import embed, join_processes, load_split, splits_of_run
+from .parsing import parse_arguments
 
 
 @dataclass

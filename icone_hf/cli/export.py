@@ -8,7 +8,8 @@ from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from . import COMMANDS
-from .arguments import CHECKPOINT, OutputArguments, parse_arguments
+from .arguments import CHECKPOINT, OutputArguments
+from .parsing import parse_arguments
 
 
 @dataclass

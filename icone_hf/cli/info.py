@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from ..publishing.checkpoint_info import as_text, describe
 from . import COMMANDS
-from .arguments import CHECKPOINT, OutputArguments, parse_arguments
+from .arguments import CHECKPOINT, OutputArguments
+from .parsing import parse_arguments
 
 
 @dataclass

@@ -6,7 +6,8 @@ from types import MappingProxyType
 
 from ..publishing import hub
 from . import COMMANDS
-from .arguments import PRIVATE, OutputArguments, parse_arguments
+from .arguments import PRIVATE, OutputArguments
+from .parsing import parse_arguments
 
 
 @dataclass

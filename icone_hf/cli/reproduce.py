@@ -10,8 +10,8 @@ from ..paper.experiments import experiments_file, make_plan
 from ..paper.runs import reproduce as run_plan
 from ..paper.runs import rewrite_page
 from . import COMMANDS
-from .arguments import parse_arguments
 from .loading import join_processes
+from .parsing import parse_arguments
 
 
 @dataclass

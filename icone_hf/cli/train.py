@@ -22,8 +22,9 @@ from ..training.arguments import IConETrainingArguments
 from ..training.kept_splits import SPLITS_FILE, KeptSplits, keep_splits
 from ..training.trainer import IConETrainer
 from . import COMMANDS
-from .arguments import DataArguments, ModelArguments, OutputArguments, RecipeArguments, parse_arguments
+from .arguments import DataArguments, ModelArguments, OutputArguments, RecipeArguments
 from .loading import cut_splits, join_processes, load_splits
+from .parsing import parse_arguments
 
 VALIDATION_FRACTION = 0.1  # of the training images, where a source has no validation split and nothing is said
 

@@ -25,6 +25,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import InputError
+from .recipe import differences
 from .whole_files import WEIGHTS, checkpoint_fault, checkpoints_of, last_whole_checkpoint, step_of, write_json
 
 METRICS_FILE = "metrics.json"
@@ -112,9 +113,8 @@ class RunFolder:
             return 0, None
         # A resumed run needs the recipe of the run that it goes on with.
         if recipe_file.is_file():
-            saved, wanted = json.loads(recipe_file.read_text())["decisive"], recipe["decisive"]
-            differing = [f"{k} was {saved.get(k)}, is {wanted[k]}" for k in wanted if saved.get(k) != wanted[k]]
-            if differing:
+            saved = json.loads(recipe_file.read_text())["decisive"]
+            if differing := differences(saved, recipe["decisive"]):
                 raise InputError(
                     f"{self.path} holds a run of another recipe ({'; '.join(differing)}): resume it as it was, or "
                     "start anew in another output_dir."

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from numbers import Real
 from typing import Any
 
@@ -88,18 +88,19 @@ def parse_stages(stages: Sequence[dict[str, Any]]) -> tuple[Stage, ...]:
         ValueError: if a dict lacks a field of [`Stage`], has another one, or a value is out of range.
     """
     types = {field.name: field.type for field in fields(Stage)}
+    required = {field.name for field in fields(Stage) if field.default is MISSING}
     if not isinstance(stages, list | tuple):
         raise InputError(f"stages={stages!r:.60} must be a list, of one mapping a stage.")
     parsed = []
     for position, stage in enumerate(stages):
         if not isinstance(stage, Mapping):
             raise InputError(f"Stage {position} is {stage!r:.60}, no mapping; a stage's fields are {', '.join(types)}.")
-        if set(stage) != set(types):
-            missing, unknown = sorted(set(types) - set(stage)), sorted(map(str, set(stage) - set(types)))
+        missing, unknown = sorted(required - set(stage)), sorted(map(str, set(stage) - set(types)))
+        if missing or unknown:
             problems = [f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("has", unknown)) if names]
             raise InputError(f"Stage {position} {' and '.join(problems)}; a stage's fields are {', '.join(types)}.")
         values: dict[str, Any] = {
-            name: _as_number(value) if types[name] is float else value for name, value in stage.items()
+            name: _as_number(value) if types[name] in (float, float | None) else value for name, value in stage.items()
         }
         parsed.append(Stage(**values))
     return tuple(parsed)

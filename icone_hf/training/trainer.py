@@ -2,17 +2,13 @@
 
 import copy
 import importlib.util
-import json
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -29,10 +25,11 @@ from ..modeling.sharded_classifier import ShardedClassifier
 from ..process_watch import end_together
 from ..processes import by_main_process, together
 from ..publishing.hub import EXAMPLES_PICTURE, make_repository, push, write_card
-from .arguments import DECISIVE_ARGUMENTS, IConETrainingArguments
+from .arguments import IConETrainingArguments
 from .checkpoint_pushes import CheckpointPushes
 from .checks import check_run
 from .feature_cache import FeatureCache
+from .recipe import make_recipe
 from .run_folder import RunFolder, write_metrics
 from .sharded_trainer import ShardedStageTrainer, load_weights
 from .stage_trainer import StageTrainer, embed_cached, validation_metrics
@@ -360,41 +357,7 @@ class IConETrainer:
         return self.args.hub_model_id or self.folder.path.resolve().name
 
     def recipe(self) -> dict[str, Any]:
-        """Return all that decides the run's numbers.
-
-        They stand under `decisive`. Beside them stand every argument and the versions that it runs on.
-        """
-        arguments = self.args.to_dict()
-        named_otherwise = ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype")
-        recipe = {
-            "decisive": {
-                "stages": [asdict(stage) for stage in self.stages],
-                "model": _without(self.model.config.to_dict(), named_otherwise),
-                "train_groups": len(self.train_dataset),
-                "train_captions": Captions.read(self.train_dataset).digest,
-                "validation_captions": Captions.read(self.eval_dataset).digest,
-                "global_train_batch_size": self.args.per_device_train_batch_size * self.args.world_size,
-                **{name: arguments[name] for name in DECISIVE_ARGUMENTS},
-            },
-            "data": self.data_name,
-            "arguments": {name: value for name, value in arguments.items() if "token" not in name},
-            "environment": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "datasets": datasets.__version__,
-                "machine": platform.machine(),
-                "processes": self.args.world_size,
-                "device": str(self.args.device),
-            },
-        }
-        return json.loads(json.dumps(recipe, default=str))  # as a file gives it back, so that two runs compare
-
-
-def _without(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Drop fields of a config and of its sub-configs."""
-    return {
-        name: _without(value, names) if isinstance(value, dict) else value
-        for name, value in config.items()
-        if name not in names
-    }
+        """Return all that decides the run's numbers; see [`make_recipe`]."""
+        return make_recipe(
+            self.model.config, self.args, self.stages, self.train_dataset, self.eval_dataset, self.data_name
+        )

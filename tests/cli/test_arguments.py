@@ -19,7 +19,8 @@ from icone_hf import (
     load_groups,
 )
 from icone_hf.cli import COMMANDS, main
-from icone_hf.cli.arguments import DataArguments, EncodeArguments, ModelArguments, RecipeArguments, parse_arguments
+from icone_hf.cli.arguments import DataArguments, EncodeArguments, ModelArguments, RecipeArguments
+from icone_hf.cli.parsing import parse_arguments
 from icone_hf.cli.reproduce import ReproduceArguments
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"

@@ -1,0 +1,86 @@
+"""What decides a run's numbers, and is kept as recipe.json."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+
+from ..data.captions import Captions
+from ..modeling.configuration_icone import IConEConfig
+from .arguments import DECISIVE_ARGUMENTS, IConETrainingArguments
+from .stages import Stage
+
+# Of a config: what another release or another place of the same towers changes.
+_NAMED_OTHERWISE = ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype")
+
+
+def make_recipe(
+    config: IConEConfig,
+    args: IConETrainingArguments,
+    stages: Sequence[Stage],
+    train_dataset: Dataset,
+    eval_dataset: Dataset,
+    data_name: str | None,
+) -> dict[str, Any]:
+    """Return all that decides the run's numbers.
+
+    They stand under `decisive`. Beside them stand every argument and the versions that it runs on.
+    """
+    arguments = args.to_dict()
+    recipe = {
+        "decisive": {
+            "stages": [asdict(stage) for stage in stages],
+            "model": _without(config.to_dict(), _NAMED_OTHERWISE),
+            "train_groups": len(train_dataset),
+            "train_captions": Captions.read(train_dataset).digest,
+            "validation_captions": Captions.read(eval_dataset).digest,
+            "global_train_batch_size": args.per_device_train_batch_size * args.world_size,
+            **{name: arguments[name] for name in DECISIVE_ARGUMENTS},
+        },
+        "data": data_name,
+        "arguments": {name: value for name, value in arguments.items() if "token" not in name},
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "datasets": datasets.__version__,
+            "machine": platform.machine(),
+            "processes": args.world_size,
+            "device": str(args.device),
+        },
+    }
+    return json.loads(json.dumps(recipe, default=str))  # as a file gives it back, so that two runs compare
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Say in what two decisive parts differ.
+
+    A field that the version which wrote `saved` did not have yet counts as its default: that is how it trained.
+    """
+    saved = {**_defaults(IConETrainingArguments, wanted), **saved}
+    if "model" in wanted:
+        saved["model"] = {**_defaults(IConEConfig, wanted["model"]), **saved.get("model", {})}
+    if wanted.get("stages"):
+        saved["stages"] = [{**_defaults(Stage, wanted["stages"][0]), **stage} for stage in saved.get("stages", [])]
+    return [f"{name} was {saved.get(name)}, is {value}" for name, value in wanted.items() if saved.get(name) != value]
+
+
+def _defaults(kind: type, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return defaults of wanted fields, as JSON reads them."""
+    defaults = {one.name: one.default for one in fields(kind) if one.default is not MISSING and one.name in wanted}
+    return json.loads(json.dumps(defaults, default=str))
+
+
+def _without(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Drop fields of a config and of its sub-configs."""
+    return {
+        name: _without(value, names) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in names
+    }
