@@ -11,7 +11,10 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         # `heat_maps` is the module here; the function is icone_hf.heat_maps.
         "heat_maps": ("heat_map", "pointing_game"),
-        "measure": ("measure_embeddings",),
+        "coco_positives": ("CocoPositives", "load_judgements", "place_judgements"),
+        "compositional": ("negative_accuracy", "winoground_scores"),
+        "many_positives": ("positive_metrics",),
+        "measure": ("measure_embeddings", "measure_positives", "measure_within_modalities"),
         "metrics": (
             "Ranks",
             "fold_metrics",

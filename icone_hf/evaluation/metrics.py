@@ -103,10 +103,10 @@ def fold_ranks(
     for fold in range(folds):
         images = slice(fold * size, (fold + 1) * size)
         texts = captions.of(images)
-        for chunk in _chunks(texts, len(image_embeds), chunk_size, share):
+        for chunk in chunks(texts, len(image_embeds), chunk_size, share):
             # `order` puts the ranks back where the caller's captions are.
             text_ranks[:, order[chunk]] = _text_to_image_ranks(image_embeds, captions, chunk, images)
-        for chunk in _chunks(images, len(text_embeds), chunk_size, share):
+        for chunk in chunks(images, len(text_embeds), chunk_size, share):
             image_ranks[:, chunk] = _image_to_text_ranks(image_embeds, captions, chunk, texts)
     return Ranks(text_ranks, image_ranks)
 
@@ -130,7 +130,7 @@ class _SortedCaptions:
         return slice(self._bounds[images.start], self._bounds[images.stop])
 
 
-def _chunks(queries: slice, num_items: int, chunk_size: int | None, share: tuple[int, int]) -> Iterator[slice]:
+def chunks(queries: slice, num_items: int, chunk_size: int | None, share: tuple[int, int]) -> Iterator[slice]:
     """Cut a share of the queries into chunks.
 
     Args:
@@ -228,7 +228,7 @@ def _check(image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image:
             f"{len(without)} of {len(image_embeds)} images have no caption (rows {shown}): their image-to-text rank "
             "is undefined. Leave these images out."
         )
-    _check_values(("image_embeds", image_embeds), ("text_embeds", text_embeds))
+    check_values(("image_embeds", image_embeds), ("text_embeds", text_embeds))
 
 
 def _check_captions(text_embeds: torch.Tensor, text_to_image: torch.Tensor) -> None:
@@ -242,7 +242,7 @@ def _check_captions(text_embeds: torch.Tensor, text_to_image: torch.Tensor) -> N
         raise ValueError(f"text_to_image holds {text_to_image.dtype}; row numbers are integers.")
 
 
-def _check_values(*embeds: tuple[str, torch.Tensor]) -> None:
+def check_values(*embeds: tuple[str, torch.Tensor]) -> None:
     """Refuse embeddings whose scores would not be finite."""
     # NaN compares as false with everything, so a broken model would rank first. Scores are made in float32.
     bound = float(embeds[0][1].shape[1])
@@ -362,13 +362,13 @@ def sentence_metrics(
     """
     text_embeds, text_to_image = torch.as_tensor(text_embeds), torch.as_tensor(text_to_image)
     _check_captions(text_embeds, text_to_image)
-    _check_values(("text_embeds", text_embeds), ("text_embeds", text_embeds))
+    check_values(("text_embeds", text_embeds), ("text_embeds", text_embeds))
     text_embeds, text_to_image = text_embeds.float(), text_to_image.long()
     counts = torch.bincount(text_to_image)[text_to_image]
     if not (counts > 1).any():
         raise ValueError("No group has two captions: there is nothing to find.")
     ranks = torch.zeros_like(text_to_image)
-    for chunk in _chunks(slice(0, len(text_embeds)), len(text_embeds), chunk_size, (0, 1)):
+    for chunk in chunks(slice(0, len(text_embeds)), len(text_embeds), chunk_size, (0, 1)):
         scores = text_embeds[chunk] @ text_embeds.T
         # A caption must not find itself.
         rows = torch.arange(chunk.start, chunk.start + len(scores), device=scores.device)

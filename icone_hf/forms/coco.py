@@ -12,7 +12,7 @@ from .caption_values import as_captions
 from .form import Form, Listing, Options, Part, Sample
 from .image_folders import root_of
 from .image_names import leads_out
-from .parts import part_of
+from .parts import is_caption_id, part_of
 from .splits import split_in
 from .whole_texts import read_json
 
@@ -74,8 +74,10 @@ def _read_file(path: str, options: Options) -> Part:
     _checked(path, "annotations", annotations, "image_id", "caption")
 
     captions: dict[Any, list[str]] = defaultdict(list)
+    caption_ids: dict[Any, list[int]] = defaultdict(list)
     for row, record in enumerate(annotations):
         captions[record["image_id"]] += as_captions(record["caption"], f'{path}, row {row} of "annotations"')
+        caption_ids[record["image_id"]] += [record["id"]] if is_caption_id(record.get("id")) else []
     if unknown := [key for key in captions if key not in names]:
         raise InputError(
             f'{path}: {len(unknown)} image_ids of its "annotations" are not in its "images": {first_of(unknown)}. Add '
@@ -87,7 +89,9 @@ def _read_file(path: str, options: Options) -> Part:
     ids = [key for key in names if key in captions]
     root = root_of(path, options.image_root, [names[key] for key in ids])
     paths = [os.path.join(root, names[key]) for key in ids]
-    return part_of(paths, [captions[key] for key in ids], list(map(str, ids)))
+    has_ids = all(len(captions[key]) == len(caption_ids[key]) for key in ids)
+    numbers = [caption_ids[key] for key in ids] if has_ids else None
+    return part_of(paths, [captions[key] for key in ids], list(map(str, ids)), numbers)
 
 
 def _records(path: str, content: Any, key: str) -> list[Any]:

@@ -24,6 +24,10 @@ _NUMBERED = re.compile(r"(captions?|sentences?|texts?|comments?|descriptions?)[ 
 _SHOWN = 60  # characters of a sample value
 
 
+class MissingImageColumnError(InputError):
+    """Report a table without a column of images."""
+
+
 def choose_columns(
     source: str,
     names: Sequence[str],
@@ -49,7 +53,9 @@ def choose_columns(
         image_column = find_column(names, IMAGE_COLUMNS)
         if image_column is None:
             found = describe_values(names, first_row())
-            raise InputError(f"{source} has no column {', '.join(IMAGE_COLUMNS)}, only {found}: pass image_column=.")
+            raise MissingImageColumnError(
+                f"{source} has no column {', '.join(IMAGE_COLUMNS)}, only {found}: pass image_column=."
+            )
     if caption_column is None:
         caption_column = find_column(names, CAPTION_COLUMNS)
         if caption_column is None and (turns := DIALOGUES & set(names)):

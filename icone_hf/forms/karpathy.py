@@ -13,7 +13,7 @@ from .columns import describe_values
 from .form import Form, Listing, Options, Sample
 from .image_folders import root_of
 from .image_names import leads_out
-from .parts import part_of
+from .parts import is_caption_id, part_of
 from .splits import standard_split
 from .whole_texts import read_json
 
@@ -38,22 +38,28 @@ def _read(source: str, options: Options) -> Listing:
     captions: dict[tuple[str, str], list[str]] = defaultdict(list)
     splits_of: dict[str, list[str]] = defaultdict(list)
     ids: dict[str, str] = {}
+    caption_ids: dict[tuple[str, str], list[int]] = defaultdict(list)
     for row, record in enumerate(_read_records(path)):
         name = os.path.join(record.get("filepath", ""), record["filename"])
         split = standard_split(record["split"])
         splits_of[name] += [] if split in splits_of[name] else [split]
-        captions[split, name] += as_captions(record["sentences"], f'record {row} of {path}, "sentences"')
-        numbers = (record.get(field) for field in ("cocoid", "imgid"))  # null is none
-        ids[name] = str(next((number for number in numbers if number is not None), name))
+        texts = as_captions(record["sentences"], f'record {row} of {path}, "sentences"')
+        captions[split, name] += texts
+        caption_ids[split, name] += _caption_ids(record, len(texts))
+        known = (record.get(field) for field in ("cocoid", "imgid"))  # null is none
+        ids[name] = str(next((number for number in known if number is not None), name))
     straddling = sorted(name for name, names in splits_of.items() if len(names) > 1)
     if straddling and options.is_checked:
         raise InputError(f"{path}: {len(straddling)} images stand in two splits: {first_of(straddling)}.")
 
     # Make a table of each split.
+    has_numbers = all(len(texts) == len(caption_ids[key]) for key, texts in captions.items())
     parts = {}
     for split in dict.fromkeys(split for split, _ in captions):
         images = [name for name, splits in splits_of.items() if split in splits]
-        parts[split] = part_of(images, [captions[split, name] for name in images], [ids[name] for name in images])
+        numbers = [caption_ids[split, name] for name in images] if has_numbers else None
+        of_images = [captions[split, name] for name in images]
+        parts[split] = part_of(images, of_images, [ids[name] for name in images], numbers)
     root = root_of(source, options.image_root, ids)
     if options.image_root is None and ids and not any(os.path.isfile(os.path.join(root, name)) for name in ids):
         raise InputError(
@@ -61,6 +67,15 @@ def _read(source: str, options: Options) -> Listing:
             "that their names start from."
         )
     return Listing(parts, "image", "captions", "image_id", root=root)
+
+
+def _caption_ids(record: dict[str, Any], count: int) -> list[int]:
+    """Return COCO's numbers of a record's captions.
+
+    There are none in files that others have made.
+    """
+    found = record.get("sentids")
+    return found if isinstance(found, list) and len(found) == count and all(map(is_caption_id, found)) else []
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:

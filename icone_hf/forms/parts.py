@@ -1,6 +1,7 @@
 """Tables of `datasets`, cut into splits."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import datasets
 import pyarrow
@@ -11,13 +12,32 @@ from .form import Part
 from .splits import SPLIT_NAMES, SPLITS, standard_split
 
 STRING = datasets.Value("string")
+CAPTION_IDS = "sentids"  # as Karpathy's files and their copies on the Hub call them
 FEATURES = datasets.Features({"image": STRING, "captions": datasets.List(STRING), "image_id": STRING})
 
 
-def part_of(paths: Sequence[str], captions: Sequence[Sequence[str]], ids: Sequence[str]) -> Part:
-    """Make a split of what a reader has found."""
-    columns = {"image": list(paths), "captions": list(captions), "image_id": list(ids)}
-    return Part(Dataset.from_dict(columns, features=FEATURES))
+def part_of(
+    paths: Sequence[str],
+    captions: Sequence[Sequence[str]],
+    ids: Sequence[str],
+    caption_ids: Sequence[Sequence[int]] | None = None,
+) -> Part:
+    """Make a split of what a reader has found.
+
+    Args:
+        paths, captions, ids: of the images.
+        caption_ids: COCO's numbers of the captions, which ECCV Caption and CxC speak of. `None`: there are none.
+    """
+    columns: dict[str, list] = {"image": list(paths), "captions": list(captions), "image_id": list(ids)}
+    if caption_ids is None:
+        return Part(Dataset.from_dict(columns, features=FEATURES))
+    features = datasets.Features({**FEATURES, CAPTION_IDS: datasets.List(datasets.Value("int64"))})
+    return Part(Dataset.from_dict({**columns, CAPTION_IDS: list(caption_ids)}, features=features))
+
+
+def is_caption_id(number: Any) -> bool:
+    """Say whether a table can hold this number."""
+    return type(number) is int and -(2**63) <= number < 2**63
 
 
 def parts_of(tables: Mapping[str, Dataset], source: str) -> dict[str, Part]:

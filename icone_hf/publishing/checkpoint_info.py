@@ -93,13 +93,19 @@ def as_text(info: Mapping[str, Any]) -> str:
         of_data = f" of {data}" if data else ""
         recalls = f"t2i R@1 {values['t2i_r1']:.1f}, i2t R@1 {values['i2t_r1']:.1f}"
         lines.append(f"  {split}{of_data}: Rsum {values['rsum']:.1f}, {recalls}")
+    for one in info["evaluations"]:
+        for protocol, values in one["metrics"].items():
+            if "rsum" not in values:
+                found = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in values.items())
+                lines.append(f"  {protocol} of {one['data']}: {found}")
     return "\n".join(lines)
 
 
 def measured(info: Mapping[str, Any]) -> list[tuple[str | None, str, Mapping[str, float]]]:
-    """List all that was measured, the run's own first.
+    """List what was measured, the run's own first.
 
-    An evaluation that has only repeated a measurement of the run's is left out.
+    Metrics of other kinds than retrieval's are left out, and so is an evaluation that has only repeated a measurement
+    of the run's.
 
     Args:
         info: from [`describe`].
@@ -110,6 +116,7 @@ def measured(info: Mapping[str, Any]) -> list[tuple[str | None, str, Mapping[str
     own = [(info["data"], split, values) for split, values in info["metrics"].items()]
     known = {(data, split, round(values["rsum"], 2)) for data, split, values in own}
     later = [(one["data"], split, values) for one in info["evaluations"] for split, values in one["metrics"].items()]
+    later = [row for row in later if "rsum" in row[2]]
     return own + [row for row in later if (row[0], row[1], round(row[2]["rsum"], 2)) not in known]
 
 
