@@ -240,6 +240,6 @@ class OutputArguments:
 
     json: bool = field(default=False, metadata={"help": "Print the result as JSON, for a program to read."})
 
-    def print(self, facts: Mapping[str, Any], text: str) -> None:
+    def print(self, facts: Mapping[str, Any] | list[dict[str, Any]], text: str) -> None:
         """Print the facts as JSON, or as text."""
         print(json.dumps(facts, indent=2) if self.json else text)

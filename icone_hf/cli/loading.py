@@ -9,6 +9,7 @@ from ..data.fractions import digest_of, portable_ids
 from ..data.groups import SPLITS, MissingSplitError, load_groups
 from ..embedding.encoding import GroupEmbeddings, encode_groups
 from ..errors import InputError
+from ..modeling.configuration_icone import IConEConfig
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..training.kept_splits import KeptSplits
@@ -133,8 +134,24 @@ def autocast_of(encode_args: EncodeArguments) -> torch.dtype | None:
     return None if encode_args.dtype == "float32" else getattr(torch, encode_args.dtype)
 
 
+def check_checkpoint(checkpoint: str) -> None:
+    """Refuse what is no checkpoint, by its config alone."""
+    found = IConEConfig.get_config_dict(checkpoint)[0].get("model_type")
+    if found != IConEConfig.model_type:
+        raise InputError(
+            f"{checkpoint} is no checkpoint of IConE: its config.json says {found}. Save one, as by "
+            "IConEModel.from_encoders(...).save_pretrained(FOLDER), and give its folder."
+        )
+
+
 def embed(checkpoint: str, groups: Dataset, encode_args: EncodeArguments) -> GroupEmbeddings:
     """Embed groups by a checkpoint."""
-    model, processor = load_checkpoint(checkpoint, encode_args)
+    return embed_groups(*load_checkpoint(checkpoint, encode_args), groups, encode_args)
+
+
+def embed_groups(
+    model: IConEModel, processor: IConEProcessor, groups: Dataset, encode_args: EncodeArguments
+) -> GroupEmbeddings:
+    """Embed groups by a model that is loaded."""
     batch_size, num_workers = encode_args.per_device_eval_batch_size, encode_args.dataloader_num_workers
     return encode_groups(model, processor, groups, batch_size, num_workers, autocast_of(encode_args))

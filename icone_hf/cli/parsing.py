@@ -56,7 +56,8 @@ def parse_arguments(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     positionals = positionals or {}
-    usage = " ".join(("%(prog)s", *map(str.upper, positionals), "[FILE.yaml] [--argument value ...]"))
+    shown = (f"{name.upper()} ..." if "nargs" in given else name.upper() for name, given in positionals.items())
+    usage = " ".join(("%(prog)s", *shown, "[FILE.yaml] [--argument value ...]"))
     parser = HfArgumentParser(
         cast(Any, dataclass_types), prog=prog, usage=usage, description=description, formatter_class=HelpFormatter
     )
