@@ -133,7 +133,8 @@ def test_a_baseline_shows_what_was_added_or_lost(checkpoint, baseline, source, c
     table = capsys.readouterr().out.splitlines()
     names = [line.split("|")[1].strip() for line in table[2:]]
     assert names == [f"{source}, test", f"{source}, test: {baseline}", f"{source}, test: difference"]
-    assert table[-1].split("|")[-2].strip() == f"{changed['rsum']:+.1f}"
+    assert [cell.strip() for cell in table[-1].split("|")[2:-1]] == [f"{value:+.1f}" for value in changed.values()]
+    assert min(changed.values()) < 0 < max(changed.values())
     assert len({len(line) for line in table}) == 1
 
 
@@ -302,6 +303,29 @@ def scores_of(checkpoint, processor, names, texts):
     groups = Dataset.from_dict(rows).cast_column("image", datasets.Image())
     embeds = encode_groups(model, processor, groups)
     return (embeds.image_embeds * embeds.text_embeds).sum(dim=1).tolist()
+
+
+def test_sugarcrepes_images_are_scored_with_their_own_captions(checkpoint, processor, images, capsys):
+    """Two captions of which the model prefers one for the first image, and the other for the second."""
+    pool = make_groups(30, captions=1)
+    embeds = encode_groups(IConEModel.from_pretrained(checkpoint), processor, pool)
+    scores = embeds.image_embeds @ embeds.text_embeds.T
+    i, j, a, b = next(
+        (i, j, a, b)
+        for a in range(30)
+        for b in range(a)
+        for i in range(30)
+        for j in range(30)
+        if scores[i, a] > scores[i, b] + 1e-6 and scores[j, a] < scores[j, b] - 1e-6
+    )
+    texts = {"caption": pool[a]["captions"][0], "negative_caption": pool[b]["captions"][0]}
+    for number in (i, j):
+        pool[number]["image"].save(f"val2017/{number}_.png")
+    for names, accuracy in (([i, i, j], 200 / 3), ([j, i, j], 100 / 3)):
+        records = [{"filename": f"{number}_.png", **texts} for number in names]
+        Path("swap_obj.json").write_text(json.dumps(dict(enumerate(records))))
+        found = printed(capsys, checkpoint, "swap_obj.json", "--image_root", "val2017")
+        assert found == {"test": {"accuracy": pytest.approx(accuracy)}}
 
 
 def test_sugarcrepes_files_are_known_by_their_content(checkpoint, processor, images, source, capsys):

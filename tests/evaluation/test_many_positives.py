@@ -183,7 +183,12 @@ def test_protocols_are_those_of_the_package_in_any_order_of_the_images(authors, 
     """What the test split has besides is neither searched nor a query. A part of the queries will do."""
     groups, embeds = coco
     judged, of_coco = load_judgements(protocol)
-    judged = {direction: dict(list(of.items())[::30]) for direction, of in judged.items()}
+    absent = {query for query, answers in judged["i2t"].items() if not of_coco["t2i"].keys() >= set(answers)}
+    assert len(absent) == (2 if protocol == "eccv" else 0)  # their answers are sixth captions, which nobody searches
+    judged = {
+        direction: {query: of[query] for query in [*list(of)[::30], *(absent & of.keys())]}
+        for direction, of in judged.items()
+    }
     ours = measure_positives(embeds, place_judgements(groups, "coco", judged, of_coco))
     image_row = {int(image): row for row, image in enumerate(groups["image_id"])}
     caption_row = {number: row for row, number in enumerate(n for numbers in groups["sentids"] for n in numbers)}
