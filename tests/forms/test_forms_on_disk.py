@@ -371,3 +371,21 @@ def test_a_folder_that_cannot_be_read_says_what_it_holds(tmp_path, names, messag
         load_groups(source, "train")
     assert main(["data", str(source), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith(f"icone data: error: {source} ")
+
+
+def test_cocos_numbers_of_captions_are_kept_where_every_caption_has_one(tmp_path):
+    save(tmp_path / "a.png", 0)
+    texts = [{"raw": "one"}, {"raw": "two"}]
+    record = {"filename": "a.png", "cocoid": 7, "sentences": texts, "split": "test", "sentids": [5, 3]}
+    coco = {"images": [{"id": 7, "file_name": "a.png"}], "annotations": []}
+    coco["annotations"] = [{"image_id": 7, "id": number, "caption": "one"} for number in (5, 3)]
+    path = tmp_path / "captions_val2017.json"
+    for content, split in (({"images": [record]}, "test"), (coco, "validation")):
+        path.write_text(json.dumps(content))
+        assert load_groups(path, split)["sentids"][:] == [[5, 3]]
+    for odd in ([5], [5, "3"], [5, 2**63], None):
+        path.write_text(json.dumps({"images": [{**record, "sentids": odd}]}))
+        assert "sentids" not in load_groups(path, "test").column_names
+    coco["annotations"][1]["id"] = 2**63
+    path.write_text(json.dumps(coco))
+    assert "sentids" not in load_groups(path, "validation").column_names
