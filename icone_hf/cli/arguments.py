@@ -53,6 +53,10 @@ class ModelArguments:
         default="infonce", metadata={"help": "infonce (the paper), sigmoid (SigLIP), max_hinge or sum_hinge (VSE++)."}
     )
     margin: float = field(default=0.2, metadata={"help": "Margin of the hinges."})
+    hard_negative_beta: float = field(
+        default=0.0,
+        metadata={"help": "Weigh InfoNCE's negatives by how hard they are, 0.25 or 0.5 (HN-NCE). 0: alike."},
+    )
     several_positives: bool = field(
         default=False, metadata={"help": "Pairs of one group in a batch are positives too; see pairs_per_group."}
     )
@@ -69,6 +73,9 @@ class ModelArguments:
             "help": "Temperature of cosine instance logits. Default: 0.1 with the recommended stages, otherwise "
             "temperature."
         },
+    )
+    instance_label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of the instance loss's target that lies on all classes alike."}
     )
     instance_samples: int = field(
         default=0,

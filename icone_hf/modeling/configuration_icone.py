@@ -54,11 +54,14 @@ class IConEConfig(PreTrainedConfig):
             the paper's equations (6)-(8); `"sigmoid"`, SigLIP's, with a learned bias; `"max_hinge"` and `"sum_hinge"`,
             VSE++'s.
         margin: margin of the hinges.
+        hard_negative_beta: with `"infonce"`, weighs negatives by how hard they are (HN-NCE; see [`contrastive_loss`]).
+            0: all the same. Not with `several_positives`.
         several_positives: with `"infonce"` or `"sigmoid"`, other pairs of the same group in a batch are positives too.
             Otherwise no loss sees them. See `pairs_per_group` of [`IConETrainingArguments`].
         instance_logits: `"dot"`, the paper's equations (1) and (3), or `"cosine"`, which normalises features and class
             vectors.
         instance_temperature: divides the `"cosine"` logits. `None`: the same as `temperature`.
+        instance_label_smoothing: share of the instance loss's target that lies on all classes alike.
         instance_samples: in training, the instance loss scores the classes of the batch and this many of the others,
             drawn anew at every step, which stand for all of them. Its cost then does not grow with `num_groups`. The
             classifier's gradient is sparse, which [`IConETrainer`] can handle. 0: every class is scored, as in the
@@ -96,9 +99,11 @@ class IConEConfig(PreTrainedConfig):
     learn_temperature: bool = False
     contrastive_loss: str = "infonce"
     margin: float | int = 0.2
+    hard_negative_beta: float | int = 0.0
     several_positives: bool = False
     instance_logits: str = "dot"
     instance_temperature: float | int | None = None
+    instance_label_smoothing: float | int = 0.0
     instance_samples: int = 0
     vision_pooling: str | None = None
     text_pooling: str | None = None
@@ -138,6 +143,12 @@ class IConEConfig(PreTrainedConfig):
                 raise ModelError(f"{name}={value} must be greater than 0, and finite: similarities are divided by it.")
         if not 0 < self.margin < math.inf:
             raise ModelError(f"margin={self.margin} must be greater than 0, and finite.")
+        if not 0 <= self.hard_negative_beta < math.inf:
+            raise ModelError(
+                f"hard_negative_beta={self.hard_negative_beta} must be 0 (no weights) or more, and finite."
+            )
+        if not 0 <= self.instance_label_smoothing < 1:
+            raise ModelError(f"instance_label_smoothing={self.instance_label_smoothing} must be 0 or more, below 1.")
         if not 0 <= self.initializer_range < math.inf:
             raise ModelError(f"initializer_range={self.initializer_range} must be 0 or more, and finite.")
 
@@ -149,6 +160,12 @@ class IConEConfig(PreTrainedConfig):
             raise ModelError(
                 f"contrastive_loss={self.contrastive_loss!r} ranks one positive, without a temperature: set "
                 "several_positives and learn_temperature to False."
+            )
+
+        if self.hard_negative_beta and (self.contrastive_loss != "infonce" or self.several_positives):
+            raise ModelError(
+                f"hard_negative_beta={self.hard_negative_beta} weighs InfoNCE's negatives of one positive: it needs "
+                "contrastive_loss='infonce' and several_positives=False."
             )
 
         # Towers.

@@ -18,6 +18,7 @@ def instance_loss(
     temperature: float = 0.05,
     reduction: str = "mean",
     log_counts: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Classify each row into its group.
 
@@ -33,6 +34,8 @@ def instance_loss(
         reduction: `"mean"` or `"sum"` over the rows that count.
         log_counts: `(num_groups,)`, added to every row's logits: the log of how many classes each row of
             `class_vectors` stands for, where these are a sample (see `class_sampling.py`). `None`: each for itself.
+        label_smoothing: epsilon of Szegedy et al. 2016, section 7: a row's target is `1 - epsilon` on its group and
+            `epsilon / num_groups` on every class.
 
     Returns:
         A scalar, in float32 whatever the inputs' dtype.
@@ -41,9 +44,17 @@ def instance_loss(
         ValueError: for another value of `logits`.
     """
     scores = instance_scores(features, class_vectors, logits, temperature)
-    if log_counts is not None:
-        scores = scores + log_counts
-    return F.cross_entropy(scores, group_ids, ignore_index=IGNORED_GROUP, reduction=reduction)
+    if log_counts is None:
+        smoothing = {"label_smoothing": label_smoothing}
+        return F.cross_entropy(scores, group_ids, ignore_index=IGNORED_GROUP, reduction=reduction, **smoothing)
+    # A sampled class stands for others in the softmax's denominator, and in the mean over all classes too.
+    total = F.cross_entropy(scores + log_counts, group_ids, ignore_index=IGNORED_GROUP, reduction="sum")
+    counted = group_ids != IGNORED_GROUP
+    if label_smoothing:
+        of_group = scores.gather(1, group_ids.clamp(min=0)[:, None])[:, 0]
+        of_all = (scores * log_counts.softmax(dim=0)).sum(dim=1)
+        total = total + label_smoothing * (of_group - of_all).masked_fill(~counted, 0.0).sum()
+    return total if reduction == "sum" else total / counted.sum()
 
 
 def instance_scores(
@@ -70,6 +81,7 @@ def contrastive_loss(
     temperature: float | torch.Tensor = 0.05,
     group_ids: torch.Tensor | None = None,
     several_positives: bool = False,
+    hard_negative_beta: float = 0.0,
 ) -> torch.Tensor:
     """Compute symmetric InfoNCE over a batch of pairs.
 
@@ -82,19 +94,27 @@ def contrastive_loss(
     `several_positives`, is one more positive: the mean log-probability of a row's positives replaces `log p_ii`, and
     all of them stay in the denominator (Khosla et al. 2020, "Supervised Contrastive Learning", equation 2).
 
+    With `hard_negative_beta`, negatives count in the denominator by how hard they are (HN-NCE, Radenovic et al. 2023,
+    "Filtering, Distillation, and Hard Negatives for Vision-Language Pre-Training", with its alpha at 1): the term
+    `exp(S_ij / tau)` of each of a row's `n` negatives is multiplied by
+    `w_ij = n exp(beta S_ij / tau) / sum_k exp(beta S_ik / tau)`, `k` over the row's negatives.
+
     Args:
         image_embeds: `(batch, dim)`, L2-normalised.
         text_embeds: `(batch, dim)`, L2-normalised; row i describes the image of row i.
         temperature: tau; a scalar tensor where it is learned.
         group_ids: `(batch,)`, the group of each pair. `None`: all pairs are of different groups.
         several_positives: whether the other pairs of a group are positives.
+        hard_negative_beta: beta of the weights of negatives; its authors use 0.25 and 0.5. 0: all weigh the same.
 
     Returns:
         A scalar, in float32 whatever the inputs' dtype.
 
     Raises:
-        ValueError: for `several_positives` without `group_ids`.
+        ValueError: for `several_positives` without `group_ids`, or with `hard_negative_beta`.
     """
+    if several_positives and hard_negative_beta:
+        raise ValueError("hard_negative_beta weighs the negatives of one positive: several_positives must be False.")
     scores = _products(image_embeds, text_embeds) / temperature
     targets = torch.arange(len(scores), device=scores.device)
     if group_ids is not None or several_positives:
@@ -106,9 +126,15 @@ def contrastive_loss(
         targets = targets.masked_fill(~positive.any(dim=1), IGNORED_GROUP)
         if several_positives:
             return _mean_surprise(scores, positive) + _mean_surprise(scores.T, positive.T)
+    by_image, by_text = scores, scores.T
+    if hard_negative_beta:
+        positive, valid = _pair_masks(scores, group_ids, several_positives)
+        negative = valid & ~positive
+        by_image = _with_hard_negatives(by_image, negative, hard_negative_beta)
+        by_text = _with_hard_negatives(by_text, negative.T, hard_negative_beta)
     # Row i's target is column i: cross-entropy finds the image's caption in a row, the caption's image in a column.
-    image_to_text = F.cross_entropy(scores, targets, ignore_index=IGNORED_GROUP)
-    text_to_image = F.cross_entropy(scores.T, targets, ignore_index=IGNORED_GROUP)
+    image_to_text = F.cross_entropy(by_image, targets, ignore_index=IGNORED_GROUP)
+    text_to_image = F.cross_entropy(by_text, targets, ignore_index=IGNORED_GROUP)
     return image_to_text + text_to_image
 
 
@@ -213,6 +239,18 @@ def _pair_masks(
     positive = (same_group if several_positives else diagonal) & counts
     # Negatives are pairs of different groups. What is left, other pairs of the same group, is hidden.
     return positive, counts & (positive | ~same_group)
+
+
+def _with_hard_negatives(scores: torch.Tensor, negative: torch.Tensor, beta: float) -> torch.Tensor:
+    """Add the logarithm of each negative's weight.
+
+    The weights are part of the loss: its gradient goes through them, as through everything in the equation.
+    """
+    hardness = (beta * scores).masked_fill(~negative, float("-inf"))
+    # A row without negatives has nothing to weigh, and must not have a softmax over nothing.
+    hardness = hardness.masked_fill(~negative.any(dim=1, keepdim=True), 0.0)
+    log_weights = F.log_softmax(hardness, dim=1) + negative.sum(dim=1, keepdim=True).clamp(min=1).log()
+    return torch.where(negative, scores + log_weights, scores)
 
 
 def _mean_surprise(scores: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:

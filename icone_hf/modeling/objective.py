@@ -130,7 +130,16 @@ def instance_objective(
 
     temperature = config.instance_temperature or config.temperature
     image_loss, text_loss = (
-        instance_loss(features, class_vectors, group_ids, config.instance_logits, temperature, "sum", log_counts)
+        instance_loss(
+            features,
+            class_vectors,
+            group_ids,
+            config.instance_logits,
+            temperature,
+            "sum",
+            log_counts,
+            config.instance_label_smoothing,
+        )
         for features in (image_features, text_features)
     )
     return (image_loss + text_loss) * num_ranks / num_items_in_batch
@@ -165,7 +174,8 @@ def contrastive_objective(
             group_ids = gather_rows(group_ids, num_ranks)
 
     if config.contrastive_loss == "infonce":
-        return contrastive_loss(image_embeds, text_embeds, temperature, group_ids, config.several_positives)
+        embeds = image_embeds, text_embeds
+        return contrastive_loss(*embeds, temperature, group_ids, config.several_positives, config.hard_negative_beta)
     if config.contrastive_loss == "sigmoid":
         assert bias is not None
         return sigmoid_loss(image_embeds, text_embeds, temperature, bias, group_ids, config.several_positives)

@@ -80,6 +80,7 @@ class ShardedClassifier(nn.Module):
         logits: str = "dot",
         temperature: float = 0.05,
         num_items_in_batch: torch.Tensor | int | None = None,
+        label_smoothing: float = 0.0,
     ) -> torch.Tensor:
         """Compute the instance loss of one modality.
 
@@ -91,6 +92,7 @@ class ShardedClassifier(nn.Module):
             group_ids: `(batch,)`, `0..num_groups-1`, or [`IGNORED_GROUP`].
             logits, temperature: as in [`instance_loss`].
             num_items_in_batch: rows that the mean is taken over, if these are a chunk of a larger batch. `None`: these.
+            label_smoothing: as in [`instance_loss`].
 
         Returns:
             A scalar, in float32: the mean over the rows of all ranks, the same on every rank.
@@ -102,7 +104,7 @@ class ShardedClassifier(nn.Module):
         # Each rank scores the rows of all ranks against its own classes.
         features, group_ids = GatherRows.apply(features, count_ranks()), gather_rows(group_ids, count_ranks())
         scores = instance_scores(features, self.weight, logits, temperature)
-        losses = _ShardedCrossEntropy.apply(scores, group_ids, self.rows.start)
+        losses = _ShardedCrossEntropy.apply(scores, group_ids, self.rows.start, self.num_groups, label_smoothing)
         return losses.sum() / ((group_ids != IGNORED_GROUP).sum() if num_items_in_batch is None else num_items_in_batch)
 
     def objective(
@@ -114,9 +116,9 @@ class ShardedClassifier(nn.Module):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Compute equation (5), as [`instance_objective`] does."""
-        temperature = config.instance_temperature or config.temperature
+        temperature, smoothing = config.instance_temperature or config.temperature, config.instance_label_smoothing
         return sum(
-            self(features, group_ids, config.instance_logits, temperature, num_items_in_batch)
+            self(features, group_ids, config.instance_logits, temperature, num_items_in_batch, smoothing)
             for features in (image_features, text_features)
         )
 
@@ -248,37 +250,39 @@ class _ShardedCrossEntropy(torch.autograd.Function):
     It takes logits `(rows, this rank's classes)` and returns `(rows,)`, 0 for fillers.
 
     The ranks exchange three numbers for each row: the largest logit, the sum of exponentials, the logit of the row's
-    class. The gradient, softmax minus one-hot, needs no exchange. It is right if every rank does the same with the
+    target. The gradient, softmax minus target, needs no exchange. It is right if every rank does the same with the
     result.
     """
 
     @staticmethod
-    def forward(ctx, scores, group_ids, start):  # type: ignore[no-untyped-def]
+    def forward(ctx, scores, group_ids, start, num_groups, smoothing):  # type: ignore[no-untyped-def]
         # Subtract the largest logit of all ranks, so that no exponential overflows.
         num_rows, num_classes = scores.shape
         largest = scores.amax(dim=1) if num_classes else scores.new_full((num_rows,), float("-inf"))
         largest = _reduce(largest, largest=True)
         exponentials = (scores - largest[:, None]).exp()
 
-        # The logit of a row's class is on one rank; the sum over ranks brings it to all.
+        # The logit of a row's class is on one rank; the sum over ranks brings it to all. Smoothed labels add a share of
+        # every class's logit.
         rows = ((group_ids >= start) & (group_ids < start + num_classes)).nonzero()[:, 0]
         columns = group_ids[rows] - start
-        of_classes = scores.new_zeros(num_rows)
-        of_classes[rows] = scores[rows, columns]
-        totals, of_classes = _reduce(torch.stack((exponentials.sum(dim=1), of_classes)))
+        ctx.on_class, ctx.on_all = 1 - smoothing, smoothing / num_groups
+        of_targets = ctx.on_all * scores.sum(dim=1) if smoothing else scores.new_zeros(num_rows)
+        of_targets[rows] += ctx.on_class * scores[rows, columns]
+        totals, of_targets = _reduce(torch.stack((exponentials.sum(dim=1), of_targets)))
 
         is_filler = group_ids == IGNORED_GROUP
         ctx.save_for_backward(exponentials.div_(totals[:, None]), rows, columns, is_filler)
-        return (totals.log() + largest - of_classes).masked_fill(is_filler, 0.0)
+        return (totals.log() + largest - of_targets).masked_fill(is_filler, 0.0)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         probabilities, rows, columns, is_filler = ctx.saved_tensors
         gradient = gradient.masked_fill(is_filler, 0.0)
-        # Softmax minus one-hot, times the gradient of each row's loss.
-        result = probabilities * gradient[:, None]
-        result[rows, columns] -= gradient[rows]
-        return result, None, None
+        # Softmax minus target, times the gradient of each row's loss.
+        result = (probabilities - ctx.on_all) * gradient[:, None]
+        result[rows, columns] -= ctx.on_class * gradient[rows]
+        return result, None, None, None, None
 
 
 def _barrier() -> None:

@@ -30,6 +30,7 @@ FREE = {
     "num_groups": counts,
     "temperature": positive | st.integers(1, 5),
     "margin": positive,
+    "instance_label_smoothing": st.floats(0, 0.9),
     "instance_logits": st.sampled_from(INSTANCE_LOGITS),
     "instance_temperature": st.none() | positive,
     "instance_samples": counts,
@@ -47,6 +48,8 @@ def valid_fields(draw):
     fields["contrastive_loss"] = loss
     if not loss.endswith("hinge"):
         fields |= {"several_positives": draw(st.booleans()), "learn_temperature": draw(st.booleans())}
+    if loss == "infonce" and not fields["several_positives"]:
+        fields["hard_negative_beta"] = draw(st.just(0.0) | st.floats(0.01, 2))
     fields["vision_pooling"] = draw(st.none() | st.sampled_from(POOLINGS))
     without = {"pooler"} if text in TOWERS_WITHOUT_POOLER else set()
     fields["text_pooling"] = draw(st.none() | st.sampled_from(sorted(set(POOLINGS) - without)))
@@ -123,6 +126,8 @@ CONFIG_FIELDS = {
     "instance_samples": lambda value: is_whole(value, 0),
     "temperature": is_positive,
     "margin": is_positive,
+    "hard_negative_beta": lambda value: is_number(value) and 0 <= value < math.inf,
+    "instance_label_smoothing": lambda value: is_number(value) and 0 <= value < 1,
     "instance_temperature": lambda value: value is None or is_positive(value),
     "initializer_range": lambda value: isinstance(value, float) and 0 <= value < math.inf,
     "learn_temperature": lambda value: isinstance(value, bool),

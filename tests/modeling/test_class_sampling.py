@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,12 +17,11 @@ from icone_hf.modeling.losses import IGNORED_GROUP, instance_loss
 LOGITS = [("dot", 1.0), ("cosine", 0.1)]
 
 
-def sampled_loss(features, class_vectors, groups, num_samples, logits="dot", temperature=0.05):
+def sampled_loss(features, class_vectors, groups, num_samples, logits="dot", temperature=0.05, smoothing=0.0):
     scored = sample_classes(groups, len(class_vectors), num_samples)
     rows = scored_rows(class_vectors, scored.class_ids)
-    return instance_loss(
-        features, rows, scored.positions(groups), logits, temperature, log_counts=scored.log_counts
-    ), scored
+    args = features, rows, scored.positions(groups), logits, temperature
+    return instance_loss(*args, log_counts=scored.log_counts, label_smoothing=smoothing), scored
 
 
 @settings(max_examples=200, deadline=None)
@@ -83,13 +83,14 @@ def test_classes_are_drawn_on_the_cpu_and_stay_on_the_batchs_device():
 
 @pytest.mark.parametrize(("logits", "temperature"), LOGITS)
 @pytest.mark.parametrize("num_samples", [25, 100])
-def test_with_all_others_it_is_the_exact_loss(logits, temperature, num_samples):
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_with_all_others_it_is_the_exact_loss(logits, temperature, num_samples, smoothing):
     groups = torch.tensor([3, 3, 29, IGNORED_GROUP, 0, 7, 12])  # 5 classes of 30
     features = torch.randn(7, 8, requires_grad=True)
     class_vectors = torch.randn(30, 8, requires_grad=True)
-    exact = instance_loss(features, class_vectors, groups, logits, temperature)
+    exact = instance_loss(features, class_vectors, groups, logits, temperature, label_smoothing=smoothing)
     exact_gradients = torch.autograd.grad(exact, (features, class_vectors))
-    loss, scored = sampled_loss(features, class_vectors, groups, num_samples, logits, temperature)
+    loss, scored = sampled_loss(features, class_vectors, groups, num_samples, logits, temperature, smoothing)
     loss.backward()
     assert sorted(scored.class_ids.tolist()) == list(range(30))
     assert torch.equal(scored.log_counts, torch.zeros(30))
@@ -179,3 +180,20 @@ def test_the_model_samples_in_training_alone(make_model, batch):
     all_others.load_state_dict(sampling.state_dict())
     all_others.set_encoders_trainable(False)
     assert all_others(**batch, group_ids=groups).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_smoothed_labels_of_a_sample_have_the_mean_of_all_classes():
+    """A class that stands for k others has k of their parts: on average, over samples, the mean logit of all."""
+    groups, features, class_vectors = torch.tensor([2, 5]), torch.randn(2, 6), torch.randn(20, 6)
+    torch.manual_seed(0)
+    # Twice the smoothing less once: what is left is the mean logit of the scored classes, weighed.
+    parts = []
+    for seed in range(400):
+        torch.manual_seed(seed)
+        smoothed, _ = sampled_loss(features, class_vectors, groups, 4, smoothing=0.5)
+        torch.manual_seed(seed)
+        plain, _ = sampled_loss(features, class_vectors, groups, 4)
+        parts.append((smoothed - plain).item() / 0.5)
+    logits = features @ class_vectors.T
+    expected = (logits[torch.arange(2), groups] - logits.mean(dim=1)).mean().item()
+    assert np.mean(parts) == pytest.approx(expected, abs=4 * np.std(parts) / 20)

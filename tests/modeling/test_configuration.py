@@ -88,6 +88,9 @@ def test_a_tower_without_hidden_size_is_refused():
         ({"margin": 0}, "margin=0 must be greater than 0"),
         ({"contrastive_loss": "max_hinge", "several_positives": True}, "ranks one positive"),
         ({"contrastive_loss": "sum_hinge", "learn_temperature": True}, "without a temperature"),
+        ({"hard_negative_beta": 0.5, "contrastive_loss": "sigmoid"}, "it needs contrastive_loss='infonce'"),
+        ({"hard_negative_beta": 0.5, "several_positives": True}, "and several_positives=False"),
+        ({"instance_label_smoothing": 1.0}, "instance_label_smoothing=1.0 must be 0 or more, below 1"),
     ],
 )
 def test_losses_that_do_not_fit_are_refused(fields, message):

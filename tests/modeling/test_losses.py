@@ -229,7 +229,51 @@ def test_several_positives_of_distinct_groups_are_plain_info_nce():
         contrastive_loss(images, texts, several_positives=True)
 
 
+def numpy_hard_negatives(images, texts, tau, beta, groups):
+    """Compute HN-NCE's equation with alpha = 1, anchor by anchor; other pairs of an anchor's group are left out."""
+    total = 0.0
+    for scores in (unit(images) @ unit(texts).T / tau, unit(texts) @ unit(images).T / tau):
+        losses = []
+        for i, row in enumerate(scores):
+            negatives = [j for j in range(len(row)) if groups[j] != groups[i]]
+            hardness = np.exp(beta * row[negatives])
+            weights = len(negatives) * hardness / hardness.sum()
+            losses.append(-np.log(np.exp(row[i]) / (np.exp(row[i]) + (weights * np.exp(row[negatives])).sum())))
+        total += np.mean(losses)
+    return total
+
+
+@pytest.mark.parametrize("beta", [0.25, 0.5, 2.0])
+@pytest.mark.parametrize("groups", [[0, 1, 2, 3, 4, 5], [0, 1, 0, 2, 1, 3], None])
+def test_hard_negatives_weigh_as_hn_nce_says(beta, groups):
+    images, texts = normal(6, 4), normal(6, 4, seed=1)
+    ids = None if groups is None else torch.tensor(groups)
+    loss = contrastive_loss(normalized(images), normalized(texts), 0.2, ids, hard_negative_beta=beta)
+    expected = numpy_hard_negatives(images, texts, 0.2, beta, groups or range(6))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_without_negatives_has_no_hard_ones():
+    images, texts = (normalized(normal(3, 4, seed=s)).requires_grad_() for s in (0, 1))
+    loss = contrastive_loss(images, texts, 0.2, torch.tensor([7, 7, 7]), hard_negative_beta=0.5)
+    loss.backward()
+    assert loss.item() == 0
+    assert images.grad.abs().sum() == 0
+    with pytest.raises(ValueError, match="several_positives must be False"):
+        contrastive_loss(images, texts, 0.2, torch.arange(3), several_positives=True, hard_negative_beta=0.5)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.4])
+def test_labels_are_smoothed_over_all_classes(epsilon):
+    features, classes, groups = normal(6, 5), normal(9, 5, seed=1), np.array([0, 8, 3, 3, 1, 2])
+    targets = (1 - epsilon) * np.eye(9)[groups] + epsilon / 9
+    expected = -(targets * log_softmax(unit(features) @ unit(classes).T / 0.1)).sum(axis=1).mean()
+    args = torch.tensor(features), torch.tensor(classes), torch.tensor(groups), "cosine", 0.1
+    assert instance_loss(*args, label_smoothing=epsilon).item() == pytest.approx(expected, rel=1e-5)
+
+
 LOSSES = {
+    "hard negatives": lambda i, t, g: contrastive_loss(i, t, 0.3, g, hard_negative_beta=0.5),
     "several": lambda i, t, g: contrastive_loss(i, t, 0.1, g, several_positives=True),
     "max": lambda i, t, g: hinge_loss(i, t, 3.0, g, hardest=True),
     "sum": lambda i, t, g: hinge_loss(i, t, 3.0, g, hardest=False),
@@ -294,7 +338,7 @@ def test_losses_stay_on_the_device_of_their_inputs():
             assert torch.equal(loss(), expected), name
 
 
-@pytest.mark.parametrize("name", ["dot", "cosine", "infonce", "sigmoid", "hinge"])
+@pytest.mark.parametrize("name", ["dot", "cosine", "infonce", "hard negatives", "sigmoid", "hinge"])
 def test_autocast_does_not_round_the_products(name):
     """Gradients near convergence, where the scores of a row differ little, against those without autocast."""
     images = torch.nn.functional.normalize(torch.tensor(normal(16, 64)), dim=-1)
@@ -303,6 +347,7 @@ def test_autocast_does_not_round_the_products(name):
         "dot": lambda a, b: instance_loss(20 * a, b, torch.arange(16)),
         "cosine": lambda a, b: instance_loss(a, b, torch.arange(16), "cosine", 0.05),
         "infonce": lambda a, b: contrastive_loss(a, b, 0.05),
+        "hard negatives": lambda a, b: contrastive_loss(a, b, 0.05, hard_negative_beta=0.5),
         "sigmoid": lambda a, b: sigmoid_loss(a, b, 0.1, -10.0),
         "hinge": lambda a, b: hinge_loss(a, b, 0.9, hardest=False),
     }

@@ -19,6 +19,7 @@ def unit_embeds(output):
     [
         ({"contrastive_loss": "max_hinge", "margin": 0.3}, lambda i, t, g: losses.hinge_loss(i, t, 0.3, g, True)),
         ({"contrastive_loss": "sum_hinge"}, lambda i, t, g: losses.hinge_loss(i, t, 0.2, g, False)),
+        ({"hard_negative_beta": 0.5}, lambda i, t, g: losses.contrastive_loss(i, t, 0.05, g, hard_negative_beta=0.5)),
         ({"contrastive_loss": "sigmoid", "temperature": 0.1}, lambda i, t, g: losses.sigmoid_loss(i, t, 0.1, -10.0, g)),
         ({"several_positives": True}, lambda i, t, g: losses.contrastive_loss(i, t, 0.05, g, True)),
         (
@@ -60,14 +61,17 @@ def leaves(*tensors):
         ({}, "dot", 1.0),
         ({"instance_logits": "cosine", "temperature": 0.2}, "cosine", 0.2),
         ({"instance_logits": "cosine", "temperature": 0.2, "instance_temperature": 0.1}, "cosine", 0.1),
+        ({"instance_label_smoothing": 0.2}, "dot", 1.0),
     ],
 )
 def test_ranks_share_the_instance_loss(monkeypatch, num_ranks, num_samples, config, logits, temperature):
     config, (images, texts, class_vectors) = IConEConfig(num_groups=9, **config), whole_batch()
-    kept = GROUPS != IGNORED_GROUP
+    kept, smoothing = GROUPS != IGNORED_GROUP, config.instance_label_smoothing
     expected_leaves = leaves(images, texts, class_vectors)
     expected = sum(
-        losses.instance_loss(rows[kept], expected_leaves[2], GROUPS[kept], logits, temperature)
+        losses.instance_loss(
+            rows[kept], expected_leaves[2], GROUPS[kept], logits, temperature, label_smoothing=smoothing
+        )
         for rows in expected_leaves[:2]
     )
     expected.backward()
@@ -113,6 +117,7 @@ def test_ranks_score_the_same_few_classes_which_stand_for_the_others(monkeypatch
 
 LOSSES = {
     "infonce": lambda i, t, g: losses.contrastive_loss(i, t, 0.1, g),
+    "hard negatives": lambda i, t, g: losses.contrastive_loss(i, t, 0.1, g, hard_negative_beta=0.5),
     "sigmoid": lambda i, t, g: losses.sigmoid_loss(i, t, 0.1, -3.0, g),
     "max_hinge": lambda i, t, g: losses.hinge_loss(i, t, 0.4, g, True),
     "sum_hinge": lambda i, t, g: losses.hinge_loss(i, t, 0.4, g, False),
@@ -123,7 +128,8 @@ LOSSES = {
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_rank_has_the_contrastive_loss_of_the_whole_batch(monkeypatch, name, num_ranks, groups):
-    config, (images, texts, _) = IConEConfig(contrastive_loss=name, margin=0.4), whole_batch(normalized=True)
+    kind = {"hard_negative_beta": 0.5} if name == "hard negatives" else {"contrastive_loss": name}
+    config, (images, texts, _) = IConEConfig(margin=0.4, **kind), whole_batch(normalized=True)
     expected_leaves = leaves(images, texts)
     expected = LOSSES[name](*expected_leaves, groups)
     expected.backward()

@@ -27,7 +27,8 @@ def test_shares_cover_all_rows_once_and_are_even(num_groups, num_ranks):
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_do_exactly_what_one_process_does_and_leave_one_checkpoint(make_model, tmp_path, num_ranks):
-    whole, plain, folder = make_model(num_groups=11, learn_temperature=True), tmp_path / "plain", tmp_path / "sharded"
+    whole = make_model(num_groups=11, learn_temperature=True, instance_label_smoothing=0.1)
+    plain, folder = tmp_path / "plain", tmp_path / "sharded"
     whole.save_pretrained(plain)
     weight = whole.classifier.weight.data
     meeting = str(tmp_path / "meeting")
@@ -78,13 +79,16 @@ def test_the_loop_of_the_page_takes_the_models_loss(make_model, batch, tmp_path,
     assert not torch.equal(names["model"].classifier.weight, first)
 
 
-def test_a_cut_classifier_gives_the_whole_ones_losses_and_gradients(make_model, batch):
-    model, cut = make_model(num_groups=11, instance_logits="cosine").eval(), make_model(num_groups=11).eval()
-    cut.config.instance_logits = "cosine"
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_cut_classifier_gives_the_whole_ones_losses_and_gradients(make_model, batch, smoothing):
+    fields = {"num_groups": 11, "instance_logits": "cosine", "instance_label_smoothing": smoothing}
+    model, cut = make_model(**fields).eval(), make_model(**fields).eval()
     cut.load_state_dict(model.state_dict())
     cut.shard_classifier()
-    for one in (model, cut):
-        one(**batch, group_ids=torch.tensor([3, 0, -100, 9])).loss.backward()
+    losses = [one(**batch, group_ids=torch.tensor([3, 0, -100, 9])).loss for one in (model, cut)]
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-6, rtol=1e-6)
+    for loss in losses:
+        loss.backward()
     for (name, expected), found in zip(model.named_parameters(), cut.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, atol=1e-6, rtol=1e-5, msg=name)
 

@@ -18,6 +18,7 @@ NUM_GROUPS = 8
 PAIRS = [Pair(row, row % 3) for row in range(NUM_GROUPS)] + [Pair(0, 1), Pair(1, 2)]
 CONFIGS = {
     "infonce": {},
+    "hard negatives, smoothed labels": {"hard_negative_beta": 0.5, "instance_label_smoothing": 0.1},
     "learned temperature": {"learn_temperature": True},
     "sigmoid": {"contrastive_loss": "sigmoid", "learn_temperature": True},
     "several positives": {"several_positives": True},
