@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ def main(
     kill_at=None,
     num_groups=NUM_GROUPS,
     num_eval=20,
+    weight_average=0.0,
     **arguments,
 ):
     torch.manual_seed(0)
@@ -76,7 +78,8 @@ def main(
     train, processor = concatenate_datasets(parts), IConEProcessor.from_encoders(vision, text)
     validation = make_groups(num_eval, start=num_groups)
     callbacks = [StopAt(*stop_at)] if stop_at else [KillAt(*kill_at)] if kill_at else None
-    trainer = IConETrainer(model, args, train, validation, processor, STAGES, callbacks)
+    stages = [replace(stage, weight_average=weight_average) for stage in STAGES]
+    trainer = IConETrainer(model, args, train, validation, processor, stages, callbacks)
     metrics = trainer.train(resume_from_checkpoint="auto")
     if args.process_index == 0:
         (Path(output) / "result.json").write_text(json.dumps({"world_size": args.world_size, "metrics": metrics}))

@@ -14,6 +14,7 @@ from .feature_cache import STORED_DTYPES
 from .late_failures import check_late_failures
 from .refused_arguments import check_arguments
 from .stages import Stage
+from .weight_average import check_weight_averages
 
 
 def check_run(
@@ -45,6 +46,7 @@ def check_run(
     check_batches(model, args)
     check_storage(args)
     check_hub_strategy(args)
+    check_weight_averages(model, stages)
     check_late_failures(model, args, stages)
 
 

@@ -47,6 +47,7 @@ class ShardedStageTrainer(StageTrainer):
 
     def load_weights(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_weights(self.trained_part, checkpoint)
+        self.average.resume(Path(checkpoint))
 
     def load_best_weights(self) -> None:
         assert self.state.best_model_checkpoint is not None

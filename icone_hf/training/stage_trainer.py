@@ -30,6 +30,7 @@ from .sparse_rows import AdamWithSparseRows, with_dense_gradients
 from .stages import Stage
 from .termination import SaveOnTermination
 from .unused_parameters import leave_out_unused
+from .weight_average import WeightAverage
 from .whole_files import begin_checkpoint, finish_checkpoint, last_whole_checkpoint, storing
 
 NEIGHBOURS_FILE = "neighbours.safetensors"  # in a checkpoint: the order of its epoch's groups
@@ -79,6 +80,8 @@ class StageTrainer(TrainerStepsMixin, Trainer):
         if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):  # a notebook has its own table
             self.add_callback(self._progress)
         self.add_callback(_TemperatureBound())
+        self.average = WeightAverage(stage.weight_average, model)  # of weights that are within their bound
+        self.add_callback(self.average)
         self.add_callback(SaveOnTermination())
 
     def train(self, resume_from_checkpoint: str | None = None) -> Any:  # type: ignore[override]
@@ -104,7 +107,13 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             self.load_best_weights()
         else:
             self.load_weights(checkpoint)
+        self.average.on_train_end(self.args, self.state, self.control)
         return True
+
+    def load_weights(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Load weights to go on from, and their average."""
+        super().load_weights(checkpoint, model)
+        self.average.resume(Path(checkpoint))
 
     def get_train_dataloader(self) -> GroupDataLoader:
         args = cast(IConETrainingArguments, self.args)
@@ -291,7 +300,9 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             with storing(stage, checkpoint.name):
                 if self.args.should_save:
                     begin_checkpoint(checkpoint)
-                super().save_checkpoint(model)
+                with self.average.in_place():
+                    super().save_checkpoint(model)
+                self.average.save_raw(checkpoint, self.args.should_save)
                 if self.args.should_save and self._sampler is not None and self._sampler.neighbours is not None:
                     save_file(self._sampler.neighbours, checkpoint / NEIGHBOURS_FILE)
                 self.accelerator.wait_for_everyone()  # every process has written its part
@@ -317,21 +328,22 @@ class StageTrainer(TrainerStepsMixin, Trainer):
     ) -> dict[str, float]:
         """Measure retrieval on groups, or on their cached outputs.
 
-        Keys are `{metric_key_prefix}_rsum` and so on.
+        Where weights are averaged, the average is measured. Keys are `{metric_key_prefix}_rsum` and so on.
         """
         self._check_last_loss()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, FeatureCache):
-            embeds = embed_cached(self.trained_part, dataset)
-        else:
-            embeds = encode_groups(
-                cast(IConEModel, self.trained_part),
-                cast(IConEProcessor, self.processing_class),
-                dataset,
-                self.args.per_device_eval_batch_size,
-                self.args.dataloader_num_workers,
-                cast(IConETrainingArguments, self.args).autocast,
-            )
+        with self.average.in_place():
+            if isinstance(dataset, FeatureCache):
+                embeds = embed_cached(self.trained_part, dataset)
+            else:
+                embeds = encode_groups(
+                    cast(IConEModel, self.trained_part),
+                    cast(IConEProcessor, self.processing_class),
+                    dataset,
+                    self.args.per_device_eval_batch_size,
+                    self.args.dataloader_num_workers,
+                    cast(IConETrainingArguments, self.args).autocast,
+                )
         if not all(embeds.isfinite().all() for embeds in embeds[:2]):
             raise self._diverged(self.state.global_step, "has left weights that embed nothing")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measure_embeddings(embeds)[0].items()}

@@ -23,6 +23,8 @@ class Stage:
         instance_weight: lambda_1 of equation (9).
         contrastive_weight: lambda_2 of equation (9).
         train_encoders: `False` freezes both towers. Their outputs are then computed once and read from a cache.
+        weight_average: decay of a running average of the trained weights, such as 0.999. Validation measures the
+            average, the best epoch is one of the average, and the next stage starts from it. 0: no average.
 
     Raises:
         ValueError: if a value is out of range; the message names the stage and the field.
@@ -34,6 +36,7 @@ class Stage:
     instance_weight: float
     contrastive_weight: float
     train_encoders: bool
+    weight_average: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):
@@ -46,6 +49,11 @@ class Stage:
             value = getattr(self, field)
             if not _is_number(value) or not 0 <= value < math.inf:
                 raise InputError(f"Stage {self.name!r}: {field}={value!r} must be 0 or more, and finite.")
+        if not _is_number(self.weight_average) or not 0 <= self.weight_average < 1:
+            raise InputError(
+                f"Stage {self.name!r}: weight_average={self.weight_average!r} must be 0 (no average) or more, and less "
+                "than 1."
+            )
         if not isinstance(self.train_encoders, bool):  # a string "false" would count as true
             raise InputError(f"Stage {self.name!r}: train_encoders={self.train_encoders!r} must be true or false.")
         if not self.instance_weight and not self.contrastive_weight:

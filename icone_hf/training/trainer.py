@@ -1,5 +1,6 @@
 """Run all stages of a recipe, each by a freshly built transformers Trainer; resume anywhere."""
 
+import contextlib
 import copy
 import importlib.util
 import os
@@ -84,6 +85,7 @@ class IConETrainer:
         self.callbacks = callbacks
         self.data_name = data_name
         self._pushes: CheckpointPushes | None = None
+        self._running: StageTrainer | None = None
         check_run(model, args, train_dataset, eval_dataset, self.stages)
         self.folder = RunFolder(str(args.output_dir), [stage.name for stage in self.stages])
 
@@ -178,7 +180,7 @@ class IConETrainer:
         train_data, eval_data = self._stage_data(stage)
         if checkpoint is None and self._is_first_with_classes(index) and self.args.class_vectors == "group_means":
             self._start_class_vectors(train_data)
-        trainer = self._stage_trainer(stage, args, train_data, eval_data)
+        self._running = trainer = self._stage_trainer(stage, args, train_data, eval_data)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # Mixed precision wraps forward; the next stage's accelerator must find it as it was.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
@@ -190,7 +192,8 @@ class IConETrainer:
         logger.warning(
             f"Stage {index + 1} of {len(self.stages)}, {stage.name!r}: {stage.num_train_epochs:g} epochs of "
             f"{len(Captions.read(self.train_dataset))} pairs, towers {'trained' if stage.train_encoders else 'frozen'}"
-            f", loss = {stage.instance_weight:g} x instance + {stage.contrastive_weight:g} x contrastive."
+            f", loss = {stage.instance_weight:g} x instance + {stage.contrastive_weight:g} x contrastive"
+            + (f", weights averaged with a decay of {stage.weight_average:g}." if stage.weight_average else ".")
         )
 
     def _stage_arguments(self, index: int) -> IConETrainingArguments:
@@ -327,12 +330,14 @@ class IConETrainer:
     def save_model(self, output_dir: str | os.PathLike, with_classifier: bool = True) -> None:
         """Save model and processor as one checkpoint.
 
-        LoRA adapters are merged into the towers' weights. All processes call it: the first saves, and the others their
-        shares of a sharded classifier.
+        LoRA adapters are merged into the towers' weights. Within a stage that averages its weights the average is
+        saved. All processes call it: the first saves, and the others their shares of a sharded classifier.
         """
         is_main = PartialState().is_main_process
+        average = contextlib.nullcontext() if self._running is None else self._running.average.in_place()
         if is_main or isinstance(self.model.classifier, ShardedClassifier):
-            self.model.save_pretrained(output_dir, with_classifier=with_classifier, merge_lora=True)
+            with average:
+                self.model.save_pretrained(output_dir, with_classifier=with_classifier, merge_lora=True)
         if is_main:
             self.processor.save_pretrained(output_dir)
 

@@ -152,6 +152,19 @@ def test_ranks_that_have_no_group_of_their_own_train_as_one_process(towers, tmp_
     assert_same(run_few(towers, tmp_path / "four", 4, **few), expected)
 
 
+def test_two_ranks_average_their_weights_as_one_process_does(towers, tmp_path):
+    """Of a sharded classifier each averages its rows. Killed on two ranks in mid-stage, ended on four."""
+    options = {"num_groups": 6, "num_eval": 4, "weight_average": 0.5}
+    expected = run_few(towers, tmp_path / "one", 1, **options)
+    options |= {"shard_classifier": True, "global_batch_size": 8}
+    codes, errors, _ = fork(towers, tmp_path / "run", 2, **options, stop_at=["1-joint", 4])
+    assert 0 not in codes, errors
+    assert (tmp_path / "run" / "stages" / "1-joint" / "checkpoint-3" / "raw_class_vectors.safetensors").is_file()
+    codes, errors, _ = fork(towers, tmp_path / "run", 4, **options)
+    assert set(codes) == {0}, errors
+    assert_same(read(tmp_path / "run", 4), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"shard_classifier": True}, {"per_device_chunk_size": 1}], ids=str)
 @pytest.mark.parametrize("num_groups", [1, 3, 5])

@@ -52,3 +52,8 @@ def test_bad_stages_are_refused_by_name(change, message):
 def test_a_missing_field_is_named():
     with pytest.raises(ValueError, match="Stage 0 lacks learning_rate"):
         parse_stages([{name: value for name, value in FIELDS.items() if name != "learning_rate"}])
+
+
+def test_an_average_is_optional_and_its_decay_may_be_text():
+    assert parse_stages([FIELDS])[0].weight_average == 0
+    assert parse_stages([{**FIELDS, "weight_average": "999e-3"}])[0].weight_average == 0.999
