@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .paper.word_vectors import recurrent_tower_from_bert, recurrent_tower_from_glove
     from .training.arguments import IConETrainingArguments
     from .training.feature_cache import FeatureCache
+    from .training.merging import merge_checkpoints
     from .training.stages import PAPER_STAGES, RECOMMENDED_CONFIG, RECOMMENDED_STAGES, Stage
     from .training.trainer import IConETrainer
 
@@ -54,7 +55,7 @@ _public, __dir__, __all__ = lazy_names(
         "paper": ("recurrent_tower_from_bert", "recurrent_tower_from_glove"),
         "training": (
             *("IConETrainer", "IConETrainingArguments", "FeatureCache", "Stage"),
-            *("PAPER_STAGES", "RECOMMENDED_CONFIG", "RECOMMENDED_STAGES"),
+            *("PAPER_STAGES", "RECOMMENDED_CONFIG", "RECOMMENDED_STAGES", "merge_checkpoints"),
         ),
     },
 )

@@ -19,6 +19,7 @@ COMMANDS = {
     "encode": "embed images and captions into a folder of Parquet shards, or into a file",
     "data": "write groups, images included, as Parquet files that are ready for the Hub",
     "check": "say all that is wrong with a source, and whether training could start",
+    "merge": "merge checkpoints: what was tuned with its base (WiSE-FT), or several into their mean",
     "export": "write a checkpoint as ONNX graphs, for ONNX Runtime and transformers.js",
     "info": "say what a checkpoint is: towers, parameters, groups, recipe, metrics, size",
     "push": "write a checkpoint's model card and upload both to the Hub",

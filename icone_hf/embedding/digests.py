@@ -25,6 +25,7 @@ from datasets import Dataset
 
 from ..data.fingerprints import digest_image, ranges_of
 from ..errors import InputError
+from ..modeling.configuration_icone import IConEConfig
 from ..modeling.lora import merged_state_dict
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
@@ -80,6 +81,19 @@ def digest_projection(model: IConEModel, modality: str) -> dict[str, str]:
     """
     projection = model.visual_projection if modality == "vision" else model.text_projection
     return {f"the {modality} tower's projection": digest_weights(projection.state_dict())}
+
+
+def digest_pooling(config: IConEConfig, processor: IConEProcessor) -> dict[str, str]:
+    """Digest what pools images and captions, besides weights."""
+    fields = config.to_dict()
+    towers = {
+        f"the {modality} tower's settings": _digest_settings(
+            {**fields[f"{modality}_config"], "pooling": fields[f"{modality}_pooling"]}
+        )
+        for modality in ("vision", "text")
+    }
+    settings = {**processor.image_processor.to_dict(), "jpeg_draft": processor.jpeg_draft}
+    return {**towers, "the image processor's settings": _digest_settings(settings), **_digest_tokenizer(processor)}
 
 
 def digest_all(parts: Mapping[str, str]) -> str:

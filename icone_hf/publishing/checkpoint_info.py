@@ -63,7 +63,9 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
         "data": recipe.get("data"),
         "batch_size": recipe.get("decisive", {}).get("global_train_batch_size"),
         "train_groups": recipe.get("decisive", {}).get("train_groups"),
-        "metrics": {name: metrics[name] for name in metrics if name not in ("stages", "evaluations")},
+        "train_captions": recipe.get("decisive", {}).get("train_captions"),
+        "merge": metrics.get("merge"),
+        "metrics": {name: metrics[name] for name in metrics if name not in ("stages", "evaluations", "merge")},
         "evaluations": metrics.get("evaluations", []),
     }
 
@@ -89,6 +91,8 @@ def as_text(info: Mapping[str, Any]) -> str:
             f"{stage['instance_weight']:g} x instance + {stage['contrastive_weight']:g} x contrastive, towers "
             f"{'trained' if stage['train_encoders'] else 'frozen'}"
         )
+    if info["merge"]:
+        lines.append(f"  merged: {merge_formula(info['merge'])}")
     for data, split, values in measured(info):
         of_data = f" of {data}" if data else ""
         recalls = f"t2i R@1 {values['t2i_r1']:.1f}, i2t R@1 {values['i2t_r1']:.1f}"
@@ -99,6 +103,21 @@ def as_text(info: Mapping[str, Any]) -> str:
                 found = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in values.items())
                 lines.append(f"  {protocol} of {one['data']}: {found}")
     return "\n".join(lines)
+
+
+def merge_formula(merge: Mapping[str, Any]) -> str:
+    """Say what a merged checkpoint is made of.
+
+    Args:
+        merge: what metrics.json holds under this name.
+    """
+    names = [one["checkpoint"] for one in merge["tuned"]]
+    tuned = names[0] if len(names) == 1 else f"the mean of {', '.join(names[:-1])} and {names[-1]}"
+    if merge["base"] is None:
+        return tuned
+    formula = f"{1 - merge['alpha']:.4g} x {merge['base']['checkpoint']} + {merge['alpha']:.4g} x {tuned}"
+    sweep = merge["sweep"]
+    return f"{formula}, by the {sweep['split']} Rsum of {sweep['data']}" if sweep else formula
 
 
 def measured(info: Mapping[str, Any]) -> list[tuple[str | None, str, Mapping[str, float]]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from .checkpoint_info import count, describe, measured
+from .checkpoint_info import count, describe, measured, merge_formula
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CARD = "README.md"
@@ -87,6 +87,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
         carbon=carbon,
         licences={side: licence_of(info[f"{side}_tower"]["name"]) for side in ("vision", "text")},
         count=count,
+        merge_formula=merge_formula,
     )
 
 

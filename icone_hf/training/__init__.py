@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "arguments": ("IConETrainingArguments",),
         "feature_cache": ("FeatureCache",),
+        "merging": ("merge_checkpoints",),
         "stages": ("PAPER_STAGES", "RECOMMENDED_CONFIG", "RECOMMENDED_STAGES", "Stage", "parse_stages"),
         "trainer": ("IConETrainer",),
     },

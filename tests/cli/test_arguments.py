@@ -233,7 +233,8 @@ def test_every_config_of_the_examples_parses(path):
         (found,) = [getattr(part, name) for part in parsed if hasattr(part, name)]
         assert found in (value, [value]) or found == float(value), name
     model, _, recipe, training = parsed
-    assert [asdict(stage) for stage in recipe.parse()] == values["stages"]
+    for stage, written in zip(recipe.parse(), values["stages"], strict=True):
+        assert written.items() <= asdict(stage).items()
     assert training.output_dir.startswith("outputs/")
     IConEConfig(**model.config(recipe.config()))
 
