@@ -12,6 +12,7 @@ from ..modeling.modeling_icone import IConEModel
 from .arguments import CLASS_VECTORS, IConETrainingArguments
 from .feature_cache import STORED_DTYPES
 from .late_failures import check_late_failures
+from .parameter_groups import check_rates
 from .refused_arguments import check_arguments
 from .stages import Stage
 from .weight_average import check_weight_averages
@@ -48,6 +49,7 @@ def check_run(
     check_hub_strategy(args)
     check_weight_averages(model, stages)
     check_late_failures(model, args, stages)
+    check_rates(model, args, stages)
 
 
 def check_data(splits: Mapping[str, Dataset]) -> None:

@@ -5,15 +5,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed
 from datasets import Dataset
 from safetensors.numpy import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..compat import TrainerStepsMixin
 from ..data.batching import GroupBatchSampler, GroupDataLoader, PairChunks, PairCollator, PairDataset
 from ..data.workers import outlive_termination
 from ..embedding.encoding import GroupEmbeddings, embed_pooled, encode_groups
@@ -24,19 +22,20 @@ from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from .arguments import IConETrainingArguments
 from .feature_cache import FeatureCache, as_features
+from .frozen_towers import FrozenTowers
 from .gradient_cache import backward_in_chunks
+from .parameter_groups import StageParameters
 from .progress import TrainingProgress
-from .sparse_rows import AdamWithSparseRows, with_dense_gradients
+from .stage_optimizer import OptimizingTrainer
 from .stages import Stage
 from .termination import SaveOnTermination
-from .unused_parameters import leave_out_unused
 from .weight_average import WeightAverage
 from .whole_files import begin_checkpoint, finish_checkpoint, last_whole_checkpoint, storing
 
 NEIGHBOURS_FILE = "neighbours.safetensors"  # in a checkpoint: the order of its epoch's groups
 
 
-class StageTrainer(TrainerStepsMixin, Trainer):
+class StageTrainer(OptimizingTrainer):
     """Train one stage, validated by retrieval.
 
     Args:
@@ -65,6 +64,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
         self._loss_steps = 0
         self._resumed_from: str | None = None
         self._sampler: GroupBatchSampler | None = None
+        self.parameter_table: list[dict[str, Any]] = []
         self._last_loss: tuple[int, torch.Tensor] | None = None  # the update, and its loss, that is still to check
         super().__init__(
             model,
@@ -75,7 +75,7 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             callbacks=callbacks,
         )
         with self.accelerator.autocast():  # as in every step
-            self._unused = leave_out_unused(model) if isinstance(model, IConEModel) else []
+            self.parameters = StageParameters(model, stage, args)
         self._progress = TrainingProgress(stage.name, as_lines=bool(args.disable_tqdm))
         if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):  # a notebook has its own table
             self.add_callback(self._progress)
@@ -83,6 +83,9 @@ class StageTrainer(TrainerStepsMixin, Trainer):
         self.average = WeightAverage(stage.weight_average, model)  # of weights that are within their bound
         self.add_callback(self.average)
         self.add_callback(SaveOnTermination())
+        self._frozen_towers = FrozenTowers(model, stage) if isinstance(model, IConEModel) else None
+        if self._frozen_towers is not None:
+            self.add_callback(self._frozen_towers)
 
     def train(self, resume_from_checkpoint: str | None = None) -> Any:  # type: ignore[override]
         """Train, and remove the progress bar whatever happens."""
@@ -93,6 +96,8 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             return super().train(resume_from_checkpoint)
         finally:
             self._progress.close()
+            if self._frozen_towers is not None:
+                self._frozen_towers.thaw()
 
     def _take_up_the_end(self, checkpoint: str) -> bool:
         """Load what a stage of `max_steps` has ended with.
@@ -152,68 +157,6 @@ class StageTrainer(TrainerStepsMixin, Trainer):
             persistent_workers=self.args.dataloader_persistent_workers and num_workers > 0,
             worker_init_fn=outlive_termination(),
         )
-
-    @property
-    def trained_part(self) -> IConEModel | IConEHeads:
-        """Return what this stage trains, unwrapped.
-
-        Mixed precision and DDP wrap it.
-        """
-        part = self.accelerator.unwrap_model(self.model)
-        assert isinstance(part, IConEModel | IConEHeads)
-        return part
-
-    def _sampled_rows(self) -> torch.Tensor | None:
-        """Return class vectors that are trained in samples.
-
-        `None` if this stage trains none so.
-        """
-        # Clipping asks at every step, and unwrapping walks over all modules: look at the config first.
-        if not cast(IConEModel, self.model).config.instance_samples:
-            return None
-        classifier = self.trained_part.classifier
-        return classifier.weight if classifier is not None and classifier.weight.requires_grad else None
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the stage's optimizer.
-
-        Where classes are sampled, it holds another one for the class vectors.
-        """
-        # Unused parameters stand in the optimizer's groups, as in checkpoints from before they were left out: their
-        # state is known by its place there. Without gradients they have no state and no step, and never decay.
-        for parameter in self._unused:
-            parameter.requires_grad_(True)
-        optimizer = self._create_optimizer(model)
-        for parameter in self._unused:
-            parameter.requires_grad_(False)
-        return optimizer
-
-    def _create_optimizer(self, model: torch.nn.Module | None) -> torch.optim.Optimizer:
-        """Build it of all that requires a gradient."""
-        rows = self._sampled_rows()
-        if self.optimizer is not None or rows is None:
-            return super().create_optimizer(model)
-        # What has no gradient is left out by transformers.
-        rows.requires_grad_(False)
-        dense = super().create_optimizer(model)
-        rows.requires_grad_(True)
-        args = self.args
-        sparse = torch.optim.SparseAdam(
-            [rows], lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
-        )
-        self.optimizer = AdamWithSparseRows(dense, sparse)
-        if args.world_size > 1:  # as DDP does with all that it is not told to leave out
-            torch.distributed.broadcast(rows.data, src=0)
-        return self.optimizer
-
-    def clip_gradients(self, model: torch.nn.Module, max_norm: float) -> torch.Tensor | float:
-        """Clip gradients, sparse ones too.
-
-        Torch's own function refuses sparse gradients.
-        """
-        if self._sampled_rows() is None:
-            return super().clip_gradients(model, max_norm)
-        return self.accelerator.clip_grad_norm_(with_dense_gradients(model.parameters()), max_norm)
 
     def training_step(
         self,

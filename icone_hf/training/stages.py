@@ -25,6 +25,16 @@ class Stage:
         train_encoders: `False` freezes both towers. Their outputs are then computed once and read from a cache.
         weight_average: decay of a running average of the trained weights, such as 0.999. Validation measures the
             average, the best epoch is one of the average, and the next stage starts from it. 0: no average.
+        vision_learning_rate, text_learning_rate: the towers' own peaks; `learning_rate` is then that of what is not a
+            tower: projections, classifier, temperature. `None`: `learning_rate`.
+        layer_decay: factor on the rate from a tower's block to the one below it. The embeddings are below the first
+            block.
+        trained_blocks: only so many of each tower's last blocks are trained, and what comes after them: final norms,
+            poolers. The embeddings are not. `None`: all.
+        train_embeddings: `False` freezes what is below a tower's first block: token, position and patch embeddings, the
+            stem of a convolutional network.
+        vision_frozen_epochs, text_frozen_epochs: so many epochs the tower is frozen at the stage's start; may be a
+            fraction.
 
     Raises:
         ValueError: if a value is out of range; the message names the stage and the field.
@@ -37,6 +47,13 @@ class Stage:
     contrastive_weight: float
     train_encoders: bool
     weight_average: float = 0.0
+    vision_learning_rate: float | None = None
+    text_learning_rate: float | None = None
+    layer_decay: float = 1.0
+    trained_blocks: int | None = None
+    train_embeddings: bool = True
+    vision_frozen_epochs: float = 0.0
+    text_frozen_epochs: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):
@@ -60,6 +77,57 @@ class Stage:
             raise InputError(
                 f"Stage {self.name!r}: instance_weight and contrastive_weight are both 0, so nothing is trained."
             )
+        self._check_towers()
+
+    def _check_towers(self) -> None:
+        """Refuse what the towers can't be trained by."""
+        for field in ("vision_learning_rate", "text_learning_rate"):
+            value = getattr(self, field)
+            if value is not None and (not _is_number(value) or not 0 < value < math.inf):
+                raise InputError(f"Stage {self.name!r}: {field}={value!r} must be greater than 0, and finite, or null.")
+        if not _is_number(self.layer_decay) or not 0 < self.layer_decay <= 1:
+            raise InputError(f"Stage {self.name!r}: layer_decay={self.layer_decay!r} must be above 0, and at most 1.")
+        blocks = self.trained_blocks
+        if blocks is not None and (not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1):
+            raise InputError(
+                f"Stage {self.name!r}: trained_blocks={blocks!r} must be a whole number of 1 or more, or null. To "
+                "train no block: train_encoders=False."
+            )
+        if not isinstance(self.train_embeddings, bool):
+            raise InputError(f"Stage {self.name!r}: train_embeddings={self.train_embeddings!r} must be true or false.")
+        frozen = {field: getattr(self, field) for field in ("vision_frozen_epochs", "text_frozen_epochs")}
+        for field, value in frozen.items():
+            if not _is_number(value) or not 0 <= value < math.inf:
+                raise InputError(f"Stage {self.name!r}: {field}={value!r} must be 0 or more, and finite.")
+        if min(frozen.values()) >= self.num_train_epochs:
+            raise InputError(
+                f"Stage {self.name!r}: vision_frozen_epochs and text_frozen_epochs freeze both towers for all of its "
+                f"{self.num_train_epochs:g} epochs: set train_encoders=False, which computes their outputs once."
+            )
+        if not self.train_encoders and (of_towers := [name for name in _OF_TOWERS if _is_set(self, name)]):
+            values = ", ".join(f"{name}={getattr(self, name)!r}" for name in of_towers)
+            raise InputError(
+                f"Stage {self.name!r}: {values} would have no effect, since train_encoders=False freezes both towers: "
+                "leave it out, or set train_encoders=True."
+            )
+
+    @property
+    def sets_rates(self) -> bool:
+        """Say whether parts have rates of their own."""
+        return any(_is_set(self, name) for name in ("vision_learning_rate", "text_learning_rate", "layer_decay"))
+
+    @property
+    def tells_blocks_apart(self) -> list[str]:
+        """Name the fields in use that need a tower's blocks."""
+        return [name for name in ("layer_decay", "trained_blocks", "train_embeddings") if _is_set(self, name)]
+
+
+_OF_TOWERS = tuple(field.name for field in fields(Stage) if field.default is not MISSING)
+
+
+def _is_set(stage: Stage, name: str) -> bool:
+    """Say whether a field has another value than its default."""
+    return getattr(stage, name) != next(field.default for field in fields(Stage) if field.name == name)
 
 
 def _is_number(value: Any) -> bool:

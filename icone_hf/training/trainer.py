@@ -285,6 +285,7 @@ class IConETrainer:
             "stage": asdict(self.stages[index]),
             "best_checkpoint": kept.name if kept else None,
             "validation": validation_metrics(logged[-1]),
+            "parameter_groups": trainer.parameter_table,
             "log_history": trainer.state.log_history,
         }
         self.folder.write_stage(index, result)

@@ -1,6 +1,7 @@
 """Parameters of the towers that no embedding depends on, such as BERT's pooler beside its [CLS] token."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,16 +27,25 @@ def leave_out_unused(model: IConEModel) -> list[nn.Parameter]:
     trained = [p for tower in (model.vision_model, model.text_model) for p in tower.parameters() if p.requires_grad]
     if not trained:
         return []
+    output = embed_blank_pair(model)
+    used = leaves_behind([output.image_embeds.grad_fn, output.text_embeds.grad_fn], set())
+    unused = [parameter for parameter in trained if parameter not in used]
+    for parameter in unused:
+        parameter.requires_grad_(False)
+    return unused
+
+
+def embed_blank_pair(model: IConEModel) -> Any:
+    """Embed one blank image and a caption, with a graph.
+
+    Neither weights nor modes nor random numbers change.
+    """
     was_training = model.training
     model.eval()  # draws no random number, updates no statistics and checkpoints no activations
     with torch.enable_grad():
         output = model(**_small_inputs(model), return_loss=False)
     model.train(was_training)
-    used = _leaves_behind([output.image_embeds, output.text_embeds])
-    unused = [parameter for parameter in trained if parameter not in used]
-    for parameter in unused:
-        parameter.requires_grad_(False)
-    return unused
+    return output
 
 
 def _small_inputs(model: IConEModel) -> dict[str, torch.Tensor]:
@@ -48,17 +58,22 @@ def _small_inputs(model: IConEModel) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels, "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
-def _leaves_behind(outputs: Iterable[torch.Tensor]) -> set[torch.Tensor]:
-    """Walk the graph of outputs back to its leaves."""
+def leaves_behind(nodes: Iterable[Any], seen: set[Any]) -> set[torch.Tensor]:
+    """Walk a graph back to its leaves.
+
+    Args:
+        nodes: where the walk begins: the `grad_fn` of tensors, `None` for one without.
+        seen: nodes that the walk does not enter; those that it enters are added.
+    """
     # A backward pass would tell too, but cuDNN has none for recurrent networks in eval mode, and it would need memory
     # for every gradient.
-    nodes, seen, leaves = [output.grad_fn for output in outputs], set(), set()
-    while nodes:
-        node = nodes.pop()
+    waiting, leaves = list(nodes), set()
+    while waiting:
+        node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):  # where a leaf's gradient would be added up
             leaves.add(node.variable)
-        nodes += [following for following, _ in node.next_functions]
+        waiting += [following for following, _ in node.next_functions]
     return leaves

@@ -33,6 +33,19 @@ def test_stages_from_dicts():
     assert parse_stages([FIELDS]) == (Stage("joint", 2.0, 1e-4, 1.0, 0.5, True),)
 
 
+def test_rates_are_read_as_numbers_and_may_be_left_out():
+    (stage,) = parse_stages([FIELDS | {"vision_learning_rate": "1e-5", "layer_decay": "0.75", "trained_blocks": 4}])
+    assert stage == Stage(
+        "joint", 2.0, 1e-4, 1.0, 0.5, True, vision_learning_rate=1e-5, layer_decay=0.75, trained_blocks=4
+    )
+    assert stage.text_learning_rate is None
+    # By default all of a model has one rate, no block needs to be found, and nothing is refused of frozen towers.
+    plain = Stage("joint", 2.0, 1e-4, 1.0, 0.5, True)
+    assert not plain.sets_rates
+    assert not plain.tells_blocks_apart
+    assert (stage.sets_rates, stage.tells_blocks_apart) == (True, ["layer_decay", "trained_blocks"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -42,6 +55,18 @@ def test_stages_from_dicts():
         ({"instance_weight": 0, "contrastive_weight": 0}, "both 0"),
         ({"name": "a/b"}, "'a/b' must be letters"),
         ({"epochs": 3}, "has epochs"),
+        ({"vision_learning_rate": 0}, "vision_learning_rate=0.0 must be greater"),
+        ({"text_learning_rate": "fast"}, "text_learning_rate='fast' must be"),
+        ({"layer_decay": 1.1}, "layer_decay=1.1 must be above 0"),
+        ({"layer_decay": 0}, "layer_decay=0.0"),
+        ({"trained_blocks": 0}, "trained_blocks=0 must be a whole number"),
+        ({"trained_blocks": 1.0}, "trained_blocks=1.0"),
+        ({"trained_blocks": True}, "trained_blocks=True"),
+        ({"train_embeddings": "false"}, "train_embeddings='false' must be true or false"),
+        ({"text_frozen_epochs": -1}, "text_frozen_epochs=-1.0 must be 0 or more"),
+        ({"text_frozen_epochs": 3, "vision_frozen_epochs": 2}, "freeze both towers for all of its 2 epochs"),
+        ({"train_encoders": False, "layer_decay": 0.9}, "layer_decay=0.9 would have no effect"),
+        ({"train_encoders": False, "vision_frozen_epochs": 1}, "vision_frozen_epochs=1.0 would have no effect"),
     ],
 )
 def test_bad_stages_are_refused_by_name(change, message):
