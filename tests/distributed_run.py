@@ -66,6 +66,8 @@ def main(
     )
     if instance_samples and int(os.environ.get("RANK", 0)):
         model.classifier.weight.data += 1  # rank 0's are the ones that count
+    if int(os.environ.get("RANK", 0)):
+        model.visual_projection.weight.data *= -1
     args = IConETrainingArguments(
         output,
         use_cpu=True,

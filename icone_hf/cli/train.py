@@ -18,8 +18,10 @@ from ..evaluation.metrics import metrics_table
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..processes import by_main_process, together
+from ..publishing.checkpoint_info import BEFORE_TRAINING
 from ..training.arguments import IConETrainingArguments
 from ..training.kept_splits import SPLITS_FILE, KeptSplits, keep_splits
+from ..training.stages import START
 from ..training.trainer import IConETrainer
 from . import COMMANDS
 from .arguments import DataArguments, ModelArguments, OutputArguments, RecipeArguments
@@ -97,7 +99,10 @@ def train(argv: Sequence[str]) -> None:
     with together():
         trainer.write_card()
         if state.is_main_process:
-            rows = {f"validation, after {name}": stage for name, stage in metrics["stages"].items()}
+            rows = {
+                BEFORE_TRAINING if name == START else f"validation, after {name}": stage
+                for name, stage in metrics["stages"].items()
+            }
             if "test" in metrics:
                 rows["test"] = metrics["test"]
             url = trainer.push_to_hub() if args.push_to_hub else None

@@ -276,7 +276,7 @@ def run_one(run: Run, output_dir: Path, data: _Data, bf16: bool = False, num_wor
                     "settings": run.settings,
                     "groups": {split: len(groups) for split, groups in splits.items()},
                     "metrics": metrics,
-                    "validation": validation["stages"],
+                    "validation": {stage.name: validation["stages"][stage.name] for stage in run.stages},
                     "updates": sum(log[-1]["step"] for log in logs),
                     "seconds": None if was_begun else round(seconds, 1),  # a resumed run's last part would mislead
                     "environment": environment(),

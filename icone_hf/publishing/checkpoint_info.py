@@ -15,6 +15,7 @@ from ..errors import InputError
 SMALL_FILES = ["config.json", "recipe.json", "metrics.json"]
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 LOSSES = ("instance_logits", "instance_temperature", "contrastive_loss", "temperature")
+BEFORE_TRAINING = "validation, before training"
 PARTS = ("vision_model", "text_model", "visual_projection", "text_projection", "classifier")
 
 
@@ -46,6 +47,9 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
         parameters[part if part in PARTS else "other"] += math.prod(shape)
         size += math.prod(shape) * BYTES[dtype]
     recipe, metrics = _read(folder / "recipe.json"), _read(folder / "metrics.json")
+    stages = recipe.get("decisive", {}).get("stages", [])
+    # In an earlier version a stage could have the name of what is measured before them all.
+    has_start = all(stage["name"] != "start" for stage in stages)
     return {
         "checkpoint": str(checkpoint),
         "vision_tower": _tower(config["vision_config"]),
@@ -59,13 +63,14 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
         "weight_bytes": size,
         "dtype": config.get("dtype"),
         "losses": {name: config[name] for name in LOSSES},
-        "stages": recipe.get("decisive", {}).get("stages", []),
+        "stages": stages,
         "data": recipe.get("data"),
         "batch_size": recipe.get("decisive", {}).get("global_train_batch_size"),
         "train_groups": recipe.get("decisive", {}).get("train_groups"),
         "train_captions": recipe.get("decisive", {}).get("train_captions"),
         "merge": metrics.get("merge"),
         "metrics": {name: metrics[name] for name in metrics if name not in ("stages", "evaluations", "merge")},
+        "before_training": metrics.get("stages", {}).get("start") if has_start else None,
         "evaluations": metrics.get("evaluations", []),
     }
 
@@ -93,7 +98,8 @@ def as_text(info: Mapping[str, Any]) -> str:
         )
     if info["merge"]:
         lines.append(f"  merged: {merge_formula(info['merge'])}")
-    for data, split, values in measured(info):
+    before = [(info["data"], BEFORE_TRAINING, info["before_training"])] if info["before_training"] else []
+    for data, split, values in before + measured(info):
         of_data = f" of {data}" if data else ""
         recalls = f"t2i R@1 {values['t2i_r1']:.1f}, i2t R@1 {values['i2t_r1']:.1f}"
         lines.append(f"  {split}{of_data}: Rsum {values['rsum']:.1f}, {recalls}")

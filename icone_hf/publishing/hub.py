@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from .checkpoint_info import count, describe, measured, merge_formula
+from .checkpoint_info import BEFORE_TRAINING, count, describe, measured, merge_formula
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CARD = "README.md"
@@ -75,14 +75,15 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
     )
     if carbon is not None:
         card_data["co2_eq_emissions"] = {"emissions": 1000 * carbon, "source": "codecarbon"}  # grams
-    # People read the same from the template's text.
+    # People read the same from the template's text, and what the model was before: no metric of this one.
+    before = [(data, BEFORE_TRAINING, info["before_training"])] if info["before_training"] else []
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
         model_name=name,
         repo_id=repo_id or name,
         info=info,
-        rows=rows,
+        rows=before + rows,
         figures=[{"file": file, "what": what} for file, what in PICTURES.items() if (folder / file).is_file()],
         carbon=carbon,
         licences={side: licence_of(info[f"{side}_tower"]["name"]) for side in ("vision", "text")},

@@ -34,6 +34,7 @@ DECISIVE_ARGUMENTS = (
     "class_vectors",
     "feature_cache_dtype",
     "shard_classifier",
+    "early_stopping_patience",
 )
 
 
@@ -135,6 +136,13 @@ class IConETrainingArguments(TrainingArguments):
     feature_cache_dtype: str = field(
         default="float32", metadata={"help": "Type of the cached outputs: float32, or bfloat16 in half the space."}
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Validations without a better metric_for_best_model after which a stage ends. Default: it runs all "
+            "its epochs."
+        },
+    )
 
     def __post_init__(self) -> None:
         # torchrun's processes on CPUs find each other only if they are told that these are CPUs.
@@ -147,6 +155,8 @@ class IConETrainingArguments(TrainingArguments):
         # Check what describes a batch.
         for name, least in _COUNTS.items():
             _check_count(name, getattr(self, name), least)
+        if self.early_stopping_patience is not None:
+            _check_count("early_stopping_patience", self.early_stopping_patience, 1)
         for name in ("global_batch_size", "per_device_chunk_size"):
             value = getattr(self, name)
             if value is None:

@@ -14,7 +14,7 @@ from .feature_cache import STORED_DTYPES
 from .late_failures import check_late_failures
 from .parameter_groups import check_rates
 from .refused_arguments import check_arguments
-from .stages import Stage
+from .stages import START, Stage
 from .weight_average import check_weight_averages
 
 
@@ -46,6 +46,7 @@ def check_run(
     check_devices(args)
     check_batches(model, args)
     check_storage(args)
+    check_early_stopping(args)
     check_hub_strategy(args)
     check_weight_averages(model, stages)
     check_late_failures(model, args, stages)
@@ -72,12 +73,17 @@ def check_data(splits: Mapping[str, Dataset]) -> None:
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
-    """Refuse an empty list of stages and double names."""
+    """Refuse an empty list of stages and taken names."""
     if not stages:
         raise InputError("There are no stages to run.")
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
         raise InputError(f"Stage names must differ, but they are {', '.join(names)}.")
+    if START in names:
+        raise InputError(
+            f"Stage {names.index(START)} is named {START!r}, as metrics.json calls what was measured before the first "
+            "update: give it another name."
+        )
 
 
 def check_classifier(model: IConEModel, args: IConETrainingArguments, num_groups: int) -> None:
@@ -165,6 +171,15 @@ def check_storage(args: IConETrainingArguments) -> None:
         raise InputError(
             f"save_strategy={strategies['save_strategy']} and eval_strategy={strategies['eval_strategy']} must be "
             "the same, and not no: every checkpoint is measured, and the best one is kept."
+        )
+
+
+def check_early_stopping(args: IConETrainingArguments) -> None:
+    """Refuse an early end without the best epoch."""
+    if args.early_stopping_patience is not None and not args.load_best_model_at_end:
+        raise InputError(
+            f"early_stopping_patience={args.early_stopping_patience} ends a stage when it has passed its best epoch, "
+            "which load_best_model_at_end=False would not go back to: leave one of the two out."
         )
 
 

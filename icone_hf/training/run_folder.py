@@ -6,6 +6,7 @@ OUTPUT_DIR/
   recipe.json                            all that decides the numbers
   splits.json                            which images are of which split, where these were cut (see kept_splits.py)
   feature_cache/SPLIT/DIGEST/            frozen towers' outputs (see cache_folder.py)
+  stages/start.json                      validation metrics before the first update
   stages/0-NAME/checkpoint-*/            transformers' checkpoints; without the towers where these are frozen. One
                                          counts if it is whole, by its files.json (see whole_files.py)
   stages/0-NAME/stage.json               there once the stage is done: its best epoch, metrics and logs
@@ -31,6 +32,7 @@ from .whole_files import WEIGHTS, checkpoint_fault, checkpoints_of, last_whole_c
 METRICS_FILE = "metrics.json"
 RECIPE_FILE = "recipe.json"
 STAGE_FILE = "stage.json"
+START_FILE = "start.json"
 SET_ASIDE = "set_aside"
 
 logger = logging.get_logger(__name__)
@@ -63,6 +65,19 @@ class RunFolder:
     def write_stage(self, index: int, result: Mapping[str, Any]) -> None:
         """Write a stage's result, which marks it as done."""
         write_json(self.stage(index) / STAGE_FILE, result)
+
+    def read_start(self) -> dict[str, float] | None:
+        """Read the start's metrics; `None` without any."""
+        path = self.path / "stages" / START_FILE
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def write_start(self, metrics: Mapping[str, float]) -> None:
+        """Write metrics from before the first update."""
+        write_json(self.path / "stages" / START_FILE, metrics)
+
+    def forget_start(self) -> None:
+        """Remove these metrics: they are of another run."""
+        (self.path / "stages" / START_FILE).unlink(missing_ok=True)
 
     def write_recipe(self, recipe: Mapping[str, Any]) -> None:
         """Write the recipe.

@@ -21,6 +21,7 @@ from ..modeling.heads import IConEHeads, IConEOutput
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from .arguments import IConETrainingArguments
+from .early_stopping import EarlyStopping, has_ended_early
 from .feature_cache import FeatureCache, as_features
 from .frozen_towers import FrozenTowers
 from .gradient_cache import backward_in_chunks
@@ -82,6 +83,8 @@ class StageTrainer(OptimizingTrainer):
         self.add_callback(_TemperatureBound())
         self.average = WeightAverage(stage.weight_average, model)  # of weights that are within their bound
         self.add_callback(self.average)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(args.early_stopping_patience))
         self.add_callback(SaveOnTermination())
         self._frozen_towers = FrozenTowers(model, stage) if isinstance(model, IConEModel) else None
         if self._frozen_towers is not None:
@@ -100,12 +103,13 @@ class StageTrainer(OptimizingTrainer):
                 self._frozen_towers.thaw()
 
     def _take_up_the_end(self, checkpoint: str) -> bool:
-        """Load what a stage of `max_steps` has ended with.
+        """Load what a stage has ended with.
 
-        It had ended, if that is True. In the middle of an epoch transformers would do another update.
+        It had ended, by `max_steps` or early, if that is True. transformers would do another update.
         """
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if not 0 < self.args.max_steps <= state.global_step:
+        ended_early = has_ended_early(cast(IConETrainingArguments, self.args), state)
+        if not 0 < self.args.max_steps <= state.global_step and not ended_early:
             return False
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:

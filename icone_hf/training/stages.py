@@ -9,6 +9,8 @@ from typing import Any
 
 from ..errors import InputError
 
+START = "start"  # what metrics.json calls the model before its first update, among the stages
+
 
 @dataclass(frozen=True)
 class Stage:

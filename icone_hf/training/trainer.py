@@ -34,7 +34,8 @@ from .recipe import make_recipe
 from .run_folder import RunFolder, write_metrics
 from .sharded_trainer import ShardedStageTrainer, load_weights
 from .stage_trainer import StageTrainer, embed_cached, validation_metrics
-from .stages import PAPER_STAGES, Stage
+from .stages import PAPER_STAGES, START, Stage
+from .start_metrics import measure_start
 from .termination import ends_in_order
 from .whole_files import step_of
 
@@ -103,8 +104,8 @@ class IConETrainer:
                 never interrupted.
 
         Returns:
-            What `metrics.json` holds: `validation`, `stages` with each stage's best validation metrics, and `test` if
-            the run was finished and tested before.
+            What `metrics.json` holds: `validation`, `stages` with each stage's best validation metrics, of which
+            `start` is from before the first update, and `test` if the run was finished and tested before.
 
         Raises:
             ValueError: if the folder holds another run, or the checkpoint is not one of this recipe's.
@@ -119,6 +120,8 @@ class IConETrainer:
                 self._open_repository()
                 self.folder.write_recipe(recipe)
                 self.folder.forget_after(first, checkpoint)
+                if not resume_from_checkpoint:
+                    self.folder.forget_start()
         # Run the stages, from the first that is not done.
         self._load_finished_stages(first)
         for index in range(first, len(self.stages)):
@@ -166,6 +169,8 @@ class IConETrainer:
         if anew:
             self.save_model(self.folder.path)
             stages = {result["stage"]["name"]: result["validation"] for result in results}
+            if (start := by_main_process(self.folder.read_start)) is not None:  # an earlier version's run has none
+                stages = {START: start, **stages}
             by_main_process(self.folder.replace_metrics, {"validation": results[-1]["validation"], "stages": stages})
         return self.folder.read_metrics() or {}
 
@@ -178,6 +183,8 @@ class IConETrainer:
         args = self._stage_arguments(index)
         self._freeze(stage)
         train_data, eval_data = self._stage_data(stage)
+        if index == 0 and checkpoint is None:
+            measure_start(self.folder, self.model, eval_data, self.encode)
         if checkpoint is None and self._is_first_with_classes(index) and self.args.class_vectors == "group_means":
             self._start_class_vectors(train_data)
         self._running = trainer = self._stage_trainer(stage, args, train_data, eval_data)

@@ -92,7 +92,7 @@ def test_training_and_searching_in_ten_lines(folder, capsys):
     assert all(len([line for line in code.splitlines() if line]) <= 10 for code in (train, search))
     metrics = folder(train)["metrics"]
     assert float(capsys.readouterr().out.split("\n")[-2]) == metrics["validation"]["rsum"]
-    assert set(metrics["stages"]) == {"heads", "joint"}  # the recommended stages
+    assert set(metrics["stages"]) == {"start", "heads", "joint"}  # the recommended stages
     config = IConEModel.from_pretrained("my-model").config
     assert (config.projection_dim, config.instance_logits) == (512, "cosine")
     folder(search)
@@ -119,7 +119,7 @@ def test_stages_of_your_own(folder, towers):
     }
     metrics = folder(block(guide("training"), "Stage("), **variables)["metrics"]
     assert set(metrics) == {"validation", "stages", "test"}
-    assert list(metrics["stages"]) == ["joint"]
+    assert list(metrics["stages"]) == ["start", "joint"]
     assert "IConE" in Path("my-model/README.md").read_text()
 
 

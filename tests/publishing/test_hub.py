@@ -17,6 +17,7 @@ from safetensors.torch import load, load_file
 from tiny import make_groups
 
 from icone_hf import IConEModel, IConEProcessor, IConETrainer, IConETrainingArguments, Stage
+from icone_hf.publishing.checkpoint_info import as_text, describe
 from icone_hf.publishing.hub import MADE_BY_US, TEMPLATE, licence_of, model_card, rsum_of_epochs, write_card
 from icone_hf.training.run_folder import write_metrics
 
@@ -99,6 +100,12 @@ def test_a_card_says_what_the_run_was(run):
         assert said in text, said
     assert f"| test | {metrics['test']['t2i_r1']:.1f} |" in text
     assert "None" not in text
+    # What the model was before training stands in the table alone: it is no metric of this model.
+    assert f"| validation, before training | {metrics['stages']['start']['t2i_r1']:.1f} |" in text
+    assert {result.dataset_split for result in results} == {"validation", "test"}
+    assert f"validation, before training of made-up/scenes: Rsum {metrics['stages']['start']['rsum']:.1f}" in as_text(
+        describe(run)
+    )
     write_card(run)
     assert (run / "validation_rsum.png").is_file()
     assert "validation_rsum.png" in (run / "README.md").read_text()

@@ -52,6 +52,7 @@ def read(output, processes):
 
 def assert_same(ours, expected):
     assert ours[1] == pytest.approx(expected[1], rel=1e-5)
+    assert ours[0]["stages"]["start"] == pytest.approx(expected[0]["stages"]["start"], abs=1e-6)
     assert ours[0]["validation"]["rsum"] == pytest.approx(expected[0]["validation"]["rsum"], abs=1e-6)
     assert ours[2].keys() == expected[2].keys()
     for name, weight in expected[2].items():
@@ -80,6 +81,14 @@ def test_two_ranks_of_64_train_as_one_process_of_128(alone, towers, tmp_path, ch
 def test_all_ranks_score_the_sample_that_the_first_has_drawn(towers, tmp_path):
     expected = run(towers, tmp_path / "one", 1, 128, instance_samples=20)
     assert_same(run(towers, tmp_path / "two", 2, 64, instance_samples=20), expected)
+
+
+def test_two_ranks_end_a_stage_early_where_one_does(towers, tmp_path):
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options = {**steps, "early_stopping_patience": 1}
+    expected = run(towers, tmp_path / "one", 1, 128, **options)
+    assert len(expected[1]) < 4 * 3 + 8 * 4
+    assert_same(run(towers, tmp_path / "two", 2, 64, **options), expected)
 
 
 def test_shards_are_taken_up_again_by_another_number_of_ranks(alone, towers, tmp_path):
