@@ -1,8 +1,12 @@
 """Load what a command works on: groups, a checkpoint, and the embeddings of both."""
 
+from pathlib import Path
+
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 from .. import process_watch, processes
 from ..data.fractions import digest_of, portable_ids
@@ -12,7 +16,7 @@ from ..errors import InputError
 from ..modeling.configuration_icone import IConEConfig
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
-from ..training.kept_splits import KeptSplits
+from ..training.kept_splits import SPLITS_FILE, KeptSplits
 from .arguments import DataArguments, EncodeArguments
 
 
@@ -96,9 +100,9 @@ def _cut(data_args: DataArguments) -> KeptSplits:
 def splits_of_run(checkpoint: str, data_args: DataArguments) -> KeptSplits | None:
     """Return the splits that a checkpoint's run has cut.
 
-    `None` if it cut none, or cut another source.
+    `None` if it cut none, or cut another source. Those of a checkpoint on the Hub are downloaded: a run uploads them.
     """
-    kept = KeptSplits.read(checkpoint)
+    kept = KeptSplits.read(_folder_of_splits(checkpoint))
     if kept is None:
         return None
     source = data_args.without_cuts()
@@ -111,6 +115,19 @@ def splits_of_run(checkpoint: str, data_args: DataArguments) -> KeptSplits | Non
         return None
     kept.check_same(data_args.cuts.given, data_args.split_seed)
     return kept
+
+
+def _folder_of_splits(checkpoint: str) -> str:
+    """Return where a checkpoint's splits are, if any."""
+    if Path(checkpoint).is_dir():
+        return checkpoint
+    with processes.main_process_first():
+        try:
+            return str(Path(hf_hub_download(checkpoint, SPLITS_FILE)).parent)
+        # No such file; none in the cache, and no connection; no such repository, or no name of one. Whoever loads the
+        # model says what of these is wrong.
+        except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+            return checkpoint
 
 
 def _ids(groups: Dataset, data_args: DataArguments) -> list[str]:

@@ -43,17 +43,27 @@ def is_caption_id(number: Any) -> bool:
 def parts_of(tables: Mapping[str, Dataset], source: str) -> dict[str, Part]:
     """Cut tables into splits.
 
-    A column `split` counts if it names splits in every row, and then the table that a row lies in doesn't.
+    A column `split` counts if it names nothing but splits, and then the table that a row lies in doesn't.
 
     Args:
         tables: by the split that a source calls them after.
         source: for messages.
+
+    Raises:
+        InputError: if some rows name splits, and others none.
     """
     if tables and all("split" in table.column_names for table in tables.values()):
         table = datasets.concatenate_datasets(list(tables.values()))
         check_text(source, table, "split")
-        split_of = [standard_split(name) if isinstance(name, str) else None for name in table["split"]]
-        if set(split_of) <= set(SPLITS):
+        split_of = [standard_split(name) if isinstance(name, str) else name for name in table["split"]]
+        lacking = [row for row, name in enumerate(split_of) if name is None or not str(name).strip()]
+        named = set(split_of) - {split_of[row] for row in lacking}
+        if named and named <= set(SPLITS):
+            if lacking:
+                raise InputError(
+                    f"{len(lacking)} of {len(split_of)} rows of {source} name no split in the column 'split': row "
+                    f"{first_of(lacking)}, counted from 0. Write train, validation or test in each, or leave them out."
+                )
             rows_of: dict[str, list[int]] = {}
             for row, name in enumerate(split_of):
                 rows_of.setdefault(str(name), []).append(row)

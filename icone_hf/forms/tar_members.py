@@ -52,6 +52,12 @@ def members_of(path: str) -> Iterator[Member]:
                     name = info.name.encode(errors="surrogateescape").decode(errors="replace")
                     yield Member(name, info.offset_data, info.size)
                 forget_members(tar)
+            end = tar.offset
+        # tarfile takes whatever is no header for the end. Every tool that has finished writes blocks of zeros there.
+        with open(path, "rb") as file:
+            file.seek(end)
+            if file.read(BLOCK) != bytes(BLOCK):
+                raise tarfile.ReadError("there is no block of zeros, which ends a tar")
     except (tarfile.TarError, EOFError) as error:
         raise InputError(
             f"{path} is no whole tar: after {number} files: {error}. Download or copy it again; if it is compressed, "

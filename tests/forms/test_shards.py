@@ -185,6 +185,19 @@ def test_a_cut_tar_is_named(cut, tmp_path):
         load_groups(source, "train")
 
 
+@pytest.mark.parametrize("end", [0, 100, "other"])
+def test_a_tar_without_its_end_is_named(end, tmp_path):
+    """It is cut between two files or in a header; or a header is overwritten, and the rest of the files is lost."""
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", jpeg(0)), ("a.txt", b"a"), ("b.jpg", jpeg(1)), ("b.txt", b"b")])
+    assert len(load_groups(path, "train")) == 2
+    with tarfile.open(path) as tar:
+        header = tar.getmember("b.jpg").offset
+    content = path.read_bytes()
+    path.write_bytes(content[:header] + (b"?" * 512 + content[header + 512 :] if end == "other" else b"?" * end))
+    with pytest.raises(InputError, match=r"x\.tar is no whole tar: after 2 files: there is no block of zeros"):
+        load_groups(path, "train")
+
+
 def _end_of_files(path):
     with tarfile.open(path) as tar:
         return max(member.offset_data + member.size for member in tar)

@@ -71,6 +71,20 @@ def test_five_columns_and_a_split_in_one_table(tmp_path):
         assert load_groups(source, split)["captions"][:] == expected
 
 
+@pytest.mark.parametrize("nothing", [None, "", " "])
+def test_rows_without_a_split_are_named_where_others_have_one(tmp_path, nothing):
+    draw_image("red", "blue").save(tmp_path / "a.jpg")
+    rows = [{"image": "a.jpg", "caption": f"number {row}", "split": "val" if row else "train"} for row in range(5)]
+    rows[3]["split"] = nothing
+    source = write(tmp_path, "captions.jsonl", "\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match=r"1 of 5 rows of .*jsonl name no split in the column 'split': row 3, counted"):
+        load_groups(source, "train")
+    for row in rows:
+        row["split"] = nothing  # nobody has cut it
+    source = write(tmp_path, "others.jsonl", "\n".join(map(json.dumps, rows)))
+    assert len(load_groups(source, "train")["captions"][0]) == 5
+
+
 def test_a_table_lies_beside_its_images(tmp_path):
     draw_image("red", "blue").save(tmp_path / "a.jpg")
     groups = load_groups(write(tmp_path, "captions.txt", "image,caption\na.jpg,one\n"), "train")

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import children
@@ -17,8 +18,11 @@ from safetensors.torch import load, load_file
 from tiny import make_groups
 
 from icone_hf import IConEModel, IConEProcessor, IConETrainer, IConETrainingArguments, Stage
+from icone_hf.cli.arguments import DataArguments
+from icone_hf.cli.loading import cut_splits
 from icone_hf.publishing.checkpoint_info import as_text, describe
 from icone_hf.publishing.hub import MADE_BY_US, TEMPLATE, licence_of, model_card, rsum_of_epochs, write_card
+from icone_hf.training.kept_splits import keep_splits
 from icone_hf.training.run_folder import write_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -271,6 +275,28 @@ processor.push_to_hub("ada/parts")
     python(hub, tmp_path, code)
     load_it = LOAD.format(repo="ada/parts", revision="main")
     assert float(python(hub, tmp_path, load_it)) == pytest.approx(total(run), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_an_evaluation_takes_the_splits_that_a_run_has_uploaded(hub, run, tmp_path):
+    for row, image in enumerate(make_groups(8)["image"]):
+        image.save(tmp_path / f"{row}.png")
+    lines = ["file_name,caption", *(f"{row}.png,a square of {row}" for row in range(8))]
+    (tmp_path / "captions.csv").write_text("\n".join(lines))
+    arguments = DataArguments(source=str(tmp_path / "captions.csv"), validation_fraction=0.25)
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("stages", "feature_cache"))
+    keep_splits(tmp_path / "run", cut_splits(arguments), is_resumed=True)
+    code = f"""
+from icone_hf.cli import main
+for checkpoint in ({str(tmp_path / "run")!r}, "ada/cut"):
+    code = main(["push", checkpoint, "ada/cut"]) if "/run" in checkpoint else 0
+    code = code or main(["evaluate", checkpoint, {arguments.source!r}, "--split", "validation", "--json"])
+    assert not code
+    print("---")
+"""
+    local, remote, _ = python(hub, tmp_path / "home", code).split("---")
+    assert local.endswith(remote)
+    assert "rsum" in json.loads(remote)["validation"]
 
 
 @pytest.mark.slow  # docs/tutorials/publishing.md does it too
