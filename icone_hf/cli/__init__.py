@@ -15,6 +15,7 @@ from ..errors import DivergedError, PeerError, TerminatedRun, exit_code, is_the_
 
 COMMANDS = {
     "train": "train a model through all stages and test it",
+    "tune": "try rates, temperatures and losses on frozen towers, and write the best as YAML",
     "evaluate": "measure a checkpoint on a split, and draw what it retrieves",
     "encode": "embed images and captions into a folder of Parquet shards, or into a file",
     "data": "write groups, images included, as Parquet files that are ready for the Hub",
@@ -37,7 +38,7 @@ accelerate launch --num_processes 4 -m icone_hf COMMAND ...
 Results go to stdout, progress to stderr. Exit codes: 0 done; 2 it can't be done as asked, and a line says why;
 1 a fault, with its traceback, a run that has diverged, or a check that says no; 130 interrupted; 143 ended by SIGTERM.
 """
-GO_ON = ("check", "train", "encode", "reproduce")  # the others are short, and start anew
+GO_ON = ("check", "train", "tune", "encode", "reproduce")  # the others are short, and start anew
 
 
 def main(argv: Sequence[str] | None = None) -> int:

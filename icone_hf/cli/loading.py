@@ -1,6 +1,9 @@
 """Load what a command works on: groups, a checkpoint, and the embeddings of both."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from accelerate import PartialState
@@ -18,6 +21,8 @@ from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..training.kept_splits import SPLITS_FILE, KeptSplits
 from .arguments import DataArguments, EncodeArguments
+
+VALIDATION_FRACTION = 0.1  # of the training images, where a source has no validation split and nothing is said
 
 
 def join_processes() -> PartialState:
@@ -61,23 +66,60 @@ def load_split(data_args: DataArguments, split: str, kept: KeptSplits | None = N
 
 
 def load_splits(
-    data_args: DataArguments, kept: KeptSplits | None = None
+    data_args: DataArguments, kept: KeptSplits | None = None, names: Sequence[str] = SPLITS
 ) -> tuple[dict[str, Dataset], dict[str, MissingSplitError]]:
     """Load every split that the source has.
 
-    The arguments are those of [`load_split`].
+    The arguments are those of [`load_split`]; `names` are the splits to look for.
 
     Returns:
         The groups by split, and for each split that is missing the error that says so.
     """
     kept = kept or cut_splits(data_args)
     splits, missing = {}, {}
-    for split in SPLITS:
+    for split in names:
         try:
             splits[split] = load_split(data_args.without_cuts(), split, kept)
         except MissingSplitError as error:
             missing[split] = error
     return splits, missing
+
+
+def load_for_training(
+    data_args: DataArguments, kept: KeptSplits | None, log: TextIO, names: Sequence[str] = SPLITS
+) -> tuple[dict[str, Dataset], DataArguments, KeptSplits | None]:
+    """Load the splits that training needs; a test split may be missing.
+
+    Where there is no validation split, a tenth of the training images is taken for it.
+
+    Args:
+        data_args: of the source.
+        kept: which images are of which split, by a run. Default: as the arguments cut them.
+        log: where it is said what was cut, and what is missing.
+        names: of the splits.
+
+    Returns:
+        The groups by split, the arguments with what was cut, and which images are of which split, where any were cut.
+
+    Raises:
+        MissingSplitError: if the source has no training split.
+    """
+    kept = kept or cut_splits(data_args)
+    splits, missing = load_splits(data_args, kept, names)
+    if "validation" in missing and "train" in splits:
+        data_args = replace(data_args, validation_fraction=VALIDATION_FRACTION)
+        kept = cut_splits(data_args)
+        splits, missing = load_splits(data_args, kept, names)
+        print(
+            f"{data_args.source} has no validation split: {len(splits['validation'])} of its images are taken for it, "
+            f"as by --validation_fraction {VALIDATION_FRACTION}.",
+            file=log,
+        )
+    for split, error in missing.items():
+        if split != "test":
+            raise error
+        print(f"{data_args.source} has no test split: the model will be validated only.", file=log)
+    return splits, data_args, kept
 
 
 def cut_splits(data_args: DataArguments) -> KeptSplits | None:

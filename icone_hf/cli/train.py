@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset
@@ -25,10 +24,8 @@ from ..training.stages import START
 from ..training.trainer import IConETrainer
 from . import COMMANDS
 from .arguments import DataArguments, ModelArguments, OutputArguments, RecipeArguments
-from .loading import cut_splits, join_processes, load_splits
+from .loading import join_processes, load_for_training
 from .parsing import parse_arguments
-
-VALIDATION_FRACTION = 0.1  # of the training images, where a source has no validation split and nothing is said
 
 logger = logging.get_logger(__name__)
 
@@ -58,21 +55,7 @@ def train(argv: Sequence[str]) -> None:
     kept = KeptSplits.read(args.output_dir) if args.resume_from_checkpoint else None
     if kept is not None:
         kept.check_same(data_args.cuts.given, data_args.split_seed)
-    kept = kept or cut_splits(data_args)
-    splits, missing = load_splits(data_args, kept)
-    if "validation" in missing and "train" in splits:
-        data_args = replace(data_args, validation_fraction=VALIDATION_FRACTION)
-        kept = cut_splits(data_args)
-        splits, missing = load_splits(data_args, kept)
-        print(
-            f"{data_args.source} has no validation split: {len(splits['validation'])} of its images are taken for it, "
-            f"as by --validation_fraction {VALIDATION_FRACTION}.",
-            file=log,
-        )
-    for split, error in missing.items():
-        if split != "test":
-            raise error
-        print(f"{data_args.source} has no test split: the model will be validated only.", file=log)
+    splits, _, kept = load_for_training(data_args, kept, log)
     if kept is not None:
         sizes = ", ".join(f"{len(names)} {split}" for split, names in kept.splits.items())
         print(f"Which images are of which split ({sizes}): {Path(args.output_dir) / SPLITS_FILE}", file=log)

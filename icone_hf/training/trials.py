@@ -1,0 +1,200 @@
+"""Trains the heads of one candidate on features that all candidates share, and keeps its metrics alone."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from datasets import Dataset
+from transformers import set_seed
+from transformers.trainer_utils import SaveStrategy
+
+from ..data.batching import PairDataset
+from ..errors import InputError
+from ..modeling.configuration_icone import IConEConfig
+from ..modeling.modeling_icone import IConEModel
+from ..modeling.processing_icone import IConEProcessor
+from .arguments import IConETrainingArguments
+from .feature_cache import FeatureCache
+from .progress import TrainingProgress
+from .search_space import TUNED_ARGUMENTS
+from .stage_trainer import validation_metrics
+from .stages import Stage
+from .trainer import IConETrainer
+from .tuning import Outcome
+
+_OF_RUNGS = "every epoch is validated, and the rungs alone stop a candidate: leave it out"
+_OF_FOLDERS = "trials leave their metrics, and no checkpoint: leave it out"
+# Arguments that would have no effect on a search.
+REFUSED = {
+    "resume_from_checkpoint": "a search goes on by itself in its output_dir: leave it out",
+    "max_steps": "max_epochs says how long a trial is: leave it out",
+    "eval_strategy": _OF_RUNGS,
+    "early_stopping_patience": _OF_RUNGS,
+    "metric_for_best_model": "candidates are compared by the validation Rsum: leave it out",
+    "load_best_model_at_end": "a trial counts by its best epoch: leave it out",
+    "save_strategy": _OF_FOLDERS,
+    "push_to_hub": _OF_FOLDERS,
+    "shard_classifier": "a search runs on one process: leave it out",
+}
+
+
+class Trials:
+    """Train candidates on cached features.
+
+    The frozen towers run once, for the first trial. Each trial draws its heads, batches and the rest as `icone train`
+    does from the same seed, so that both have the same numbers.
+
+    Args:
+        make_model: builds the model from fields of [`IConEConfig`].
+        args: of every trial, where it sets nothing else.
+        train_dataset, eval_dataset: groups to train on, and to validate.
+        processor: of the towers.
+        stage: what every trial runs, with values of its own; its towers are frozen.
+        config: fields of the model's config, likewise.
+        data_name: what the data are called.
+
+    Raises:
+        InputError: for a stage that trains towers, several processes, and arguments that would have no effect.
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[Mapping[str, Any]], IConEModel],
+        args: IConETrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Dataset,
+        processor: IConEProcessor,
+        stage: Stage,
+        config: Mapping[str, Any],
+        data_name: str | None = None,
+    ):
+        self.make_model = make_model
+        self.args = args
+        self.data = train_dataset, eval_dataset, processor
+        self.stage = stage
+        self.config = dict(config)
+        self.data_name = data_name
+        self._check()
+        # It says what the trials have in common, and fills their caches.
+        self._base = self._trainer({}, 1, args.seed)
+        self._caches: tuple[FeatureCache, FeatureCache] | None = None
+        whole = self._base.model.config.to_dict()
+        self._towers = {name: whole[name] for name in ("vision_config", "text_config")}
+
+    def _check(self) -> None:
+        if self.stage.train_encoders:
+            raise InputError(
+                f"Stage {self.stage.name!r} trains the towers, and a search trains heads on frozen towers alone: give "
+                "stages whose first has train_encoders: false."
+            )
+        if self.args.world_size > 1:
+            raise InputError(
+                "A search runs on one process: heads are too small for several. Start it without torchrun."
+            )
+        for one in fields(self.args):
+            if one.name in REFUSED and getattr(self.args, one.name) not in (one.default, None):
+                value = getattr(self.args, one.name)
+                raise InputError(f"{one.name}={value} would have no effect on a search, since {REFUSED[one.name]}.")
+
+    def key(self) -> dict[str, Any]:
+        """Return what decides the trials' numbers, beside their own values."""
+        return {"data": self.data_name, "decisive": self._base.recipe()["decisive"]}
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Refuse values that no run could have.
+
+        Raises:
+            InputError, ModelError: that say why.
+        """
+        stage, config, _ = self.applied(values)
+        replace(self.stage, **stage)
+        known = {one.name for one in fields(IConEConfig)}
+        wanted: dict[str, Any] = {name: value for name, value in {**self.config, **config}.items() if name in known}
+        wanted |= {name: dict(tower) for name, tower in self._towers.items()}
+        IConEConfig(**{**wanted, "num_groups": len(self.data[0])})
+
+    def applied(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Sort values into those of the stage, the config and the arguments."""
+        of_stage = {one.name for one in fields(Stage)}
+        stage = {name: value for name, value in values.items() if name in of_stage}
+        arguments = {name: value for name, value in values.items() if name in TUNED_ARGUMENTS and name not in stage}
+        return stage, {k: v for k, v in values.items() if k not in stage and k not in arguments}, arguments
+
+    def own_values(self, names: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values that these fields have without a search."""
+        config, found = self._base.model.config, {}
+        for name in names:
+            place = self.stage if hasattr(self.stage, name) else self.args if name in TUNED_ARGUMENTS else config
+            found[name] = getattr(place, name)
+        return found
+
+    def fill_caches(self) -> None:
+        """Compute the towers' outputs, unless they are cached."""
+        if self._caches is None:
+            train, validation = self._base.cached_features()
+            self._caches = train, validation
+
+    def run(self, values: Mapping[str, Any], epochs: int, seed: int) -> Outcome:
+        """Train a candidate and measure it.
+
+        Raises:
+            DivergedError: if its loss isn't finite.
+        """
+        self.fill_caches()
+        began = time.monotonic()
+        trainer = self._trainer(values, epochs, seed)
+        trainer.caches = self._caches
+        entries = trainer.measure_epochs()
+        best = max(entries, key=lambda entry: entry["eval_rsum"])  # of equals the first, as transformers keeps it
+        metrics = {k: v for k, v in validation_metrics(best).items() if isinstance(v, float | int)}
+        return Outcome(metrics["rsum"], best["epoch"], metrics, round(time.monotonic() - began, 3))
+
+    def _trainer(self, values: Mapping[str, Any], epochs: int, seed: int) -> "TrialTrainer":
+        stage, config, arguments = self.applied(values)
+        args = replace(self.args, **{"seed": seed, "report_to": "none", **arguments, **self._whole_batch(arguments)})
+        set_seed(seed)  # as a run begins
+        model = self.make_model({**self.config, **config})
+        stages = [replace(self.stage, **{**stage, "num_train_epochs": epochs})]
+        return TrialTrainer(model, args, *self.data, stages, data_name=self.data_name)
+
+    def _whole_batch(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave a batch to the candidate, if it has one."""
+        return {"global_batch_size": None} if "per_device_train_batch_size" in arguments else {}
+
+
+class TrialTrainer(IConETrainer):
+    """Train one stage and keep nothing on disk but features.
+
+    Attributes:
+        caches: the towers' outputs, if they were computed before.
+    """
+
+    caches: tuple[FeatureCache, FeatureCache] | None = None
+
+    def cached_features(self) -> tuple[FeatureCache, FeatureCache]:
+        """Return the towers' outputs of both splits."""
+        self._prepare()
+        train, validation = super()._stage_data(self.stages[0])
+        assert isinstance(train, FeatureCache)
+        assert isinstance(validation, FeatureCache)
+        return train, validation
+
+    def _stage_data(self, stage: Stage) -> tuple[PairDataset | FeatureCache, Dataset | FeatureCache]:
+        return super()._stage_data(stage) if self.caches is None else self.caches
+
+    def measure_epochs(self) -> list[dict[str, Any]]:
+        """Train the stage; return what each epoch's validation has logged."""
+        self._prepare()
+        (stage,) = self.stages
+        args = self._stage_arguments(0)
+        args.output_dir = self.args.output_dir
+        args.save_strategy, args.load_best_model_at_end = SaveStrategy.NO, False
+        self._freeze(stage)
+        train_data, eval_data = self._stage_data(stage)
+        if self._is_first_with_classes(0) and self.args.class_vectors == "group_means":
+            self._start_class_vectors(train_data)
+        trainer = self._stage_trainer(stage, args, train_data, eval_data)
+        trainer.pop_callback(TrainingProgress)  # a trial is one line of the search's
+        trainer.train()
+        return [entry for entry in trainer.state.log_history if "eval_rsum" in entry and entry["step"] > 0]
