@@ -88,9 +88,9 @@ def load_splits(
 def load_for_training(
     data_args: DataArguments, kept: KeptSplits | None, log: TextIO, names: Sequence[str] = SPLITS
 ) -> tuple[dict[str, Dataset], DataArguments, KeptSplits | None]:
-    """Load the splits that training needs; a test split may be missing.
+    """Load the splits that training needs.
 
-    Where there is no validation split, a tenth of the training images is taken for it.
+    A test split may be missing. Where there is no validation split, a tenth of the training images is taken for it.
 
     Args:
         data_args: of the source.

@@ -147,9 +147,9 @@ def best_arguments(
     data_args: DataArguments,
     args: IConETrainingArguments,
 ) -> dict[str, Any]:
-    """Return the arguments with which `icone train` trains the best candidate.
+    """Return the arguments that train the best candidate.
 
-    They are what isn't at its default.
+    They are for `icone train`; what is at its default is left out.
     """
     stage, config, arguments = trials.applied(candidates[result.best])
     epochs = max(trial.epochs for trial in result.trials if trial.candidate == result.best)

@@ -74,7 +74,7 @@ class Range:
     whole: bool = False
 
     def draw(self, generator: random.Random) -> float | int:
-        """Draw a number, of three digits unless it is whole."""
+        """Draw a number, of three digits unless whole."""
         if self.log:
             value = math.exp(generator.uniform(math.log(self.min), math.log(self.max)))
         else:
@@ -87,7 +87,9 @@ Space = Mapping[str, Range | tuple[Any, ...]]
 
 
 def tunable_fields(model_fields: Iterable[str]) -> dict[str, type]:
-    """Return the fields that a space may name, with their types.
+    """Return the fields that a space may name.
+
+    Each with its type.
 
     Args:
         model_fields: of [`IConEConfig`], those that the caller can set.
@@ -162,7 +164,9 @@ Check = Callable[[Mapping[str, Any]], None]
 
 
 def check_values(space: Space, check: Check) -> None:
-    """Refuse a listed value, or a bound, that no run could have.
+    """Refuse values that no run could have.
+
+    A range is checked at its bounds.
 
     Args:
         space: of [`parse_space`].
@@ -210,13 +214,17 @@ def draw_candidates(
 
 
 def all_candidates(space: Space, check: Check) -> list[dict[str, Any]]:
-    """List every combination of a space, those aside that can't be.
+    """List every combination of a space.
+
+    Those that can't be are left out.
 
     Raises:
         InputError: if the space has a range.
     """
     if ranges := [name for name, values in space.items() if isinstance(values, Range)]:
-        raise InputError(f"trials=all needs lists of values, and {first_of(ranges)} has a range: list its values.")
+        raise InputError(
+            f"trials=all needs lists of values, and there is a range of {first_of(ranges)}: list values of it."
+        )
     found, refused = [], None
     lists: Sequence[Any] = list(space.values())
     for values in itertools.product(*lists):

@@ -78,7 +78,7 @@ class Trials:
         self._check()
         # It says what the trials have in common, and fills their caches.
         self._base = self._trainer({}, 1, args.seed)
-        self._caches: tuple[FeatureCache, FeatureCache] | None = None
+        self.caches: tuple[FeatureCache, FeatureCache] | None = None
         whole = self._base.model.config.to_dict()
         self._towers = {name: whole[name] for name in ("vision_config", "text_config")}
 
@@ -98,7 +98,10 @@ class Trials:
                 raise InputError(f"{one.name}={value} would have no effect on a search, since {REFUSED[one.name]}.")
 
     def key(self) -> dict[str, Any]:
-        """Return what decides the trials' numbers, beside their own values."""
+        """Return what decides the trials' numbers.
+
+        Their own values stand beside it.
+        """
         return {"data": self.data_name, "decisive": self._base.recipe()["decisive"]}
 
     def check(self, values: Mapping[str, Any]) -> None:
@@ -115,14 +118,18 @@ class Trials:
         IConEConfig(**{**wanted, "num_groups": len(self.data[0])})
 
     def applied(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Sort values into those of the stage, the config and the arguments."""
+        """Sort values by where they belong.
+
+        Returns:
+            Those of the stage, the config and the arguments.
+        """
         of_stage = {one.name for one in fields(Stage)}
         stage = {name: value for name, value in values.items() if name in of_stage}
         arguments = {name: value for name, value in values.items() if name in TUNED_ARGUMENTS and name not in stage}
         return stage, {k: v for k, v in values.items() if k not in stage and k not in arguments}, arguments
 
     def own_values(self, names: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values that these fields have without a search."""
+        """Return what these fields are without a search."""
         config, found = self._base.model.config, {}
         for name in names:
             place = self.stage if hasattr(self.stage, name) else self.args if name in TUNED_ARGUMENTS else config
@@ -131,9 +138,9 @@ class Trials:
 
     def fill_caches(self) -> None:
         """Compute the towers' outputs, unless they are cached."""
-        if self._caches is None:
+        if self.caches is None:
             train, validation = self._base.cached_features()
-            self._caches = train, validation
+            self.caches = train, validation
 
     def run(self, values: Mapping[str, Any], epochs: int, seed: int) -> Outcome:
         """Train a candidate and measure it.
@@ -144,7 +151,7 @@ class Trials:
         self.fill_caches()
         began = time.monotonic()
         trainer = self._trainer(values, epochs, seed)
-        trainer.caches = self._caches
+        trainer.caches = self.caches
         entries = trainer.measure_epochs()
         best = max(entries, key=lambda entry: entry["eval_rsum"])  # of equals the first, as transformers keeps it
         metrics = {k: v for k, v in validation_metrics(best).items() if isinstance(v, float | int)}
@@ -159,12 +166,12 @@ class Trials:
         return TrialTrainer(model, args, *self.data, stages, data_name=self.data_name)
 
     def _whole_batch(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Leave a batch to the candidate, if it has one."""
+        """Leave the batch to a candidate that has one."""
         return {"global_batch_size": None} if "per_device_train_batch_size" in arguments else {}
 
 
 class TrialTrainer(IConETrainer):
-    """Train one stage and keep nothing on disk but features.
+    """Train one stage, and keep no checkpoint.
 
     Attributes:
         caches: the towers' outputs, if they were computed before.
@@ -184,7 +191,7 @@ class TrialTrainer(IConETrainer):
         return super()._stage_data(stage) if self.caches is None else self.caches
 
     def measure_epochs(self) -> list[dict[str, Any]]:
-        """Train the stage; return what each epoch's validation has logged."""
+        """Train the stage; return each epoch's validation."""
         self._prepare()
         (stage,) = self.stages
         args = self._stage_arguments(0)

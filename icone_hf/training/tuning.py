@@ -82,7 +82,10 @@ class Result:
     rsums: list[float]
 
     def last_trials(self) -> list[Trial]:
-        """Return each candidate's last trial of the first seed, the best first."""
+        """Return each candidate's last trial, the best first.
+
+        Trials of further seeds are left out.
+        """
         last = {trial.candidate: trial for trial in self.trials if trial.seed == self.trials[0].seed}
         order = sorted(last.values(), key=lambda trial: (-trial.rung, *_rank(trial)))
         return sorted(order, key=lambda trial: trial.candidate != self.best)
@@ -110,7 +113,9 @@ def plan_rungs(candidates: int, eta: int, max_epochs: int) -> list[Rung]:
 
 
 class Search:
-    """Search by successive halving, in a folder that keeps every trial.
+    """Search by successive halving.
+
+    A folder keeps every trial.
 
     Args:
         folder: of the search; one that was stopped goes on there.
@@ -144,7 +149,7 @@ class Search:
         self._trials: list[Trial] = []
 
     def _check_folder(self) -> None:
-        """Refuse a folder of another search; mark a new one."""
+        """Refuse another search's folder; mark a new one."""
         path = self.folder / SEARCH_FILE
         if not path.is_file():
             write_json(path, self.key)
@@ -195,7 +200,7 @@ class Search:
         return result
 
     def _settle(self, alive: Sequence[int], final_seeds: int) -> tuple[int, list[float]]:
-        """Train the best of the last rung from more seeds."""
+        """Train the last rung's best from more seeds."""
         epochs, last = self.rungs[-1].epochs, len(self.rungs) - 1
         chosen = alive[: self.key["eta"]] if final_seeds > 1 else alive[:1]
         means = []
@@ -253,7 +258,7 @@ def _rank(trial: Trial) -> tuple[float, int]:
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
-    """Add a line that is whole, or not there for a reader."""
+    """Add a line: whole, or none for a reader."""
     with open(path, "ab") as file:
         # What a kill has cut is no line: it must not join the next one.
         if file.tell() and not path.read_bytes().endswith(b"\n"):
@@ -264,7 +269,10 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def _read_trials(folder: Path) -> list[Trial]:
-    """Read the trials that are done; a line that was cut is none."""
+    """Read the trials that are done.
+
+    A line that was cut is none.
+    """
     path = folder / TRIALS_FILE
     found = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:

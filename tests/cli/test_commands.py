@@ -200,7 +200,7 @@ def test_processes_on_cpus_share_an_encoding(source, checkpoint, tmp_path):
     ("argv", "message"),
     [
         ([], "usage: icone COMMAND"),
-        (["tran"], "icone: error: tran is no command: use train, evaluate, encode, "),
+        (["tran"], "icone: error: tran is no command: use train, tune, evaluate, "),
         (["evaluate", "x", "nowhere.json"], "icone evaluate: error: nowhere.json does not exist"),
         (["encode", "x", "y", "z.npy"], "icone encode: error: OUT=z.npy is neither FILE.safetensors nor a"),
         (["evaluate", "./nowhere", "openmoji-scenes", "--num_test_groups", "2"], "icone evaluate: error: "),
