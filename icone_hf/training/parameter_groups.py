@@ -37,7 +37,7 @@ class Place:
 
 
 def check_rates(model: IConEModel, args: IConETrainingArguments, stages: Sequence[Stage]) -> None:
-    """Refuse rates that the towers or the optimizer can't have.
+    """Refuse rates that towers or optimizer can't have.
 
     Raises:
         InputError: naming the field and the tower.

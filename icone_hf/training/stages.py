@@ -128,7 +128,7 @@ _OF_TOWERS = tuple(field.name for field in fields(Stage) if field.default is not
 
 
 def _is_set(stage: Stage, name: str) -> bool:
-    """Say whether a field has another value than its default."""
+    """Say whether a field differs from its default."""
     return getattr(stage, name) != next(field.default for field in fields(Stage) if field.name == name)
 
 

@@ -39,7 +39,7 @@ class _Block:
 
 
 def find_blocks(tower: nn.Module) -> list[_Block]:
-    """Find a tower's blocks by the structure of its modules.
+    """Find a tower's blocks by its modules' structure.
 
     These are the members of lists (`ModuleList`, `Sequential`) of modules of one class that have layers of their own.
     Where each of them has such a list itself, they are stages, and its members are the blocks (ConvNeXt, ResNet, Swin).

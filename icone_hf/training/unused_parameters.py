@@ -36,7 +36,7 @@ def leave_out_unused(model: IConEModel) -> list[nn.Parameter]:
 
 
 def embed_blank_pair(model: IConEModel) -> Any:
-    """Embed one blank image and a caption, with a graph.
+    """Embed a blank image and a caption, with graph.
 
     Neither weights nor modes nor random numbers change.
     """

@@ -196,11 +196,3 @@ def test_two_processes_train_as_one(towers, tmp_path, arguments):
     if "shard_classifier" in arguments:  # the first rank has half of the class vectors
         state["classifier.weight"] = state["classifier.weight"][:8]
     assert_close(other, state)
-
-
-@pytest.mark.slow
-def test_a_compiled_model_freezes_its_towers_too(towers, tmp_path):
-    _, expected, state = train(towers, tmp_path / "plain")
-    _, found, other = train(towers, tmp_path / "compiled", torch_compile=True)
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert_close(other, state)
