@@ -22,6 +22,7 @@ RECIPES: dict[str, tuple[tuple[Stage, ...], Mapping[str, Any]]] = {
 CHECKPOINT = {"help": "Hub id or folder of an IConE checkpoint."}
 SOURCE = {"help": "What load_groups takes: a Karpathy JSON, a Hub id, a folder, a CSV file, openmoji-scenes."}
 PRIVATE = {"help": "Make a new repository private."}  # of several commands too
+_NO_FIELDS = ("model", "projections", "jpeg_draft")  # of ModelArguments: no fields of the config
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -37,20 +38,44 @@ class ModelArguments:
     text_model_name_or_path: str = field(
         default="google-bert/bert-base-uncased", metadata={"help": "Hub id or folder of the text tower."}
     )
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder of an IConE checkpoint to train further, in the place of two towers."},
+    )
+    projections: str | None = field(
+        default=None,
+        metadata={
+            "help": "own: a tower of a pair such as CLIP keeps its projection. new: none does. Default: new with the "
+            "paper's stages, otherwise own."
+        },
+    )
     projection_dim: int | None = field(
         default=None,
-        metadata={"help": "Dimensions of the common space. Default: 512 with the recommended stages, otherwise 2048."},
+        metadata={
+            "help": "Dimensions of the common space. Default: those of a pair's own projection, otherwise 512 with the "
+            "recommended stages and 2048 with others."
+        },
     )
+    vision_projection: str | None = field(
+        default=None,
+        metadata={"help": "A new projection for the vision tower: linear, linear_bias, identity or mlp."},
+    )
+    text_projection: str | None = field(default=None, metadata={"help": "The same for the text tower."})
+    projection_dropout: float = field(default=0.0, metadata={"help": "Dropout between the layers of an mlp."})
     temperature: float | None = field(
         default=None,
         metadata={
-            "help": "Temperature of InfoNCE and of the sigmoid loss. Default: 0.07 with the recommended stages, "
-            "otherwise 0.05."
+            "help": "Temperature of InfoNCE and of the sigmoid loss. Default: a pair's own, otherwise 0.07 with the "
+            "recommended stages and 0.05 with others."
         },
     )
     learn_temperature: bool = field(default=False, metadata={"help": "Train the temperature, as CLIP does."})
-    contrastive_loss: str = field(
-        default="infonce", metadata={"help": "infonce (the paper), sigmoid (SigLIP), max_hinge or sum_hinge (VSE++)."}
+    contrastive_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "infonce (the paper), sigmoid (SigLIP), max_hinge or sum_hinge (VSE++). Default: a pair's own, "
+            "otherwise infonce."
+        },
     )
     margin: float = field(default=0.2, metadata={"help": "Margin of the hinges."})
     hard_negative_beta: float = field(
@@ -102,11 +127,13 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.projections not in (None, "own", "new"):
+            raise InputError(f"projections={self.projections!r} must be own or new.")
         if self.lora_rank < 0:
             raise InputError(f"lora_rank={self.lora_rank} must be 0 (no adapters) or more.")
 
     def config(self, defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-        """Return the fields that [`IConEModel.from_encoders`] takes as keywords. `lora_alpha` is twice the rank.
+        """Return the fields of [`IConEConfig`]. `lora_alpha` is twice the rank.
 
         Args:
             defaults: of the recipe, for fields that were not given.
@@ -114,10 +141,15 @@ class ModelArguments:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         values = {name: value for name, value in {**defaults, **given}.items() if not name.endswith("name_or_path")}
         rank = values.pop("lora_rank")
-        del values["jpeg_draft"]  # the processor's
+        for name in _NO_FIELDS:
+            values.pop(name, None)
         for name in ("vision_lora", "text_lora"):
             values[name] = {"r": rank, "lora_alpha": 2 * rank} if rank else None
         return values
+
+    def changes(self) -> dict[str, Any]:
+        """Return what was given with `--model`, by name: whatever differs from the default."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
 
 
 @dataclass
@@ -200,6 +232,11 @@ class RecipeArguments:
             names = " nor ".join(map(repr, RECIPES))
             raise InputError(f"stages={self.stages!r} is neither {names} nor a list of stages.")
         return parse_stages(stages)
+
+    @property
+    def default_projections(self) -> str:
+        """Say whether a pair's own projections are kept: the paper's are new."""
+        return "new" if self.stages == "paper" else "own"
 
     def config(self) -> Mapping[str, Any]:
         """Return the config that goes with a named recipe."""

@@ -14,7 +14,6 @@ from ..checking.towers import Towers
 from ..data.groups import check_disjoint
 from ..errors import InputError
 from ..evaluation.metrics import metrics_table
-from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..processes import by_main_process, together
 from ..publishing.checkpoint_info import BEFORE_TRAINING
@@ -26,6 +25,7 @@ from . import COMMANDS
 from .arguments import DataArguments, ModelArguments, OutputArguments, RecipeArguments
 from .loading import join_processes, load_for_training
 from .parsing import parse_arguments
+from .starting import check_changes, start_model, start_processor
 
 logger = logging.get_logger(__name__)
 
@@ -46,6 +46,8 @@ def train(argv: Sequence[str]) -> None:
     )
     if data_args.source is None:
         raise InputError(NO_SOURCE)
+    if model_args.model is not None:
+        check_changes(model_args)
     stages = recipe_args.parse()
     state = join_processes()
     log = sys.stderr if output.json else sys.stdout  # a program reads stdout
@@ -61,15 +63,13 @@ def train(argv: Sequence[str]) -> None:
         print(f"Which images are of which split ({sizes}): {Path(args.output_dir) / SPLITS_FILE}", file=log)
     check_disjoint(splits)
 
-    # Join the towers.
+    # Join the towers, or load a checkpoint.
     set_seed(args.seed)
-    towers = model_args.vision_model_name_or_path, model_args.text_model_name_or_path
-    processor = IConEProcessor.from_encoders(*towers, jpeg_draft=model_args.jpeg_draft)
+    processor = start_processor(model_args)
     _warn_of_data(splits, data_args.source, args, processor)
 
     # Train.
-    num_groups = 0 if args.shard_classifier else len(splits["train"])  # the trainer makes each process's share
-    model = IConEModel.from_encoders(*towers, num_groups=num_groups, **model_args.config(recipe_args.config()))
+    model = start_model(model_args, recipe_args, splits["train"], args.shard_classifier)
     trainer = IConETrainer(
         model, args, splits["train"], splits["validation"], processor, stages, data_name=data_args.source
     )

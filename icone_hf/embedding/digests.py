@@ -131,6 +131,8 @@ def _digest_tokenizer(processor: IConEProcessor) -> dict[str, str]:
     They hold all of it, whatever its kind.
     """
     settings: dict[str, Any] = {"text_padding": processor.text_padding}
+    if processor.lower_case:  # where it's off, digests are those of versions without it
+        settings["lower_case"] = True
     vocabulary = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         processor.tokenizer.save_pretrained(folder)

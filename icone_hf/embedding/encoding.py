@@ -210,7 +210,7 @@ def by_length(processor: IConEProcessor, captions: Sequence[str]) -> np.ndarray:
 
 
 def embed_pooled(
-    pooled: torch.Tensor, projection: torch.nn.Linear, autocast: torch.dtype | None = None
+    pooled: torch.Tensor, projection: torch.nn.Module, autocast: torch.dtype | None = None
 ) -> torch.Tensor:
     """Project pooled outputs into the common space.
 

@@ -10,13 +10,30 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .errors import ModelError
 from .extra_towers import EfficientNetLiteConfig  # noqa: F401  (registers towers that AutoConfig doesn't know)
+from .projections import PROJECTIONS
 from .towers import POOLINGS, guess_pooling
 
 INSTANCE_LOGITS = ("dot", "cosine")
 CONTRASTIVE_LOSSES = ("infonce", "sigmoid", "max_hinge", "sum_hinge")
 
 
-def tower_width(config: PreTrainedConfig) -> int:
+# Fields of a config that state a tower's width in the place of `hidden_size`: AltCLIP's text tower ends in a layer to
+# another width, and so does the head that pools in SigLIP's.
+_WIDTHS = {"altclip_text_model": "project_dim"}
+_POOLED_WIDTHS = {"siglip_text_model": "projection_size", "siglip2_text_model": "projection_size"}
+
+
+def _align_width(config: Any) -> int:
+    """Compute the channels that ALIGN's image tower ends in.
+
+    EfficientNet scales the number and rounds it to a multiple of `depth_divisor`, never by more than a tenth down.
+    """
+    channels, divisor = config.out_channels[-1] * config.width_coefficient, config.depth_divisor
+    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return int(rounded if rounded >= 0.9 * channels else rounded + divisor)
+
+
+def tower_width(config: PreTrainedConfig, pooling: str | None = None) -> int:
     """Return the width of a tower's pooled output.
 
     It is the tower's `hidden_size` or, in a ResNet or ConvNeXt, the last of its `hidden_sizes`.
@@ -24,7 +41,10 @@ def tower_width(config: PreTrainedConfig) -> int:
     Raises:
         ValueError: if the tower's config has neither.
     """
-    width = getattr(config, "hidden_size", None)
+    if config.model_type == "align_vision_model":
+        return _align_width(config)
+    field = (_POOLED_WIDTHS if pooling == "pooler" else {}).get(config.model_type) or _WIDTHS.get(config.model_type)
+    width = getattr(config, field or "hidden_size", None)
     if width is None:
         width = (getattr(config, "hidden_sizes", None) or [None])[-1]
     if not isinstance(width, int):
@@ -48,8 +68,13 @@ class IConEConfig(PreTrainedConfig):
         projection_dim: dimensions of the common space; the paper's class vectors have 2048.
         num_groups: classes of the shared classifier, one for each group of the training split. 0: no classifier, for a
             model that only searches.
+        vision_projection, text_projection: the layer between a tower's pooled output and the common space. `"linear"`:
+            without bias, as in the paper and CLIP; `"linear_bias"`; `"identity"`: none, as in SigLIP; `"mlp"`: two
+            layers with biases, GELU and `projection_dropout` between them.
+        projection_dropout: part of the values between an `"mlp"`'s layers that training sets to 0.
         temperature: tau of equations (6)-(7), and of the sigmoid loss.
-        learn_temperature: trains the temperature, starting at `temperature`, as CLIP does (never below 0.01).
+        learn_temperature: trains the temperature, starting at `temperature`, as CLIP does (never below 0.01, nor below
+            `temperature` where that is lower).
         contrastive_loss: the loss that compares a batch's images with its captions, weighted by lambda_2: `"infonce"`,
             the paper's equations (6)-(8); `"sigmoid"`, SigLIP's, with a learned bias; `"max_hinge"` and `"sum_hinge"`,
             VSE++'s.
@@ -110,6 +135,9 @@ class IConEConfig(PreTrainedConfig):
     vision_lora: dict | None = None
     text_lora: dict | None = None
     initializer_range: float = 0.02
+    vision_projection: str = "linear"
+    text_projection: str = "linear"
+    projection_dropout: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         try:
@@ -151,6 +179,18 @@ class IConEConfig(PreTrainedConfig):
             raise ModelError(f"instance_label_smoothing={self.instance_label_smoothing} must be 0 or more, below 1.")
         if not 0 <= self.initializer_range < math.inf:
             raise ModelError(f"initializer_range={self.initializer_range} must be 0 or more, and finite.")
+
+        # Projections.
+        for name in ("vision_projection", "text_projection"):
+            if getattr(self, name) not in PROJECTIONS:
+                raise ModelError(f"{name}={getattr(self, name)!r} must be one of {', '.join(PROJECTIONS)}.")
+        if not 0 <= self.projection_dropout < 1:
+            raise ModelError(f"projection_dropout={self.projection_dropout} must be 0 (none) or more, and less than 1.")
+        if self.projection_dropout and "mlp" not in (self.vision_projection, self.text_projection):
+            raise ModelError(
+                f"projection_dropout={self.projection_dropout} is between the layers of an mlp: set vision_projection "
+                "or text_projection to 'mlp', or projection_dropout to 0."
+            )
 
         # Losses.
         for name, choices in (("instance_logits", INSTANCE_LOGITS), ("contrastive_loss", CONTRASTIVE_LOSSES)):

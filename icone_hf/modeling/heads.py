@@ -16,9 +16,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 from .compat import LeftOutOfDDPMixin
 from .configuration_icone import IConEConfig
 from .objective import check_pairs, contrastive_objective, count_ranks, instance_objective, rank_index
+from .projections import Projection
 from .sharded_classifier import ShardedClassifier
 
-HIGHEST_LOGIT_SCALE = math.log(100)  # CLIP's bound for a learned temperature: 0.01 or more
+LOWEST_TEMPERATURE = 0.01  # CLIP's bound for a learned one
 
 
 @dataclass
@@ -31,7 +32,8 @@ class IConEOutput(ModelOutput):
         loss: scalar, `instance_weight * instance_loss + contrastive_weight * contrastive_loss`, equation (9).
         instance_loss: scalar, equation (5). `None` if its weight is 0.
         contrastive_loss: scalar, equation (8). `None` if its weight is 0.
-        logits_per_image: `(images, captions)`, cosine similarities divided by `model.temperature`.
+        logits_per_image: `(images, captions)`, cosine similarities divided by `model.temperature`; where the
+            contrastive loss is the sigmoid loss, plus its bias, as SigLIP's.
         logits_per_text: `(captions, images)`, the transpose of `logits_per_image`.
         image_embeds: `(images, projection_dim)`, L2-normalised.
         text_embeds: `(captions, projection_dim)`, L2-normalised.
@@ -72,8 +74,8 @@ class HeadsMixin(LeftOutOfDDPMixin):
 
     config: IConEConfig
     training: bool
-    visual_projection: nn.Linear
-    text_projection: nn.Linear
+    visual_projection: Projection
+    text_projection: Projection
     classifier: "nn.Linear | ShardedClassifier | None"
     logit_scale: nn.Parameter | None
     logit_bias: nn.Parameter | None
@@ -90,7 +92,7 @@ class HeadsMixin(LeftOutOfDDPMixin):
         if self.logit_scale is None:
             return self.config.temperature
         # Not by clamp: from torch 2.14 on it has no gradient at the bound itself, where the temperature would stay.
-        bound = torch.full_like(self.logit_scale, HIGHEST_LOGIT_SCALE)
+        bound = torch.full_like(self.logit_scale, self._highest_logit_scale)
         return torch.exp(-torch.where(self.logit_scale > bound, bound, self.logit_scale))
 
     @torch.no_grad()
@@ -101,7 +103,22 @@ class HeadsMixin(LeftOutOfDDPMixin):
         parameter that stayed there would never come back.
         """
         if self.logit_scale is not None:
-            self.logit_scale.clamp_(max=HIGHEST_LOGIT_SCALE)
+            self.logit_scale.clamp_(max=self._highest_logit_scale)
+
+    @property
+    def _highest_logit_scale(self) -> float:
+        # SigLIP's temperature is below CLIP's bound: a model that starts there may stay.
+        return -math.log(min(LOWEST_TEMPERATURE, self.config.temperature))
+
+    def set_temperature(self, temperature: float) -> None:
+        """Set the temperature, also where it is learned.
+
+        Args:
+            temperature: the new one.
+        """
+        self.config.temperature = temperature
+        if self.logit_scale is not None:
+            self.logit_scale.data.fill_(-math.log(temperature))
 
     def left_out_of_ddp(self) -> list[str]:
         """Name the parameters that DDP must not average.
@@ -138,6 +155,8 @@ class HeadsMixin(LeftOutOfDDPMixin):
         logits_per_text = None
         if image_embeds is not None and text_embeds is not None:
             logits_per_text = text_embeds @ image_embeds.T / self.temperature
+            if self.logit_bias is not None:
+                logits_per_text = logits_per_text + self.logit_bias
 
         # Group ids ask for the losses, unless return_loss says otherwise.
         losses = None

@@ -5,6 +5,7 @@ import copy
 import difflib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -16,12 +17,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_icone import IConEConfig, tower_width
+from .dual_encoders import keep_own, load_halves
 from .errors import ModelError
 from .heads import HeadsMixin, IConEHeads, IConEOutput
 from .lora import LoraTowersMixin, set_trainable
+from .projections import make_projection, start_linear
 from .saving import SavingMixin
 from .sharded_classifier import ShardedClassifier
-from .towers import load_tower, max_text_tokens, pool, pooled_positions, run_vision_tower, saved_pooling
+from .towers import build_tower, max_text_tokens, pool, pooled_positions, run_vision_tower, saved_pooling
 
 SIGMOID_BIAS = -10.0  # where SigLIP's bias starts
 
@@ -62,15 +65,17 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
         text_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
-        self.text_model = text_model if text_model is not None else AutoModel.from_config(config.text_config)
+        self.vision_model = vision_model if vision_model is not None else build_tower(config.vision_config)
+        self.text_model = text_model if text_model is not None else build_tower(config.text_config)
         # The towers' configs become parts of the model's: a change to one is a change to both.
         for name, tower in (("vision_config", self.vision_model), ("text_config", self.text_model)):
             setattr(config, name, tower.config)
 
-        vision_width, text_width = tower_width(self.vision_model.config), tower_width(self.text_model.config)
-        self.visual_projection = nn.Linear(vision_width, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(text_width, config.projection_dim, bias=False)
+        dim, dropout = config.projection_dim, config.projection_dropout
+        vision_width = tower_width(self.vision_model.config, config.vision_pooling)
+        self.visual_projection = make_projection(config.vision_projection, vision_width, dim, dropout)
+        text_width = tower_width(self.text_model.config, config.text_pooling)
+        self.text_projection = make_projection(config.text_projection, text_width, dim, dropout)
         self.classifier: nn.Linear | ShardedClassifier | None = None
         if config.num_groups:
             self.classifier = nn.Linear(config.projection_dim, config.num_groups, bias=False)
@@ -82,8 +87,9 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
         self.add_configured_adapters()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if module is self.visual_projection or module is self.text_projection:
-            init.normal_(module.weight, std=module.in_features**-0.5)
+        layers = (*self.visual_projection.modules(), *self.text_projection.modules())
+        if isinstance(module, nn.Linear) and any(module is layer for layer in layers):
+            start_linear(module)
         elif module is self:  # parameters that belong to no layer
             if self.logit_scale is not None:
                 init.constant_(self.logit_scale, -math.log(self.config.temperature))
@@ -101,30 +107,41 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
         text: str | os.PathLike | PreTrainedModel,
         num_groups: int = 0,
         *,
+        projections: str = "own",
+        defaults: Mapping[str, Any] | None = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
         **config: Any,
     ) -> "IConEModel":
         """Build a model from two pretrained towers.
 
-        Projections and classifier are new.
+        A tower of a dual encoder (CLIP, SigLIP, ALIGN and every other model of transformers with `get_image_features`
+        and `get_text_features`) keeps the projection and the pooling that it was trained with. If both towers are of
+        the same one, its temperature, loss and bias are kept too: the model then is that dual encoder. Other
+        projections are new, and so is the classifier.
+
+        Of what is stated twice the first wins: a keyword, the dual encoder, `defaults`, [`IConEConfig`].
 
         Args:
-            vision: Hub id, local folder or module. A checkpoint with both towers (CLIP, SigLIP) gives its vision tower.
+            vision: Hub id, local folder or module, of a tower or of a dual encoder.
             text: the same for the text tower. A sentence-transformers checkpoint also gives the pooling that its
                 `1_Pooling/config.json` states, unless `text_pooling` is given.
             num_groups: classes of the shared classifier; see [`IConEConfig`].
+            projections: `"own"`, or `"new"` as in the paper. A kind given in `config` (`text_projection="mlp"`) makes
+                that tower's projection new.
+            defaults: fields of [`IConEConfig`] that give way to a dual encoder's, such as [`RECOMMENDED_CONFIG`].
             dtype: passed to the towers' `from_pretrained`, and used for the new parameters.
             attn_implementation: passed to the towers' `from_pretrained`.
             config: the other fields of [`IConEConfig`].
 
         Raises:
             TypeError: for a keyword that is no field of [`IConEConfig`].
-            ValueError: if a tower states no hidden size, a pooling can't be guessed, or a field is out of range.
+            ValueError: if a tower states no hidden size, a pooling can't be guessed, or a field is out of range or
+                contradicts a projection that is kept.
         """
         # Refuse misspelt fields before loading anything.
         known = [field.name for field in fields(IConEConfig)]
-        for name in config:
+        for name in (*config, *(defaults or {})):
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -133,20 +150,27 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
         # Load the towers, and how the text tower's checkpoint pools.
         options = {"dtype": dtype, "attn_implementation": attn_implementation}
         options = {name: value for name, value in options.items() if value is not None}
-        vision_model = load_tower(vision, "vision", options)
-        text_model = load_tower(text, "text", options)
-        if config.get("text_pooling") is None and not isinstance(text, PreTrainedModel):
-            config["text_pooling"] = saved_pooling(text)
+        halves = load_halves(vision, text, options)
+        given = {name: value for name, value in config.items() if value is not None}
+        if "text_pooling" not in given and halves[1].pair is None and not isinstance(text, PreTrainedModel):
+            given["text_pooling"] = saved_pooling(text)
+
+        # Keep what the dual encoders trained.
+        kept = keep_own(halves, projections, given)
+        values = {**(defaults or {}), **kept.fields, **given}
 
         # Give the config copies: a config that becomes part of another one loses its attention implementation. The
         # model then puts the towers' own configs in their place.
+        vision_model, text_model = (half.tower for half in halves)
         icone_config = IConEConfig(
             vision_config=copy.deepcopy(vision_model.config),
             text_config=copy.deepcopy(text_model.config),
             num_groups=num_groups,
-            **config,
+            **values,
         )
-        return cls(icone_config, vision_model, text_model).to(vision_model.dtype)  # type: ignore[arg-type]
+        model = cls(icone_config, vision_model, text_model).to(vision_model.dtype)  # type: ignore[arg-type]
+        kept.copy_into(model)
+        return model
 
     def shard_classifier(self, classifier: ShardedClassifier | None = None) -> None:
         """Keep only this rank's rows of the class vectors.
@@ -175,8 +199,15 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
                 f"The class vectors have {classifier.weight.shape[1]} dimensions, projection_dim is "
                 f"{self.config.projection_dim}."
             )
-        self.classifier = classifier.to(self.visual_projection.weight.device)
+        self.classifier = classifier.to(self.device)
         self.config.num_groups = classifier.num_groups
+
+    def add_classifier(self, num_groups: int) -> None:
+        """Give the model class vectors that are new."""
+        classifier = nn.Linear(self.config.projection_dim, num_groups, bias=False, dtype=self.dtype)
+        nn.init.normal_(classifier.weight, std=self.config.initializer_range)
+        self.classifier = classifier.to(self.device)
+        self.config.num_groups = num_groups
 
     def heads(self) -> IConEHeads:
         """Return projections, classifier and temperature, sharing the parameters."""

@@ -25,8 +25,8 @@ from .towers import max_text_tokens
 logger = logging.get_logger(__name__)
 
 TEXT_PADDINGS = ("longest", "max_length")
-# These towers were trained on captions padded to full length, and attend to the padding.
-_FULL_LENGTH_TEXT = ("siglip_text_model", "siglip2_text_model")
+# These towers were trained on captions in lower case, padded to full length, and attend to the padding.
+_SIGLIP_TEXT = ("siglip_text_model", "siglip2_text_model")
 
 
 class IConEProcessor(ProcessorMixin):
@@ -44,6 +44,8 @@ class IConEProcessor(ProcessorMixin):
             `model_max_length`, and there is no `attention_mask`.
         jpeg_draft: whether this package reads large JPEG images at a half, a quarter or an eighth of their size, see
             `smallest_side`. It is many times as fast and changes the pixels a little.
+        lower_case: whether captions are put into lower case first, as SigLIP 2's were in training. Its published
+            tokenizers don't do it.
 
     Raises:
         ValueError: if the tokenizer has neither a padding nor an end-of-sentence token.
@@ -55,6 +57,7 @@ class IConEProcessor(ProcessorMixin):
         tokenizer: Any = None,
         text_padding: str = "longest",
         jpeg_draft: bool = False,
+        lower_case: bool = False,
         **kwargs: Any,
     ):
         image_processor = _with_pil_backend(image_processor)
@@ -70,7 +73,10 @@ class IConEProcessor(ProcessorMixin):
         if not isinstance(jpeg_draft, bool):
             raise ModelError(f"jpeg_draft={jpeg_draft!r} must be true or false.")
         self.text_padding = text_padding
+        if not isinstance(lower_case, bool):
+            raise ModelError(f"lower_case={lower_case!r} must be true or false.")
         self.jpeg_draft = jpeg_draft
+        self.lower_case = lower_case
         super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod
@@ -88,8 +94,11 @@ class IConEProcessor(ProcessorMixin):
         """
         text_config = AutoConfig.from_pretrained(text)
         text_config = getattr(text_config, "text_config", text_config)  # of a checkpoint with both towers
-        padding = "max_length" if text_config.model_type in _FULL_LENGTH_TEXT else "longest"
-        processor = cls(load_image_processor(vision), AutoTokenizer.from_pretrained(text), padding, jpeg_draft)
+        # SigLIP's own tokenizer lowers by itself. SigLIP 2's checkpoints name Gemma's, which doesn't.
+        is_siglip = text_config.model_type in _SIGLIP_TEXT
+        padding = "max_length" if is_siglip else "longest"
+        tokenizer = AutoTokenizer.from_pretrained(text)
+        processor = cls(load_image_processor(vision), tokenizer, padding, jpeg_draft, lower_case=is_siglip)
         processor.limit_text_length(text_config)
         return processor
 
@@ -146,6 +155,8 @@ class IConEProcessor(ProcessorMixin):
         }
         text_kwargs = {name: value for name, value in defaults.items() if name not in kwargs} | text_kwargs
         _check_text(text)
+        if self.lower_case:
+            text = text.lower() if isinstance(text, str) else [caption.lower() for caption in text]
         inputs = super().__call__(images=images, text=text, text_kwargs=text_kwargs, **kwargs)
 
         # Warn once if captions were cut. A caption that fills all positions has very likely been.

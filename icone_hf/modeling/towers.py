@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -22,6 +23,12 @@ _VISION_POOLINGS = dict.fromkeys(
         "clip_vision_model",
         "siglip_vision_model",
         "siglip2_vision_model",
+        "metaclip_2_vision_model",
+        "aimv2_vision_model",
+        "align_vision_model",
+        "altclip_vision_model",
+        "blip_vision_model",
+        "chinese_clip_vision_model",
         "convnext",
         "convnextv2",
         "dinov3_convnext",
@@ -44,6 +51,12 @@ _TEXT_POOLINGS = {
     "clip_text_model": "pooler",  # the end-of-text token
     "siglip_text_model": "pooler",  # the last token and a linear head
     "siglip2_text_model": "pooler",
+    "metaclip_2_text_model": "pooler",
+    "aimv2_text_model": "pooler",
+    "blip_text_model": "pooler",
+    "align_text_model": "cls",
+    "altclip_text_model": "cls",
+    "chinese_clip_text_model": "cls",
     "recurrent_text": "pooler",  # the last state of each direction
     "bert": "cls",  # the paper's; BERT's next-sentence task trained this token
     # Pretrained only on masked words: nothing trained the first token, and the embedding models of these families
@@ -63,7 +76,22 @@ _SENTENCE_TRANSFORMERS_POOLINGS = {
 }
 _SENTENCE_TRANSFORMERS_FILE = "1_Pooling/config.json"
 # The position numbers of these types start after the padding token's id.
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "altclip_text_model")
+# Towers of dual encoders that AutoModel builds from no config of theirs: the class, and what it is built with.
+_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "aimv2_text_model": ("Aimv2TextModel", {}),
+    "align_text_model": ("AlignTextModel", {}),
+    "align_vision_model": ("AlignVisionModel", {}),
+    "altclip_text_model": ("AltCLIPTextModel", {}),
+    "altclip_vision_model": ("AltCLIPVisionModel", {}),
+    "blip_text_model": ("BlipTextModel", {}),
+    "blip_vision_model": ("BlipVisionModel", {}),
+    "chinese_clip_text_model": ("ChineseCLIPTextModel", {"add_pooling_layer": False}),
+    "clipseg_text_model": ("CLIPSegTextModel", {}),
+    "clipseg_vision_model": ("CLIPSegVisionModel", {}),
+    "metaclip_2_text_model": ("MetaClip2TextModel", {}),
+    "metaclip_2_vision_model": ("MetaClip2VisionModel", {}),
+}
 
 
 class PoolingConfig(Protocol):
@@ -157,10 +185,22 @@ def max_text_tokens(config: Any) -> int | None:
     return longest or None
 
 
+def build_tower(config: Any) -> PreTrainedModel:
+    """Build a tower with new weights.
+
+    Args:
+        config: the tower's.
+    """
+    if config.model_type not in _CLASSES:
+        return AutoModel.from_config(config)
+    name, options = _CLASSES[config.model_type]
+    return getattr(transformers, name)._from_config(config, **options)  # as AutoModel does, imported when it is needed
+
+
 def load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, options: dict[str, Any]) -> PreTrainedModel:
     """Load a tower from the Hub or a folder.
 
-    A checkpoint with both towers, such as CLIP's, gives the one asked for.
+    A checkpoint with both towers of a dual encoder, such as CLIP's, is loaded whole.
 
     Args:
         tower: a Hub id, a local folder, or a tower, which is returned unchanged.
@@ -182,7 +222,8 @@ def load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, option
         model = AutoModel.from_pretrained(tower, **options)
     except (ValueError, OSError) as error:  # transformers says so of a folder or Hub id that holds no model
         raise ModelError(f"The {modality} tower {os.fspath(tower)!r} can't be loaded: {error}") from error
-    has_both_towers = hasattr(config, f"{modality}_config")
+    is_dual = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+    has_both_towers = hasattr(config, f"{modality}_config") and not is_dual
     return getattr(model, f"{modality}_model") if has_both_towers else model
 
 

@@ -219,6 +219,7 @@ class _Data:
             vision,
             text,
             num_groups=len(self.splits(run.dataset)["train"]) if run.needs_classifier else 0,
+            projections="new",  # the paper's towers have none of their own
             projection_dim=run.settings["projection_dim"],
             temperature=run.temperature,
             vision_pooling=run.settings["image"]["pooling"],

@@ -40,6 +40,7 @@ def check_run(
     check_data({"train_dataset": train_dataset, "eval_dataset": eval_dataset})
     model.config.validate_architecture()  # a field may have been assigned since construction
     check_stages(stages)
+    check_trained_parts(model, stages)
     if any(stage.instance_weight for stage in stages):
         check_classifier(model, args, len(train_dataset))
     check_arguments(args)
@@ -84,6 +85,19 @@ def check_stages(stages: Sequence[Stage]) -> None:
             f"Stage {names.index(START)} is named {START!r}, as metrics.json calls what was measured before the first "
             "update: give it another name."
         )
+
+
+def check_trained_parts(model: IConEModel, stages: Sequence[Stage]) -> None:
+    """Refuse a stage of frozen towers without any weights."""
+    config = model.config
+    has_projection = any(kind != "identity" for kind in (config.vision_projection, config.text_projection))
+    for stage in stages:
+        has_scale = stage.contrastive_weight and (config.learn_temperature or config.contrastive_loss == "sigmoid")
+        if not (stage.train_encoders or stage.instance_weight or has_projection or has_scale):
+            raise InputError(
+                f"The stage {stage.name!r} has nothing to train: its towers are frozen, and both projections are the "
+                "identity. Set its train_encoders or instance_weight, or build the model with projections='new'."
+            )
 
 
 def check_classifier(model: IConEModel, args: IConETrainingArguments, num_groups: int) -> None:

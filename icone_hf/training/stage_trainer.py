@@ -14,7 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..data.batching import GroupBatchSampler, GroupDataLoader, PairChunks, PairCollator, PairDataset
 from ..data.workers import outlive_termination
-from ..embedding.encoding import GroupEmbeddings, embed_pooled, encode_groups
+from ..embedding.encoding import GroupEmbeddings, embed_pooled, encode_groups, eval_mode
 from ..errors import DivergedError
 from ..evaluation.measure import measure_embeddings
 from ..modeling.heads import IConEHeads, IConEOutput
@@ -331,12 +331,13 @@ def embed_cached(model: IConEModel | IConEHeads, cache: FeatureCache, chunk_size
         L2-normalised embeddings in float32 on the CPU.
     """
 
-    def project(features: np.ndarray, projection: torch.nn.Linear) -> torch.Tensor:
-        weight = projection.weight
+    like = next(model.parameters(), torch.empty(0))  # the device and type: a projection may have no weights
+
+    def project(features: np.ndarray, projection: torch.nn.Module) -> torch.Tensor:
         starts = range(0, len(features), chunk_size)
         chunks = (as_features(np.array(features[i : i + chunk_size])) for i in starts)
-        return torch.cat([embed_pooled(chunk.to(weight), projection, cache.autocast) for chunk in chunks])
+        return torch.cat([embed_pooled(chunk.to(like), projection, cache.autocast) for chunk in chunks])
 
-    return GroupEmbeddings(
-        project(cache.image, model.visual_projection), project(cache.text, model.text_projection), cache.text_to_image
-    )
+    with eval_mode(model):  # an mlp's dropout is for training
+        image = project(cache.image, model.visual_projection)
+        return GroupEmbeddings(image, project(cache.text, model.text_projection), cache.text_to_image)

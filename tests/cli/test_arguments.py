@@ -258,6 +258,25 @@ def test_the_papers_configs_hold_the_papers_values(name):
     assert training.global_batch_size == 128  # on any number of processes
     assert (model.projection_dim, model.temperature, model.instance_logits) == (2048, 0.05, "dot")
     assert (model.vision_pooling, model.text_pooling) == ("pooler", "cls")
+    assert model.projections == "new"
+
+
+def test_the_config_of_clips_pair_trains_its_own_projections_alone():
+    model, _, recipe, training = parse_arguments(ALL, [str(CONFIGS / "flickr30k_clip.yaml")])
+    assert (model.projections, model.projection_dim, model.temperature, model.learn_temperature) == (
+        "own",
+        None,
+        None,
+        True,
+    )
+    assert model.vision_model_name_or_path == model.text_model_name_or_path == "openai/clip-vit-base-patch32"
+    (stage,) = recipe.parse()
+    assert (stage.num_train_epochs, stage.learning_rate, stage.contrastive_weight, training.global_batch_size) == (
+        5,
+        1e-5,
+        1,
+        256,
+    )
 
 
 def test_data_arguments_are_load_groups_keywords():

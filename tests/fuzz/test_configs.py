@@ -16,6 +16,7 @@ from icone_hf.embedding.encoding import in_batches
 from icone_hf.errors import InputError
 from icone_hf.modeling.configuration_icone import CONTRASTIVE_LOSSES, INSTANCE_LOGITS
 from icone_hf.modeling.errors import ModelError
+from icone_hf.modeling.projections import PROJECTIONS
 from icone_hf.modeling.towers import POOLINGS
 from icone_hf.training.checks import check_storage
 from icone_hf.training.stages import parse_stages
@@ -50,6 +51,10 @@ def valid_fields(draw):
         fields |= {"several_positives": draw(st.booleans()), "learn_temperature": draw(st.booleans())}
     if loss == "infonce" and not fields["several_positives"]:
         fields["hard_negative_beta"] = draw(st.just(0.0) | st.floats(0.01, 2))
+    kinds = st.sampled_from([kind for kind in PROJECTIONS if kind != "identity"])  # which needs dimensions of its own
+    fields |= {"vision_projection": draw(kinds), "text_projection": draw(kinds)}
+    if "mlp" in fields.values():
+        fields["projection_dropout"] = draw(st.floats(0, 0.9))
     fields["vision_pooling"] = draw(st.none() | st.sampled_from(POOLINGS))
     without = {"pooler"} if text in TOWERS_WITHOUT_POOLER else set()
     fields["text_pooling"] = draw(st.none() | st.sampled_from(sorted(set(POOLINGS) - without)))
@@ -134,6 +139,9 @@ CONFIG_FIELDS = {
     "several_positives": lambda value: isinstance(value, bool),
     "instance_logits": lambda value: value in INSTANCE_LOGITS,
     "contrastive_loss": lambda value: value in CONTRASTIVE_LOSSES,
+    "vision_projection": lambda value: value in PROJECTIONS,
+    "text_projection": lambda value: value in PROJECTIONS,
+    "projection_dropout": lambda value: is_number(value) and value == 0,  # any other needs an mlp
     "vision_pooling": lambda value: value is None or value in POOLINGS,
     "text_pooling": lambda value: value is None or value in POOLINGS,
     "vision_lora": lambda value: value is None or isinstance(value, dict),

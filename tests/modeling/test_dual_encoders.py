@@ -1,0 +1,274 @@
+"""Pairs that were trained together keep what they were trained with: ours equal the original models."""
+
+import pytest
+import torch
+import transformers
+from tiny import make_run, tiny_text_config, tiny_vision_config
+from tower_kinds import IDS, IMAGE, SHAPE, SPECIAL, TOKENS, bert_tokenizer, image_processor, without, word_tokenizer
+from transformers import AutoModel, BertConfig, BertModel
+
+from icone_hf import IConEModel, IConEProcessor, Stage
+from icone_hf.errors import InputError
+from icone_hf.modeling.errors import ModelError
+
+PLAIN = without(TOKENS, "vocab_size") | {"vocab_size": len(IDS)}
+TEXT = {**SHAPE, **PLAIN, **SPECIAL}
+VISION = {**SHAPE, **IMAGE}
+CONV = {
+    "image_size": 32,
+    "width_coefficient": 1.1,
+    "depth_coefficient": 1.0,
+    "depth_divisor": 8,
+    "in_channels": [32, 16],
+    "out_channels": [16, 14],
+    "kernel_sizes": [3, 3],
+    "strides": [1, 2],
+    "num_block_repeats": [1, 1],
+    "expand_ratios": [1, 2],
+    "depthwise_padding": [],
+    "hidden_dim": 16,
+}
+FAMILIES = {
+    "CLIP": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16},
+    "MetaClip2": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16},
+    "Siglip": {"text_config": TEXT, "vision_config": VISION},
+    "Siglip2": {
+        "text_config": TEXT,
+        "vision_config": {**SHAPE, "patch_size": 8, "num_patches": 16},
+    },
+    "Align": {
+        "text_config": without(TEXT, "bos_token_id", "eos_token_id"),
+        "vision_config": CONV,
+        "projection_dim": 16,
+    },
+    "AltCLIP": {
+        "text_config": {**TEXT, "project_dim": 20},
+        "vision_config": VISION,
+        "projection_dim": 16,
+    },
+    "ChineseCLIP": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16},
+    "Blip": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16, "image_text_hidden_size": 16},
+    "CLIPSeg": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16},
+    "Aimv2": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16},
+}
+
+
+def build(family, **changes):
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}Model")(
+        getattr(transformers, f"{family}Config")(**{**FAMILIES[family], **changes})
+    ).eval()
+    # Values that a trained model could have, all different from what IConE starts with.
+    with torch.no_grad():
+        for name, value in (("logit_scale", 4.77), ("logit_bias", -12.5), ("temperature", 0.31)):
+            if hasattr(model, name):
+                getattr(model, name).fill_(value)
+    return model
+
+
+def inputs_of(family):
+    """Captions that end in the end-of-text token, and images; SigLIP's captions have no mask."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.full((3, 6), IDS["[PAD]"])
+    for row, words in enumerate(("a red square", "green", "the white square")):
+        tokens = [IDS["<s>"], *(IDS[word] for word in words.split()), IDS["</s>"]]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(3, 3, 32, 32, generator=generator)}
+    return inputs if family.startswith("Siglip") else {**inputs, "attention_mask": (ids != IDS["[PAD]"]).long()}
+
+
+def patches(pixel_values):
+    """Cut images into patches as NaFlex's processor does, row by row, each patch's channels last."""
+    rows = [image[:, y : y + 8, x : x + 8] for image in pixel_values for y in range(0, 32, 8) for x in range(0, 32, 8)]
+    return {
+        "pixel_values": torch.stack([patch.permute(1, 2, 0).flatten() for patch in rows]).unflatten(0, (3, 16)),
+        "pixel_attention_mask": torch.ones(3, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4]] * 3),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_and_logits_are_the_original_models(family, tmp_path):
+    original, inputs = build(family), inputs_of(family)
+    original.save_pretrained(tmp_path / "pair")
+    with torch.no_grad():
+        expected = original(**{**inputs, **(patches(inputs["pixel_values"]) if family == "Siglip2" else {})})
+    folder = tmp_path / "pair"
+    model = IConEModel.from_encoders(folder, str(folder), num_groups=4).eval()
+    model.save_pretrained(tmp_path / "ours")
+    for ours in (model, IConEModel.from_pretrained(tmp_path / "ours").eval()):
+        with torch.no_grad():
+            output = ours(**inputs)
+        for name, kind in (("image_embeds", "vision"), ("text_embeds", "text")):
+            # Some families return embeddings before the normalisation.
+            raw = torch.nn.functional.normalize(getattr(expected, name), dim=-1)
+            torch.testing.assert_close(getattr(output, name), raw, atol=1e-5, rtol=0, msg=lambda m, k=kind: f"{k}: {m}")
+        for name in ("logits_per_image", "logits_per_text"):
+            torch.testing.assert_close(getattr(output, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
+        assert set(ours.state_dict()) == set(model.state_dict())
+    assert model.config.contrastive_loss == ("sigmoid" if family.startswith("Siglip") else "infonce")
+
+
+def test_a_learned_temperature_starts_where_the_pairs_own_is():
+    """SigLIP's is below 0.01, where CLIP's ends."""
+    original, inputs = build("Siglip"), inputs_of("Siglip")
+    model = IConEModel.from_encoders(original, original, learn_temperature=True).eval()
+    model.bound_temperature()
+    torch.testing.assert_close(model(**inputs).logits_per_image, original(**inputs).logits_per_image, atol=1e-4, rtol=0)
+
+
+def test_siglips_loss_is_the_original_models():
+    original, inputs = build("Siglip"), inputs_of("Siglip")
+    ours = IConEModel.from_encoders(original, original).eval()(**inputs, return_loss=True, instance_weight=0)
+    expected = original(**inputs, return_loss=True).loss
+    torch.testing.assert_close(ours.loss, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stays", ["vision", "text"])
+def test_a_tower_that_stays_keeps_its_projection(stays, towers):
+    original = build("CLIP")
+    pair = (original, towers[1]) if stays == "vision" else (towers[0], original)
+    model = IConEModel.from_encoders(*pair, defaults={"temperature": 0.07, "projection_dim": 512})
+    kept, new = ("visual_projection", "text_projection")[:: 1 if stays == "vision" else -1]
+    assert torch.equal(getattr(model, kept).weight, getattr(original, kept).weight)
+    assert getattr(model, new).weight.shape[0] == model.config.projection_dim == 16
+    assert getattr(model, new).weight.std() > 0.05  # new, as ever
+    assert (model.config.temperature, model.config.contrastive_loss) == (0.07, "infonce")  # of both together
+
+
+def test_siglip_without_its_text_tower(towers):
+    model = IConEModel.from_encoders(build("Siglip"), towers[1])
+    assert (model.config.vision_projection, model.config.text_projection) == ("identity", "linear")
+    assert (model.config.projection_dim, model.config.contrastive_loss) == (24, "infonce")
+
+
+def test_a_text_tower_whose_head_has_another_width(tmp_path):
+    """SigLIP 2 giant: its text tower is narrower than the common space."""
+    original = build("Siglip", text_config={**TEXT, "hidden_size": 16, "projection_size": 24})
+    model, inputs = IConEModel.from_encoders(original, original).eval(), inputs_of("Siglip")
+    torch.testing.assert_close(model(**inputs).text_embeds, original(**inputs).text_embeds, atol=1e-5, rtol=0)
+
+
+def test_new_projections_are_the_papers(towers):
+    original = build("CLIP")
+    model = IConEModel.from_encoders(original, original, projections="new")
+    assert (model.config.projection_dim, model.config.temperature) == (2048, 0.05)
+    assert model.visual_projection.weight.shape == (2048, 24)
+    siglip = build("Siglip")
+    model = IConEModel.from_encoders(siglip, siglip, projections="new", projection_dim=12)
+    assert (model.config.text_projection, model.logit_bias) == ("linear", None)
+    # A kind that is named is new as well, for its tower alone.
+    model = IConEModel.from_encoders(original, original, text_projection="mlp")
+    assert torch.equal(model.visual_projection.weight, original.visual_projection.weight)
+    assert (model.config.text_projection, model.config.projection_dim) == ("mlp", 16)
+
+
+def test_what_is_said_wins_over_the_pair_and_the_pair_over_defaults():
+    original = build("Siglip")
+    defaults = {"projection_dim": 512, "temperature": 0.07, "contrastive_loss": "infonce", "instance_logits": "cosine"}
+    config = IConEModel.from_encoders(original, original, defaults=defaults).config
+    found = config.projection_dim, config.contrastive_loss, config.instance_logits
+    assert found == (24, "sigmoid", "cosine")
+    assert config.temperature == pytest.approx(torch.tensor(-4.77).exp().item())
+    said = {"temperature": 0.2, "contrastive_loss": "infonce", "projection_dim": 24}
+    config = IConEModel.from_encoders(original, original, defaults=defaults, **said).config
+    assert {name: getattr(config, name) for name in said} == said
+
+
+def test_contradictions_are_refused_by_name(towers):
+    clip, other, siglip = build("CLIP"), build("CLIP", projection_dim=12), build("Siglip")
+    with pytest.raises(ModelError, match=r"projection_dim=2048, but the vision tower's own has 16"):
+        IConEModel.from_encoders(clip, towers[1], projection_dim=2048)
+    with pytest.raises(ModelError, match="vision in 16 dimensions and text in 12"):
+        IConEModel.from_encoders(clip, other)
+    with pytest.raises(ModelError, match="projections='old' must be own or new"):
+        IConEModel.from_encoders(clip, clip, projections="old")
+    with pytest.raises(ModelError, match=r"projection_dim=2048.*gives 24 dimensions"):
+        IConEModel.from_encoders(siglip, towers[1], projections="new", vision_projection="identity")
+    clip.visual_projection = torch.nn.Sequential(clip.visual_projection)
+    with pytest.raises(ModelError, match=r'is a Sequential.*projections="new"'):
+        IConEModel.from_encoders(clip, clip)
+
+
+def test_a_dual_encoder_of_bert_and_clip(towers):
+    vision, text = (
+        transformers.CLIPVisionModel(tiny_vision_config()),
+        BertModel(BertConfig(**tiny_text_config().to_dict())),
+    )
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision.config, text.config, projection_dim=16
+    )
+    original = transformers.VisionTextDualEncoderModel(config, vision, text).eval()
+    inputs = {name: value % 18 if name == "input_ids" else value for name, value in inputs_of("CLIP").items()}
+    model = IConEModel.from_encoders(original, original).eval()
+    torch.testing.assert_close(
+        model(**inputs).logits_per_image, original(**inputs).logits_per_image, atol=1e-5, rtol=1e-5
+    )
+
+
+# --- captions, as each family prepares them ---
+
+
+def siglip_folder(folder, tokenizer):
+    build("Siglip").save_pretrained(folder)
+    image_processor("SiglipImageProcessorPil")().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_siglip_2s_captions_are_lower_case_padded_and_without_a_mask(tmp_path):
+    """SigLIP 2's published tokenizers keep capitals, though it was trained without: Siglip2Tokenizer says how."""
+    vocab = {piece: row for row, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"aAdDogG"])}
+    trained_as = transformers.Siglip2Tokenizer(vocab=vocab, merges=[])
+    published = transformers.GemmaTokenizer(vocab=vocab, merges=[])
+    name = siglip_folder(tmp_path / "pair", published)
+    processor = IConEProcessor.from_encoders(name, name)
+    processor.save_pretrained(tmp_path / "ours")
+    expected = trained_as("A Dog", add_special_tokens=False)["input_ids"]
+    assert published("A Dog")["input_ids"] != published("a dog")["input_ids"]  # or nothing is tested
+    for ours in (processor, IConEProcessor.from_pretrained(tmp_path / "ours")):
+        inputs = ours(text=["A Dog", "a dog"], return_tensors="pt")
+        assert set(inputs) == {"input_ids"}
+        assert inputs["input_ids"].shape == (2, 24)  # the tower's positions
+        assert torch.equal(*inputs["input_ids"])
+        row = inputs["input_ids"][0].tolist()
+        assert [piece for piece in row if piece > 4] == expected
+        assert row[-1] == vocab["<pad>"]  # on the right
+        assert torch.equal(ours(text="A Dog", return_tensors="pt")["input_ids"][0], inputs["input_ids"][0])
+
+
+def test_other_families_captions_are_their_tokenizers_own(tmp_path):
+    build("CLIP").save_pretrained(tmp_path)
+    image_processor("CLIPImageProcessorPil")().save_pretrained(tmp_path)
+    tokenizer = word_tokenizer("<s>", "</s>", bos_token="<s>", eos_token="</s>", pad_token="[PAD]", model_max_length=24)
+    tokenizer.save_pretrained(tmp_path)
+    processor = IConEProcessor.from_encoders(tmp_path, tmp_path)
+    ours = processor(text=["a red square", "A Red square"], return_tensors="pt")
+    theirs = tokenizer(["a red square", "A Red square"], padding=True, return_tensors="pt")
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    assert not torch.equal(*ours["input_ids"])
+    assert torch.equal(ours["attention_mask"], theirs["attention_mask"])
+
+
+# --- training ---
+
+
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_a_pair_trains_with_frozen_towers_and_with_all(family, tmp_path):
+    folder = tmp_path / "pair"
+    build(family).save_pretrained(folder)
+    image_processor("CLIPImageProcessorPil", do_center_crop=False)().save_pretrained(folder)
+    bert_tokenizer().save_pretrained(folder)
+    processor = IConEProcessor.from_encoders(folder, folder)
+    model = IConEModel.from_encoders(folder, folder, num_groups=16)
+    trainer = make_run(tmp_path / "run", model, processor)
+    assert trainer.train()["validation"]["rsum"] >= 0
+    assert AutoModel.from_pretrained(tmp_path / "run").config.projection_dim == model.config.projection_dim
+
+
+def test_a_stage_with_nothing_to_train_is_refused(tmp_path):
+    folder = siglip_folder(tmp_path / "pair", bert_tokenizer())
+    model = IConEModel.from_encoders(folder, folder, contrastive_loss="infonce")
+    stage = Stage("heads", 1, 1e-3, instance_weight=0, contrastive_weight=1, train_encoders=False)
+    with pytest.raises(InputError, match="The stage 'heads' has nothing to train"):
+        make_run(tmp_path / "run", model, IConEProcessor.from_encoders(folder, folder), [stage]).train()
