@@ -37,7 +37,7 @@ class Half:
     pooling: str | None = None
 
     def own_fields(self) -> dict[str, Any]:
-        """Return the config's fields for what the dual encoder trained.
+        """Return the config's fields for what was trained.
 
         Raises:
             ModelError: if its projection is of no kind that IConE has.
@@ -73,7 +73,7 @@ class Kept:
     bias: torch.Tensor | None = None
 
     def copy_into(self, model: Any) -> None:
-        """Copy the weights into a model that was built with `fields`."""
+        """Copy the weights into a model of these `fields`."""
         for half in self.halves:
             if half.projection is not None:
                 own = model.visual_projection if half.modality == "vision" else model.text_projection
@@ -137,12 +137,12 @@ def _path(tower: Any) -> str | None:
 
 
 def is_dual_encoder(model: nn.Module) -> bool:
-    """Say whether a model of transformers has features of both kinds, each from a tower."""
+    """Say whether a model embeds images and captions."""
     return all(hasattr(model, name) for name in ("get_image_features", "get_text_features"))
 
 
 def half_of(model: PreTrainedModel, modality: str) -> Half:
-    """Take a tower out of a dual encoder, with its projection and pooling.
+    """Take a tower out of a dual encoder.
 
     Any other model is a tower by itself.
 
@@ -163,7 +163,9 @@ def half_of(model: PreTrainedModel, modality: str) -> Half:
 
 
 def scale_of(pair: Any) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """Return a dual encoder's temperature and loss, as fields of the config, and its bias.
+    """Return a dual encoder's temperature, loss and bias.
+
+    The first two are fields of the config.
 
     ALIGN keeps a temperature, the others the logarithm of its reciprocal. A bias belongs to SigLIP's sigmoid loss.
     """
@@ -181,7 +183,7 @@ def scale_of(pair: Any) -> tuple[dict[str, Any], torch.Tensor | None]:
 
 
 def common_dim(kept: Mapping[str, int], wanted: int | None) -> int:
-    """Return the dimensions of a common space in which projections are kept.
+    """Return the dimensions that kept projections share.
 
     Args:
         kept: the dimensions of each kept projection, by modality.
