@@ -21,9 +21,11 @@ CHANGEABLE = (
     "learn_temperature",
     "contrastive_loss",
     "margin",
+    "hard_negative_beta",
     "several_positives",
     "instance_logits",
     "instance_temperature",
+    "instance_label_smoothing",
     "instance_samples",
     "projection_dropout",
 )

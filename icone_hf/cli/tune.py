@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from transformers import TrainingArguments
 from ..data.groups import check_disjoint
 from ..errors import InputError
 from ..modeling.configuration_icone import IConEConfig
-from ..modeling.modeling_icone import IConEModel
-from ..modeling.processing_icone import IConEProcessor
 from ..training.arguments import DECISIVE_ARGUMENTS, IConETrainingArguments
 from ..training.search_space import (
     DEFAULT_SPACE,
@@ -30,6 +28,7 @@ from . import COMMANDS
 from .arguments import SOURCE, DataArguments, ModelArguments, OutputArguments, RecipeArguments
 from .loading import join_processes, load_for_training
 from .parsing import parse_arguments
+from .starting import check_changes, start_model, start_processor
 
 BEST_FILE = "best.yaml"
 
@@ -97,16 +96,15 @@ def tune(argv: Sequence[str]) -> None:
     splits, data_args, _ = load_for_training(data_args, None, log, names=("train", "validation"))
     check_disjoint(splits)
     args.feature_cache_dir = args.feature_cache_dir or os.path.join(str(args.output_dir), "feature_cache")
-    towers = model_args.vision_model_name_or_path, model_args.text_model_name_or_path
-    processor = IConEProcessor.from_encoders(*towers, jpeg_draft=model_args.jpeg_draft)
+    if model_args.model is not None:
+        check_changes(model_args)
     trials = Trials(
-        lambda config: IConEModel.from_encoders(*towers, num_groups=len(splits["train"]), **config),
+        lambda config: start_model(replace(model_args, **config), recipe_args, splits["train"], is_sharded=False),
         args,
         splits["train"],
         splits["validation"],
-        processor,
+        start_processor(model_args),
         stage,
-        model_args.config(recipe_args.config()),
         data_args.source,
     )
 
@@ -128,7 +126,7 @@ def tune(argv: Sequence[str]) -> None:
     # Search, and say what came out.
     trials.fill_caches()
     result = search.search(tune_args.final_seeds)
-    best = best_arguments(result, candidates, trials, model_args, data_args, args)
+    best = best_arguments(result, candidates, trials, model_args, recipe_args, data_args, args)
     text = f"# Found by icone tune: validation Rsum {_mean(result.rsums):.1f}. Run it by icone train FILE.\n"
     (folder / BEST_FILE).write_text(text + yaml.safe_dump(best, sort_keys=False))
     shown = trials_table(result.last_trials(), rungs)
@@ -144,6 +142,7 @@ def best_arguments(
     candidates: Sequence[Mapping[str, Any]],
     trials: Trials,
     model_args: ModelArguments,
+    recipe_args: RecipeArguments,
     data_args: DataArguments,
     args: IConETrainingArguments,
 ) -> dict[str, Any]:
@@ -153,10 +152,12 @@ def best_arguments(
     """
     stage, config, arguments = trials.applied(candidates[result.best])
     epochs = max(trial.epochs for trial in result.trials if trial.candidate == result.best)
-    # A list of stages has no config of its own, so what came with the recipe's name is written out.
+    # A list of stages has no config of its own, so what came with the recipe's name is written out, and whose
+    # projections it takes.
     model = {
         **asdict(model_args),
-        **{name: value for name, value in trials.config.items() if name in asdict(model_args)},
+        **trials.own_values(recipe_args.config()),
+        "projections": model_args.projections or recipe_args.default_projections,
     }
     # What decides a run's numbers, all that we add to transformers' arguments, and what makes it faster.
     ours = {one.name for one in fields(IConETrainingArguments)} - {one.name for one in fields(TrainingArguments)}

@@ -51,7 +51,6 @@ class Trials:
         train_dataset, eval_dataset: groups to train on, and to validate.
         processor: of the towers.
         stage: what every trial runs, with values of its own; its towers are frozen.
-        config: fields of the model's config, likewise.
         data_name: what the data are called.
 
     Raises:
@@ -66,21 +65,17 @@ class Trials:
         eval_dataset: Dataset,
         processor: IConEProcessor,
         stage: Stage,
-        config: Mapping[str, Any],
         data_name: str | None = None,
     ):
         self.make_model = make_model
         self.args = args
         self.data = train_dataset, eval_dataset, processor
         self.stage = stage
-        self.config = dict(config)
         self.data_name = data_name
         self._check()
         # It says what the trials have in common, and fills their caches.
         self._base = self._trainer({}, 1, args.seed)
         self.caches: tuple[FeatureCache, FeatureCache] | None = None
-        whole = self._base.model.config.to_dict()
-        self._towers = {name: whole[name] for name in ("vision_config", "text_config")}
 
     def _check(self) -> None:
         if self.stage.train_encoders:
@@ -112,10 +107,8 @@ class Trials:
         """
         stage, config, _ = self.applied(values)
         replace(self.stage, **stage)
-        known = {one.name for one in fields(IConEConfig)}
-        wanted: dict[str, Any] = {name: value for name, value in {**self.config, **config}.items() if name in known}
-        wanted |= {name: dict(tower) for name, tower in self._towers.items()}
-        IConEConfig(**{**wanted, "num_groups": len(self.data[0])})
+        whole = self._base.model.config.to_dict()
+        IConEConfig(**{**{one.name: whole[one.name] for one in fields(IConEConfig) if one.name in whole}, **config})
 
     def applied(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Sort values by where they belong.
@@ -161,7 +154,7 @@ class Trials:
         stage, config, arguments = self.applied(values)
         args = replace(self.args, **{"seed": seed, "report_to": "none", **arguments, **self._whole_batch(arguments)})
         set_seed(seed)  # as a run begins
-        model = self.make_model({**self.config, **config})
+        model = self.make_model(config)
         stages = [replace(self.stage, **{**stage, "num_train_epochs": epochs})]
         return TrialTrainer(model, args, *self.data, stages, data_name=self.data_name)
 

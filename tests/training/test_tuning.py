@@ -191,8 +191,8 @@ def make_trials(tmp_path, make_model, processor):
     def make(stage=HEADS, **arguments):
         values = {"per_device_train_batch_size": 8, "use_cpu": True, **arguments}
         args = IConETrainingArguments(str(tmp_path / "tune"), **values)
-        build = lambda config: make_model(16, **config)  # noqa: E731
-        return Trials(build, args, make_groups(16), make_groups(12, start=16), processor, stage, {"projection_dim": 16})
+        build = lambda config: make_model(16, **{"projection_dim": 16, **config})  # noqa: E731
+        return Trials(build, args, make_groups(16), make_groups(12, start=16), processor, stage)
 
     return make
 
