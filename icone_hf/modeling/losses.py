@@ -45,8 +45,9 @@ def instance_loss(
     """
     scores = instance_scores(features, class_vectors, logits, temperature)
     if log_counts is None:
-        smoothing = {"label_smoothing": label_smoothing}
-        return F.cross_entropy(scores, group_ids, ignore_index=IGNORED_GROUP, reduction=reduction, **smoothing)
+        return F.cross_entropy(
+            scores, group_ids, ignore_index=IGNORED_GROUP, reduction=reduction, label_smoothing=label_smoothing
+        )
     # A sampled class stands for others in the softmax's denominator, and in the mean over all classes too.
     total = F.cross_entropy(scores + log_counts, group_ids, ignore_index=IGNORED_GROUP, reduction="sum")
     counted = group_ids != IGNORED_GROUP
