@@ -224,7 +224,7 @@ def test_from_encoders_takes_one_tower_of_a_checkpoint_with_two(tmp_path, towers
     text_config = CLIPTextConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     clip = CLIPModel(CLIPConfig(vision_config=tiny_vision_config(), text_config=text_config))
     clip.save_pretrained(tmp_path)
-    model = IConEModel.from_encoders(tmp_path, tmp_path, projection_dim=16, text_pooling="pooler")
+    model = IConEModel.from_encoders(tmp_path, tmp_path, projections="new", projection_dim=16, text_pooling="pooler")
     assert (model.config.vision_config.model_type, model.config.text_config.model_type) == (
         "clip_vision_model",
         "clip_text_model",
