@@ -140,6 +140,14 @@ def test_transformers_tells_decoders_from_encoders():
     assert not any(map(modeling_compat.is_causal_type, ("bert", "modernbert", "clip_text_model"))), why
 
 
+def test_a_class_of_transformers_is_built_from_a_config():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.ChineseCLIPTextConfig(vocab_size=9, **sizes)
+    model = modeling_compat.from_config("ChineseCLIPTextModel", config, {"add_pooling_layer": False})
+    assert model.config.hidden_size == 8, changed("transformers", "how a class is built from a config")
+    assert model.pooler is None, changed("transformers", "how a class is built from a config")
+
+
 def test_argparse_lists_its_arguments_and_asks_the_formatter():
     parser = HfArgumentParser(TrainingArguments, formatter_class=compat.ShortHelpFormatter)
     names = {action.dest for action in compat.actions_of(parser)}

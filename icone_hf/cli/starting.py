@@ -115,4 +115,7 @@ def _is_of_groups(checkpoint: str, groups: Dataset) -> bool:
 
 def _file(checkpoint: str, name: str) -> str | None:
     """Find one file of a checkpoint."""
-    return cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
+    try:
+        return cached_file(checkpoint, name)
+    except OSError:  # there is no such file, or no connection to ask for it
+        return None

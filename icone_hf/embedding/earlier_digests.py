@@ -48,6 +48,9 @@ def _digest_processor(processor: IConEProcessor) -> str:
             if path.name == "tokenizer.json":
                 settings = json.loads(content)
                 content = json.dumps({k: v for k, v in settings.items() if k not in ("padding", "truncation")}).encode()
+            if path.name == "processor_config.json" and not processor.lower_case:
+                settings = {k: v for k, v in json.loads(content).items() if k != "lower_case"}  # it was not there yet
+                content = f"{json.dumps(settings, indent=2, sort_keys=True)}\n".encode()
             digest.update(path.name.encode() + content)
     return digest.hexdigest()
 

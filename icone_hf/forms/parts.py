@@ -57,7 +57,7 @@ def parts_of(tables: Mapping[str, Dataset], source: str) -> dict[str, Part]:
         check_text(source, table, "split")
         split_of = [standard_split(name) if isinstance(name, str) else name for name in table["split"]]
         lacking = [row for row, name in enumerate(split_of) if name is None or not str(name).strip()]
-        named = set(split_of) - {split_of[row] for row in lacking}
+        named = {str(name) for name in split_of if name is not None and str(name).strip()}
         if named and named <= set(SPLITS):
             if lacking:
                 raise InputError(

@@ -28,6 +28,17 @@ def pil_class(name: str) -> Any:
     return getattr(transformers, f"{name}Pil", None)
 
 
+def from_config(name: str, config: Any, options: dict[str, Any]) -> Any:
+    """Build a model of transformers with new weights.
+
+    Args:
+        name: of its class.
+        config, options: what it is built with.
+    """
+    # AutoModel calls this too, for the classes that it knows. It heeds the config's attention and dtype.
+    return getattr(transformers, name)._from_config(config, **options)
+
+
 def is_causal_type(model_type: str) -> bool:
     """Say whether this type is a causal language model.
 

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from .compat import is_causal_type
+from .compat import from_config, is_causal_type
 from .errors import ModelError
 
 POOLINGS = ("cls", "mean", "last", "pooler")
@@ -194,7 +193,7 @@ def build_tower(config: Any) -> PreTrainedModel:
     if config.model_type not in _CLASSES:
         return AutoModel.from_config(config)
     name, options = _CLASSES[config.model_type]
-    return getattr(transformers, name)._from_config(config, **options)  # as AutoModel does, imported when it is needed
+    return from_config(name, config, options)
 
 
 def load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, options: dict[str, Any]) -> PreTrainedModel:

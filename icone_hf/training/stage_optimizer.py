@@ -1,5 +1,6 @@
 """The optimizer of a stage: its groups, what decays, class vectors in samples, clipping."""
 
+import pickle
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,9 +126,13 @@ def never_decays(name: str, parameter: torch.Tensor) -> bool:
 def saved_group_sizes(file: Path) -> list[int]:
     """Return how many parameters a saved optimizer's groups have.
 
-    Moments are not read. A folder without the file gives none.
+    Moments are not read. A folder without the file gives none, and so does a file that torch can't read: the Trainer,
+    which reads it too, says why.
     """
     if not file.is_file():
         return []
-    saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError):
+        return []
     return [len(group["params"]) for group in saved["param_groups"]]

@@ -120,11 +120,19 @@ class Stage:
 
     @property
     def tells_blocks_apart(self) -> list[str]:
-        """Name the fields in use that need a tower's blocks."""
+        """Name the fields in use that need blocks."""
         return [name for name in ("layer_decay", "trained_blocks", "train_embeddings") if _is_set(self, name)]
 
 
-_OF_TOWERS = tuple(field.name for field in fields(Stage) if field.default is not MISSING)
+_OF_TOWERS = (
+    "vision_learning_rate",
+    "text_learning_rate",
+    "layer_decay",
+    "trained_blocks",
+    "train_embeddings",
+    "vision_frozen_epochs",
+    "text_frozen_epochs",
+)
 
 
 def _is_set(stage: Stage, name: str) -> bool:

@@ -65,7 +65,7 @@ def find_blocks(tower: nn.Module) -> list[_Block]:
 
 
 def _outermost_chains(module: nn.Module) -> Iterator[list[nn.Module]]:
-    """Yield the lists of equal blocks that are in no other."""
+    """Yield lists of equal blocks, the outermost alone."""
     for child in module.children():
         if chain := _chain(child):
             yield chain
