@@ -104,7 +104,7 @@ def is_trained(stage: Stage, place: Place) -> bool:
 
 
 class StageParameters:
-    """Give what a stage trains its rates; freeze the rest.
+    """Give rates to what a stage trains.
 
     Args:
         model: on the device that it trains on. Its parameters require a gradient where the stage's part is trained.

@@ -74,7 +74,7 @@ def _outermost_chains(module: nn.Module) -> Iterator[list[nn.Module]]:
 
 
 def _chain(module: nn.Module) -> list[nn.Module]:
-    """Return a list's members if they are equal blocks, else none."""
+    """Return a list's members, if they are equal blocks."""
     members = list(module.children())
     is_chain = (
         isinstance(module, nn.ModuleList | nn.Sequential)
