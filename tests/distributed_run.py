@@ -50,6 +50,7 @@ def main(
     num_groups=NUM_GROUPS,
     num_eval=20,
     weight_average=0.0,
+    feature_dropout=0.0,
     **arguments,
 ):
     torch.manual_seed(0)
@@ -63,6 +64,7 @@ def main(
         text_pooling="mean",
         learn_temperature=True,
         instance_samples=instance_samples,
+        feature_dropout=feature_dropout,
     )
     if instance_samples and int(os.environ.get("RANK", 0)):
         model.classifier.weight.data += 1  # rank 0's are the ones that count

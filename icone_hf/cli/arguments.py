@@ -120,6 +120,9 @@ class ModelArguments:
         default=0,
         metadata={"help": "Train LoRA adapters of this rank in both towers' linear layers, not the towers. 0: none."},
     )
+    feature_dropout: float = field(
+        default=0.0, metadata={"help": "Share of the towers' pooled features that training drops at random."}
+    )
 
     jpeg_draft: bool = field(
         default=False,

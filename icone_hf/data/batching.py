@@ -7,7 +7,7 @@ spent on a pair that no loss uses.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,13 @@ from torch.utils.data import DataLoader, Sampler
 from ..errors import InputError
 from ..modeling.losses import IGNORED_GROUP
 from ..modeling.processing_icone import IConEProcessor
+from .augmentation import Augmentation
 from .captions import Captions
 from .images import Images
+from .neighbours import neighbour_order
+from .token_masking import TokenMasking
 from .workers import outlive_termination
 
-NEIGHBOUR_BLOCK = 8192  # groups; their vectors of 512 dimensions take 16 MB, and stay in a processor's cache
 SHUFFLED_AT_ONCE = 2**16  # groups
 
 
@@ -35,49 +37,18 @@ class Pair:
         row: of the group in its split.
         caption: which of the group's captions.
         is_filler: whether the pair only repeats another to fill up a batch. No loss sees a filler.
+        epoch: which the pair is drawn in, for what differs from epoch to epoch. It doesn't tell pairs apart.
     """
 
     row: int
     caption: int
     is_filler: bool = False
+    epoch: int = field(default=0, compare=False)
 
     @property
     def group_id(self) -> int:
         """Return the group's row, or IGNORED_GROUP for a filler."""
         return IGNORED_GROUP if self.is_filler else self.row
-
-
-def neighbour_order(vectors: torch.Tensor, run: int, rng: np.random.Generator) -> np.ndarray:
-    """Order groups into runs of neighbours.
-
-    A run is a group drawn at random and the `run - 1` nearest, by cosine, of those that no earlier run has taken. More
-    than `NEIGHBOUR_BLOCK` groups are first drawn into blocks of at most that many, and neighbours looked for within a
-    block: so the work grows as the number of groups does, not as its square.
-
-    Args:
-        vectors: `(groups, dim)`, L2-normalised.
-        run: groups in a run; the last run of a block may be shorter.
-        rng: draws the blocks, and the groups that runs begin with.
-
-    Returns:
-        `(groups,)` row numbers, each once.
-    """
-    drawn = rng.permutation(len(vectors))
-    order: list[np.ndarray] = []
-    for block in np.array_split(drawn, -(-len(drawn) // NEIGHBOUR_BLOCK)):
-        rows = np.sort(block)
-        near, num_free = vectors[torch.from_numpy(rows)], len(rows)
-        is_free = torch.ones(num_free, dtype=torch.bool)
-        for first in np.searchsorted(rows, block).tolist():
-            if not is_free[first]:
-                continue
-            similarity = (near @ near[first]).masked_fill(~is_free, float("-inf"))
-            similarity[first] = float("inf")  # a run begins with the group that was drawn, whatever rounding says
-            chosen = similarity.topk(min(run, num_free)).indices
-            is_free[chosen] = False
-            num_free -= len(chosen)
-            order.append(rows[chosen.numpy()])
-    return np.concatenate(order)
 
 
 class GroupBatchSampler(Sampler[list[Pair]]):
@@ -165,7 +136,7 @@ class GroupBatchSampler(Sampler[list[Pair]]):
         batches = self._spread_groups(order, rng) if self.class_vectors is None else self._batch_neighbours(rng)
         for batch in batches:
             yield [
-                Pair(row, caption)
+                Pair(row, caption, epoch=self.epoch)
                 for row, portion in batch
                 for caption in captions[self._portion(row, portion)].tolist()
             ]
@@ -264,7 +235,7 @@ class GroupBatchSampler(Sampler[list[Pair]]):
     def __iter__(self) -> Iterator[list[Pair]]:
         for batch in self.global_batches():
             missing = -len(batch) % self.num_ranks
-            batch += [Pair(batch[0].row, batch[0].caption, is_filler=True)] * missing
+            batch += [replace(batch[0], is_filler=True)] * missing if missing else []
             share = len(batch) // self.num_ranks  # rows of each rank
             yield batch[self.rank * share : (self.rank + 1) * share]
 
@@ -302,10 +273,12 @@ class PairDataset(torch.utils.data.Dataset):
     Args:
         groups: rows with `image` and `captions`.
         smallest_side: see [`Images`].
+        augmentation: changes images at random. `None`: they stay as they are.
     """
 
-    def __init__(self, groups: Dataset, smallest_side: int | None = None):
-        self.images = Images(groups, smallest_side)
+    def __init__(self, groups: Dataset, smallest_side: int | None = None, augmentation: Augmentation | None = None):
+        self.augmentation = augmentation or Augmentation()
+        self.images = Images(groups, self.augmentation.smallest_side(smallest_side))
         self.captions = groups.select_columns(["captions"])
         self.captions_per_group = Captions.read(groups).counts
 
@@ -314,19 +287,29 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, pair: Pair) -> dict[str, Any]:
         caption = self.captions[pair.row]["captions"][pair.caption]
-        return {"image": self.images[pair.row], "caption": caption, "group_id": pair.group_id}
+        image = self.augmentation.image(self.images[pair.row], pair.epoch, pair.row, pair.caption)
+        return {"image": image, "caption": caption, "group_id": pair.group_id, "pair": pair}
 
 
 class PairCollator:
-    """Turn items of [`PairDataset`] into the model's inputs."""
+    """Turn items of [`PairDataset`] into the model's inputs.
 
-    def __init__(self, processor: IConEProcessor):
+    Args:
+        processor: of the model.
+        masking: hides tokens of captions at random. `None`: they stay as they are.
+    """
+
+    def __init__(self, processor: IConEProcessor, masking: TokenMasking | None = None):
         self.processor = processor
+        self.masking = masking
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         inputs = self.processor(
             images=[item["image"] for item in items], text=[item["caption"] for item in items], return_tensors="pt"
         )
+        if self.masking is not None:
+            pairs = [item["pair"] for item in items]
+            self.masking.apply(inputs, [(pair.epoch, pair.row, pair.caption) for pair in pairs])
         # Convolutional towers run two to three times as fast on a CPU in this memory format; transformers do not mind.
         inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
         return {**inputs, "group_ids": torch.tensor([item["group_id"] for item in items])}

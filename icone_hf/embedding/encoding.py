@@ -12,7 +12,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from transformers import BatchFeature
 
+from ..data.augmentation import Augmentation
 from ..data.captions import Captions
 from ..data.images import Images
 from ..data.workers import outlive_termination
@@ -71,16 +73,25 @@ class _PixelValues(torch.utils.data.Dataset):
         groups: rows with an `image`.
         processor: of the model.
         returns_errors: whether an image that can't be decoded gives the reason, a string, instead of an error.
+        augmentation, view: see [`pool_images`].
     """
 
-    def __init__(self, groups: Dataset, processor: IConEProcessor, returns_errors: bool):
-        self.images = Images(groups, processor.smallest_side)
+    def __init__(
+        self,
+        groups: Dataset,
+        processor: IConEProcessor,
+        returns_errors: bool,
+        augmentation: Augmentation | None = None,
+        view: int = 0,
+    ):
+        self.augmentation, self.view = augmentation or Augmentation(), view
+        self.images = Images(groups, self.augmentation.smallest_side(processor.smallest_side))
         self.processor = processor
         self.returns_errors = returns_errors
 
     def __getitem__(self, row: int) -> torch.Tensor | str:
         try:
-            image = self.images[row]
+            image = self.augmentation.image(self.images[row], self.view, row)
         except ValueError as error:
             if self.returns_errors:
                 return str(error)
@@ -113,6 +124,8 @@ def pool_images(
     num_workers: int = 0,
     unreadable: dict[int, str] | None = None,
     autocast: torch.dtype | None = None,
+    augmentation: Augmentation | None = None,
+    view: int = 0,
 ) -> Iterator[torch.Tensor]:
     """Run the vision tower over images, batch by batch.
 
@@ -126,6 +139,7 @@ def pool_images(
         num_workers: processes that decode images. At 0 a thread does it.
         unreadable: filled with the images that can't be decoded, as `{row: why}`; they are left out of their batches.
         autocast: the type that `torch.autocast` computes in. `None`: the weights' own, without autocast.
+        augmentation, view: what changes the images, and which of its views of them to pool. `None`: nothing does.
 
     Yields:
         The pooled outputs of a batch, `(batch, width)`.
@@ -133,7 +147,9 @@ def pool_images(
     Raises:
         ValueError: if an image can't be decoded and `unreadable` is `None`.
     """
-    dataset = _PixelValues(groups, processor, returns_errors=unreadable is not None)
+    dataset = _PixelValues(
+        groups, processor, returns_errors=unreadable is not None, augmentation=augmentation, view=view
+    )
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -163,6 +179,7 @@ def pool_texts(
     processor: IConEProcessor,
     batches: Sequence[Sequence[str]],
     autocast: torch.dtype | None = None,
+    change: Callable[[int, BatchFeature], None] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Run the text tower over captions, batch by batch.
 
@@ -173,11 +190,20 @@ def pool_texts(
         processor: of the model.
         batches: the captions of each batch.
         autocast: see [`pool_images`].
+        change: called with each batch's number and tokens, which it changes in place.
 
     Yields:
         The pooled outputs of a batch, `(batch, width)`.
     """
-    tokenised = in_background(processor(text=list(batch), return_tensors="pt") for batch in batches)
+
+    def tokenise() -> Iterator[BatchFeature]:
+        for number, batch in enumerate(batches):
+            inputs = processor(text=list(batch), return_tensors="pt")
+            if change is not None:
+                change(number, inputs)
+            yield inputs
+
+    tokenised = in_background(tokenise())
     with eval_mode(model):
         for _, inputs in _progress(zip(batches, tokenised, strict=True), sum(map(len, batches)), "captions"):
             inputs = inputs.to(model.device)

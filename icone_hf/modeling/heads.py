@@ -120,6 +120,23 @@ class HeadsMixin(LeftOutOfDDPMixin):
         if self.logit_scale is not None:
             self.logit_scale.data.fill_(-math.log(temperature))
 
+    def drop_features(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Set pooled features to 0 at random, in training mode.
+
+        Every rank draws the global batch's mask and takes its own rows of it: the ranks start with one random state,
+        and would otherwise all drop the same features.
+
+        Args:
+            pooled: `(batch, width)`, of one tower.
+        """
+        share = self.config.feature_dropout
+        if not self.training or not share:
+            return pooled
+        rows = len(pooled)
+        drawn = torch.rand(count_ranks() * rows, *pooled.shape[1:], device=pooled.device)
+        is_kept = drawn[rank_index() * rows :][:rows] >= share
+        return pooled * is_kept.to(pooled.dtype) / (1 - share)
+
     def left_out_of_ddp(self) -> list[str]:
         """Name the parameters that DDP must not average.
 
@@ -256,8 +273,8 @@ class IConEHeads(HeadsMixin, nn.Module):
         The arguments are those of [`IConEModel.forward`].
         """
         return self.score(
-            None if pooled_image is None else self.visual_projection(pooled_image),
-            None if pooled_text is None else self.text_projection(pooled_text),
+            None if pooled_image is None else self.visual_projection(self.drop_features(pooled_image)),
+            None if pooled_text is None else self.text_projection(self.drop_features(pooled_text)),
             group_ids,
             instance_weight,
             contrastive_weight,

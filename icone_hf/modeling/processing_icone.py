@@ -118,11 +118,18 @@ class IConEProcessor(ProcessorMixin):
         With `jpeg_draft` an image may be read at a smaller size, but both its sides should keep twice the pixels that
         it is resized to, so that the resizing has something to average. `None`: read it in full.
         """
+        side = self.resized_side
+        return None if not self.jpeg_draft or side is None else 2 * side
+
+    @property
+    def resized_side(self) -> int | None:
+        """Return the pixels of the side that images are resized to.
+
+        `None`: they are not resized.
+        """
         settings = self.image_processor.to_dict()
         sides = [side for side in (settings.get("size") or {}).values() if side]
-        if not (self.jpeg_draft and settings.get("do_resize") and sides):
-            return None
-        return 2 * max(sides)
+        return max(sides) if settings.get("do_resize") and sides else None
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Process images and captions into the model's inputs.

@@ -8,6 +8,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from ..data.augmentation import Augmentation
+from ..data.token_masking import TokenMasking
 from ..errors import InputError
 from ..processes import LONGEST_WAIT, join_processes
 from .engines import check_device, check_engine
@@ -35,11 +37,19 @@ DECISIVE_ARGUMENTS = (
     "feature_cache_dtype",
     "shard_classifier",
     "early_stopping_patience",
+    "augment_crop_scale",
+    "augment_colour",
+    "augment_flip",
+    "mask_tokens",
+    "cached_views",
 )
 
 
 # Numbers of things, and the least that each may be.
-_COUNTS = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "pairs_per_group": 1, "neighbour_run": 0}
+_COUNTS = {
+    **{"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "pairs_per_group": 1, "neighbour_run": 0},
+    "cached_views": 1,
+}
 
 
 @dataclass
@@ -143,6 +153,27 @@ class IConETrainingArguments(TrainingArguments):
             "its epochs."
         },
     )
+    augment_crop_scale: float = field(
+        default=1.0,
+        metadata={"help": "Train on random crops of at least this share of an image's area. 1: on whole images."},
+    )
+    augment_colour: float = field(
+        default=0.0,
+        metadata={"help": "Change brightness, contrast and saturation by up to this share at random. 0: not at all."},
+    )
+    augment_flip: bool = field(
+        default=False, metadata={"help": "Mirror half of the images; left and right in captions are then wrong."}
+    )
+    mask_tokens: float = field(
+        default=0.0, metadata={"help": "Hide this share of the captions' tokens at random. 0: none."}
+    )
+    cached_views: int = field(
+        default=1,
+        metadata={
+            "help": "Views of each image and caption that are cached for stages with frozen towers: the plain one, and "
+            "augmented ones, of which each epoch takes one at random."
+        },
+    )
 
     def __post_init__(self) -> None:
         # torchrun's processes on CPUs find each other only if they are told that these are CPUs.
@@ -175,6 +206,8 @@ class IConETrainingArguments(TrainingArguments):
                 )
             # transformers, the sampler and the recipe all count by this field.
             self.per_device_train_batch_size = self.global_batch_size // self.world_size
+        Augmentation.of(self)  # refuses shares out of range
+        TokenMasking.check(self.mask_tokens)
         if not isinstance(self.shard_classifier, bool):
             raise InputError(f"shard_classifier={self.shard_classifier!r} must be true or false.")
 

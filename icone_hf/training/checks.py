@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import HubStrategy
 
+from ..data.augmentation import Augmentation
 from ..data.captions import Captions
 from ..data.groups import check_disjoint
 from ..errors import InputError
@@ -48,6 +49,7 @@ def check_run(
     check_batches(model, args)
     check_storage(args)
     check_early_stopping(args)
+    check_augmentation(args, stages)
     check_hub_strategy(args)
     check_weight_averages(model, stages)
     check_late_failures(model, args, stages)
@@ -194,6 +196,28 @@ def check_early_stopping(args: IConETrainingArguments) -> None:
         raise InputError(
             f"early_stopping_patience={args.early_stopping_patience} ends a stage when it has passed its best epoch, "
             "which load_best_model_at_end=False would not go back to: leave one of the two out."
+        )
+
+
+def check_augmentation(args: IConETrainingArguments, stages: Sequence[Stage]) -> None:
+    """Refuse an augmentation that no stage would see, and views that are all the same."""
+    is_augmented = Augmentation.of(args).is_on or args.mask_tokens > 0
+    has_frozen = any(not stage.train_encoders for stage in stages)
+    if args.cached_views > 1 and not is_augmented:
+        raise InputError(
+            f"cached_views={args.cached_views} would all be the same: set augment_crop_scale, augment_colour, "
+            "augment_flip or mask_tokens too, or cached_views to 1."
+        )
+    if args.cached_views > 1 and not has_frozen:
+        raise InputError(
+            f"cached_views={args.cached_views} is for stages with frozen towers, and there is none: set it to 1."
+        )
+    if args.cached_views > 256:
+        raise InputError(f"cached_views={args.cached_views} must be at most 256.")
+    if is_augmented and args.cached_views == 1 and all(not stage.train_encoders for stage in stages):
+        raise InputError(
+            "augment_crop_scale, augment_colour, augment_flip and mask_tokens change nothing where all stages have "
+            "frozen towers, whose outputs are cached: set cached_views to 2 or more, or leave them out."
         )
 
 

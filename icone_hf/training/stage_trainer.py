@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..data.batching import GroupBatchSampler, GroupDataLoader, PairChunks, PairCollator, PairDataset
+from ..data.token_masking import TokenMasking
 from ..data.workers import outlive_termination
 from ..embedding.encoding import GroupEmbeddings, embed_pooled, encode_groups, eval_mode
 from ..errors import DivergedError
@@ -146,7 +147,9 @@ class StageTrainer(OptimizingTrainer):
         pin_memory = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
         if isinstance(self.pairs, FeatureCache):
             return GroupDataLoader(self.pairs, batch_sampler=sampler, collate_fn=_unchanged, pin_memory=pin_memory)
-        collator = PairCollator(cast(IConEProcessor, self.processing_class))
+        processor = cast(IConEProcessor, self.processing_class)
+        text_config = cast(IConEModel, self.model).config.text_config
+        collator = PairCollator(processor, TokenMasking.of(args, processor.tokenizer, text_config, args.seed))
         num_workers = self.args.dataloader_num_workers
         chunk_size = args.per_device_chunk_size
         if chunk_size is not None and chunk_size < self.args.per_device_train_batch_size:

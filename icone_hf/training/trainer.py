@@ -15,8 +15,10 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..data.augmentation import Augmentation
 from ..data.batching import PairDataset
 from ..data.captions import Captions
+from ..data.token_masking import TokenMasking
 from ..embedding.encoding import GroupEmbeddings, encode_groups, group_means
 from ..evaluation.measure import measure_embeddings
 from ..modeling.heads import IConEHeads
@@ -29,7 +31,7 @@ from ..publishing.hub import EXAMPLES_PICTURE, make_repository, push, write_card
 from .arguments import IConETrainingArguments
 from .checkpoint_pushes import CheckpointPushes
 from .checks import check_run
-from .feature_cache import FeatureCache
+from .feature_cache import FeatureCache, Views
 from .recipe import make_recipe
 from .run_folder import RunFolder, write_metrics
 from .sharded_trainer import ShardedStageTrainer, load_weights
@@ -182,7 +184,7 @@ class IConETrainer:
         self._announce(index)
         args = self._stage_arguments(index)
         self._freeze(stage)
-        train_data, eval_data = self._stage_data(stage)
+        train_data, eval_data = self._stage_data(stage, args)
         if index == 0 and checkpoint is None:
             measure_start(self.folder, self.model, eval_data, self.encode)
         if checkpoint is None and self._is_first_with_classes(index) and self.args.class_vectors == "group_means":
@@ -226,13 +228,27 @@ class IConETrainer:
             if parameters is not None:  # DDP waits for every gradient that is required
                 parameters.requires_grad_(weight > 0)
 
-    def _stage_data(self, stage: Stage) -> tuple[PairDataset | FeatureCache, Dataset | FeatureCache]:
+    def _stage_data(
+        self, stage: Stage, args: IConETrainingArguments
+    ) -> tuple[PairDataset | FeatureCache, Dataset | FeatureCache]:
         """Return the stage's training and validation data: groups, or cached features where towers are frozen."""
         if stage.train_encoders:
-            return PairDataset(self.train_dataset, self.processor.smallest_side), self.eval_dataset
-        return self._cache("train", self.train_dataset), self._cache("validation", self.eval_dataset)
+            augmentation = Augmentation.of(args, self.processor.resized_side, args.seed)
+            return PairDataset(self.train_dataset, self.processor.smallest_side, augmentation), self.eval_dataset
+        train = self._cache("train", self.train_dataset, self._views(), args.seed)
+        return train, self._cache("validation", self.eval_dataset)
 
-    def _cache(self, split: str, groups: Dataset) -> FeatureCache:
+    def _views(self) -> Views | None:
+        """Say which views of the training split stages with frozen towers see.
+
+        Their seed is no run's: all runs that share a folder of caches share the views.
+        """
+        if self.args.cached_views == 1:
+            return None
+        masking = TokenMasking.of(self.args, self.processor.tokenizer, self.model.config.text_config)
+        return Views(self.args.cached_views, Augmentation.of(self.args, self.processor.resized_side), masking)
+
+    def _cache(self, split: str, groups: Dataset, views: Views | None = None, seed: int = 0) -> FeatureCache:
         """Open a split's feature cache, computing what is missing."""
         self.model.to(self.args.device)  # type: ignore[arg-type]
         return FeatureCache.build(
@@ -244,6 +260,8 @@ class IConETrainer:
             self.args.dataloader_num_workers,
             self.args.feature_cache_dtype,
             self.args.autocast,
+            views,
+            seed,
         )
 
     def _is_first_with_classes(self, index: int) -> bool:

@@ -175,13 +175,17 @@ class TrialTrainer(IConETrainer):
     def cached_features(self) -> tuple[FeatureCache, FeatureCache]:
         """Return the towers' outputs of both splits."""
         self._prepare()
-        train, validation = super()._stage_data(self.stages[0])
+        train, validation = super()._stage_data(self.stages[0], self.args)
         assert isinstance(train, FeatureCache)
         assert isinstance(validation, FeatureCache)
         return train, validation
 
-    def _stage_data(self, stage: Stage) -> tuple[PairDataset | FeatureCache, Dataset | FeatureCache]:
-        return super()._stage_data(stage) if self.caches is None else self.caches
+    def _stage_data(
+        self, stage: Stage, args: IConETrainingArguments
+    ) -> tuple[PairDataset | FeatureCache, Dataset | FeatureCache]:
+        if self.caches is None:
+            return super()._stage_data(stage, args)
+        return self.caches[0].of_seed(args.seed), self.caches[1]
 
     def measure_epochs(self) -> list[dict[str, Any]]:
         """Train the stage; return each epoch's validation."""
@@ -191,7 +195,7 @@ class TrialTrainer(IConETrainer):
         args.output_dir = self.args.output_dir
         args.save_strategy, args.load_best_model_at_end = SaveStrategy.NO, False
         self._freeze(stage)
-        train_data, eval_data = self._stage_data(stage)
+        train_data, eval_data = self._stage_data(stage, args)
         if self._is_first_with_classes(0) and self.args.class_vectors == "group_means":
             self._start_class_vectors(train_data)
         trainer = self._stage_trainer(stage, args, train_data, eval_data)

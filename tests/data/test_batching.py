@@ -13,8 +13,8 @@ from icone_hf.data.batching import (
     GroupDataLoader,
     PairCollator,
     PairDataset,
-    neighbour_order,
 )
+from icone_hf.data.neighbours import neighbour_order
 from icone_hf.modeling.losses import IGNORED_GROUP
 
 counts_of_groups = st.lists(st.integers(1, 8), min_size=1, max_size=40) | st.lists(st.just(5), min_size=1, max_size=60)

@@ -78,6 +78,15 @@ def test_two_ranks_of_64_train_as_one_process_of_128(alone, towers, tmp_path, ch
     assert_same(run(towers, tmp_path / "two", 2, 64, **options), alone)
 
 
+@pytest.mark.slow
+def test_ranks_drop_hide_and_crop_what_one_process_does(towers, tmp_path):
+    """In batches that need no fillers, for which features would be drawn too."""
+    options = {"augment_crop_scale": 0.5, "augment_colour": 0.3, "mask_tokens": 0.2, "cached_views": 2}
+    options |= {"feature_dropout": 0.3, "num_groups": 128}
+    alone = run(towers, tmp_path / "one", 1, 128, **options)
+    assert_same(run(towers, tmp_path / "two", 2, 64, **options), alone)
+
+
 def test_all_ranks_score_the_sample_that_the_first_has_drawn(towers, tmp_path):
     expected = run(towers, tmp_path / "one", 1, 128, instance_samples=20)
     assert_same(run(towers, tmp_path / "two", 2, 64, instance_samples=20), expected)

@@ -8,8 +8,8 @@ import torch
 from tiny import STAGES, StopAt, losses, make_groups
 
 from icone_hf import GroupBatchSampler, IConETrainer, IConETrainingArguments
-from icone_hf.data import batching
-from icone_hf.data.batching import neighbour_order
+from icone_hf.data import neighbours
+from icone_hf.data.neighbours import neighbour_order
 
 
 def test_a_run_resumed_in_mid_epoch_has_the_losses_of_one_that_was_let_be(make_model, processor, tmp_path):
@@ -58,7 +58,7 @@ def test_an_order_that_was_kept_gives_the_batches_that_it_gave():
 
 def test_many_groups_look_for_neighbours_within_a_block(monkeypatch):
     """Each run against NumPy: a group of the block and the nearest of its free ones."""
-    monkeypatch.setattr(batching, "NEIGHBOUR_BLOCK", 8)
+    monkeypatch.setattr(neighbours, "NEIGHBOUR_BLOCK", 8)
     vectors = torch.nn.functional.normalize(torch.randn(30, 5), dim=-1)
     order = neighbour_order(vectors, 3, np.random.default_rng(0)).tolist()
     assert sorted(order) == list(range(30))
@@ -77,7 +77,7 @@ def test_many_groups_look_for_neighbours_within_a_block(monkeypatch):
 
 def test_the_work_grows_as_the_number_of_groups(monkeypatch):
     """In numbers multiplied, not in seconds: products with all vectors of a block, one for each run."""
-    monkeypatch.setattr(batching, "NEIGHBOUR_BLOCK", 64)
+    monkeypatch.setattr(neighbours, "NEIGHBOUR_BLOCK", 64)
     multiplied = []
     multiply = torch.Tensor.__matmul__
 
