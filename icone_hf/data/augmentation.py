@@ -91,7 +91,7 @@ class Augmentation:
         return image
 
     def _crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """Take a box of the image, at a part of its size where it is large."""
+        """Take a box of the image, reduced where large."""
         box = crop_box(image.size, self.crop_scale, rng)
         shorter = min(box[2] - box[0], box[3] - box[1])
         factor = 1 if self.side is None else shorter // (2 * self.side)
@@ -118,7 +118,7 @@ def crop_box(size: tuple[int, int], smallest_scale: float, rng: np.random.Genera
 
 
 def colour_matrix(image: Image.Image, brightness: float, contrast: float, saturation: float) -> tuple[float, ...]:
-    """Return the matrix that changes an image's colours in one pass.
+    """Return the matrix that changes an image's colours.
 
     It does what Pillow's `ImageEnhance` does in three passes with these factors: brightness, contrast (about the mean
     grey), saturation. Only what is too bright or too dark is cut off once instead of three times.

@@ -43,7 +43,7 @@ class TokenMasking:
 
     @classmethod
     def of(cls, args: Any, tokenizer: Any, text_config: Any, seed: int = 0) -> "TokenMasking | None":
-        """Read the training arguments; return `None` if nothing is to be hidden."""
+        """Read the training arguments. `None`: nothing is hidden."""
         return cls(args.mask_tokens, tokenizer, text_config.vocab_size, seed) if args.mask_tokens else None
 
     @staticmethod
@@ -84,14 +84,14 @@ class TokenMasking:
 
 
 def _hiding_token(tokenizer: Any, vocab_size: int) -> int | None:
-    """Find the token that stands for a hidden one, if there is one."""
+    """Find the token that stands for hidden ones."""
     if tokenizer.mask_token_id is not None and tokenizer.mask_token_id < vocab_size:
         return int(tokenizer.mask_token_id)
     return _unknown_token(tokenizer)
 
 
 def _unknown_token(tokenizer: Any) -> int | None:
-    """Find the unknown token, unless it stands for something else too."""
+    """Find the unknown token, if it is nothing else."""
     unknown = tokenizer.unk_token_id
     others = ("pad", "cls", "sep", "bos", "eos")
     return None if unknown in [getattr(tokenizer, f"{name}_token_id") for name in others] else unknown

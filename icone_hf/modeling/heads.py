@@ -121,7 +121,7 @@ class HeadsMixin(LeftOutOfDDPMixin):
             self.logit_scale.data.fill_(-math.log(temperature))
 
     def drop_features(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Set pooled features to 0 at random, in training mode.
+        """Set pooled features to 0 at random, in training.
 
         Every rank draws the global batch's mask and takes its own rows of it: the ranks start with one random state,
         and would otherwise all drop the same features.

@@ -123,7 +123,7 @@ class IConEProcessor(ProcessorMixin):
 
     @property
     def resized_side(self) -> int | None:
-        """Return the pixels of the side that images are resized to.
+        """Return the side that images are resized to.
 
         `None`: they are not resized.
         """

@@ -200,7 +200,7 @@ def check_early_stopping(args: IConETrainingArguments) -> None:
 
 
 def check_augmentation(args: IConETrainingArguments, stages: Sequence[Stage]) -> None:
-    """Refuse an augmentation that no stage would see, and views that are all the same."""
+    """Refuse augmentation that no stage would see."""
     is_augmented = Augmentation.of(args).is_on or args.mask_tokens > 0
     has_frozen = any(not stage.train_encoders for stage in stages)
     if args.cached_views > 1 and not is_augmented:

@@ -44,7 +44,7 @@ STORED_DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bflo
 
 @dataclass(frozen=True)
 class Views:
-    """Say what a cache holds beside the plain images and captions.
+    """Say what a cache holds beside plain features.
 
     Args:
         count: of views, the plain one among them.
@@ -219,7 +219,7 @@ def _fill(
     views: Views | None,
     view: int,
 ) -> None:
-    """Compute the missing rows of one view; 0 is the plain one."""
+    """Compute a view's missing rows; 0 is plain."""
     captions, stored_dtype = Captions.read(groups), STORED_DTYPES[dtype][1]
     augmentation = views.augmentation if views is not None and view else None
     masking = views.masking if views is not None and view else None
@@ -313,7 +313,7 @@ class _Rows:
 
 
 def _open_view(folder: Path, name: str, plain: np.ndarray) -> np.ndarray:
-    """Map a view's rows, or the plain ones if it has none."""
+    """Map a view's rows, or else the plain ones."""
     rows = np.load(folder / f"{name}.npy", mmap_mode="r")
     return rows if len(rows) else plain
 

@@ -1,4 +1,4 @@
-"""What of a model a stage trains, and at which rate: by part and by depth."""
+"""What of a model a stage trains, and how fast."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,7 +122,7 @@ class StageParameters:
         self.unused = leave_out_unused(model) if isinstance(model, IConEModel) else []
 
     def split_groups(self, optimizer: Optimizer) -> None:
-        """Give each part of an optimizer's groups its own rate.
+        """Give parts of an optimizer's groups their rates.
 
         The optimizer has taken no step. The heads' group comes first: its rate is the one in the logs.
         """
@@ -142,7 +142,7 @@ class StageParameters:
         optimizer.param_groups[:] = [group for _, group in groups]
 
     def table(self, optimizer: Optimizer) -> list[dict[str, Any]]:
-        """Say what is trained at which rate, a row for each difference.
+        """Say what is trained at which rate.
 
         Args:
             optimizer: before its first step, when its rates are the peaks.
@@ -190,7 +190,7 @@ def _name_blocks(blocks: set[tuple[int | None, int]]) -> str:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write a table of parameter groups as lines of text."""
+    """Write a table of parameter groups as text."""
     titles = ("part", "blocks", "parameters", "trained", "peak rate", "weight decay")
     cells = [titles]
     for row in rows:

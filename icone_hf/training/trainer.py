@@ -239,7 +239,7 @@ class IConETrainer:
         return train, self._cache("validation", self.eval_dataset)
 
     def _views(self) -> Views | None:
-        """Say which views of the training split stages with frozen towers see.
+        """Say which views stages with frozen towers see.
 
         Their seed is no run's: all runs that share a folder of caches share the views.
         """

@@ -26,9 +26,9 @@ def test_dropped_features_keep_their_mean(make_model):
     features = torch.rand(400, 64) + 0.5
     dropped = heads.drop_features(features)
     is_kept = dropped != 0
-    assert is_kept.float().mean() == pytest.approx(0.7, abs=0.01)
+    assert is_kept.float().mean().item() == pytest.approx(0.7, abs=0.01)
     np.testing.assert_allclose(dropped[is_kept], features[is_kept].numpy() / 0.7, rtol=1e-6)
-    assert dropped.mean() == pytest.approx(features.mean(), rel=0.01)
+    assert dropped.mean().item() == pytest.approx(features.mean().item(), rel=0.01)
     assert heads.eval().drop_features(features) is features
     assert heads.drop_features(features.bfloat16()).dtype == torch.bfloat16
 
