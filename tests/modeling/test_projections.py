@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import make_groups, make_run
+from tiny import STAGES, make_groups, make_run
 from torch.nn import functional as F
 
 from icone_hf import IConEConfig, IConEModel, IConEProcessor, encode_groups, retrieval_metrics
@@ -78,8 +78,8 @@ def test_bad_fields_are_refused_by_name(fields, message, make_model):
 @pytest.mark.parametrize("kind", ["identity", "mlp"])
 def test_a_run_with_frozen_towers_measures_the_saved_model(kind, make_kind, processor, tmp_path):
     """The cached features are projected without dropout: what a stage measures is what the checkpoint gives."""
-    trainer = make_run(tmp_path, make_kind(kind, num_groups=16), processor, per_device_chunk_size=4)
-    metrics = trainer.train()
+    frozen = [stage for stage in STAGES if not stage.train_encoders]
+    metrics = make_run(tmp_path, make_kind(kind, num_groups=16), processor, frozen).train()
     model, groups = IConEModel.from_pretrained(tmp_path), make_groups(10, start=16)
     embeds = encode_groups(model, IConEProcessor.from_pretrained(tmp_path), groups)
 
