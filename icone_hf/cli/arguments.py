@@ -82,6 +82,24 @@ class ModelArguments:
         default=0.0,
         metadata={"help": "Weigh InfoNCE's negatives by how hard they are, 0.25 or 0.5 (HN-NCE). 0: alike."},
     )
+    soft_target_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of soft targets, beside a contrastive loss: how alike teachers find a batch's images, and "
+            "its captions (CUSA: 0.1)."
+        },
+    )
+    uni_modal_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the same targets for how alike the model itself finds them (CUSA: 0.5)."},
+    )
+    soft_target_temperature: float = field(
+        default=0.1, metadata={"help": "Temperature of the teachers' similarities, in both."}
+    )
+    soft_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Temperature of the model's similarities, in both. Default: soft_target_temperature."},
+    )
     several_positives: bool = field(
         default=False, metadata={"help": "Pairs of one group in a batch are positives too; see pairs_per_group."}
     )

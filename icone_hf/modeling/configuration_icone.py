@@ -81,6 +81,11 @@ class IConEConfig(PreTrainedConfig):
         margin: margin of the hinges.
         hard_negative_beta: with `"infonce"`, weighs negatives by how hard they are (HN-NCE; see [`contrastive_loss`]).
             0: all the same. Not with `several_positives`.
+        soft_target_weight: adds this times [`soft_target_loss`] to the contrastive loss: the similarities that teachers
+            find among a batch's images, and among its captions, are soft targets (CUSA, whose weight is 0.1).
+        uni_modal_weight: likewise adds this times [`uni_modal_loss`] (CUSA's weight: 0.5).
+        soft_target_temperature: divides the teachers' similarities in these two.
+        soft_temperature: divides the model's own similarities in these two. `None`: the same.
         several_positives: with `"infonce"` or `"sigmoid"`, other pairs of the same group in a batch are positives too.
             Otherwise no loss sees them. See `pairs_per_group` of [`IConETrainingArguments`].
         instance_logits: `"dot"`, the paper's equations (1) and (3), or `"cosine"`, which normalises features and class
@@ -127,6 +132,10 @@ class IConEConfig(PreTrainedConfig):
     contrastive_loss: str = "infonce"
     margin: float | int = 0.2
     hard_negative_beta: float | int = 0.0
+    soft_target_weight: float | int = 0.0
+    uni_modal_weight: float | int = 0.0
+    soft_target_temperature: float | int = 0.1
+    soft_temperature: float | int | None = None
     several_positives: bool = False
     instance_logits: str = "dot"
     instance_temperature: float | int | None = None
@@ -168,7 +177,7 @@ class IConEConfig(PreTrainedConfig):
             raise ModelError(f"num_groups={self.num_groups} must be 0 (no classifier) or more.")
         if self.instance_samples < 0:
             raise ModelError(f"instance_samples={self.instance_samples} must be 0 (all classes) or more.")
-        for name in ("temperature", "instance_temperature"):
+        for name in ("temperature", "instance_temperature", "soft_target_temperature", "soft_temperature"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ModelError(f"{name}={value} must be greater than 0, and finite: similarities are divided by it.")
@@ -178,6 +187,9 @@ class IConEConfig(PreTrainedConfig):
             raise ModelError(
                 f"hard_negative_beta={self.hard_negative_beta} must be 0 (no weights) or more, and finite."
             )
+        for name in ("soft_target_weight", "uni_modal_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ModelError(f"{name}={getattr(self, name)} must be 0 (no such loss) or more, and finite.")
         if not 0 <= self.instance_label_smoothing < 1:
             raise ModelError(f"instance_label_smoothing={self.instance_label_smoothing} must be 0 or more, below 1.")
         if not 0 <= self.initializer_range < math.inf:

@@ -15,7 +15,16 @@ from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 
 from .compat import LeftOutOfDDPMixin
 from .configuration_icone import IConEConfig
-from .objective import check_pairs, contrastive_objective, count_ranks, instance_objective, rank_index
+from .objective import (
+    Teachers,
+    check_pairs,
+    contrastive_objective,
+    count_ranks,
+    instance_objective,
+    rank_index,
+    taught_objectives,
+    with_taught,
+)
 from .projections import Projection
 from .sharded_classifier import ShardedClassifier
 
@@ -29,9 +38,11 @@ class IConEOutput(ModelOutput):
     A field is `None` if it was not asked for or can't be computed from the inputs.
 
     Args:
-        loss: scalar, `instance_weight * instance_loss + contrastive_weight * contrastive_loss`, equation (9).
+        loss: scalar, `instance_weight * instance_loss + contrastive_weight * contrastive_loss`, equation (9). Taught
+            losses, each times its weight in the config, are added to `contrastive_loss` before it is weighted.
         instance_loss: scalar, equation (5). `None` if its weight is 0.
         contrastive_loss: scalar, equation (8). `None` if its weight is 0.
+        soft_target_loss, uni_modal_loss: scalars. `None` if their weight is 0, or that of `contrastive_loss`.
         logits_per_image: `(images, captions)`, cosine similarities divided by `model.temperature`; where the
             contrastive loss is the sigmoid loss, plus its bias, as SigLIP's.
         logits_per_text: `(captions, images)`, the transpose of `logits_per_image`.
@@ -44,6 +55,8 @@ class IConEOutput(ModelOutput):
     loss: torch.Tensor | None = None
     instance_loss: torch.Tensor | None = None
     contrastive_loss: torch.Tensor | None = None
+    soft_target_loss: torch.Tensor | None = None
+    uni_modal_loss: torch.Tensor | None = None
     logits_per_image: torch.Tensor | None = None
     logits_per_text: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
@@ -56,14 +69,27 @@ class IConEOutput(ModelOutput):
 
 
 class PairLosses(NamedTuple):
-    """Hold equation (9) and its two terms.
+    """Hold equation (9), its two terms and taught losses.
 
-    All are scalars; a term whose weight is 0 is `None`.
+    All are scalars; a term whose weight is 0 is `None`, and `taught_losses` lacks such a loss.
     """
 
     loss: torch.Tensor
     instance_loss: torch.Tensor | None
     contrastive_loss: torch.Tensor | None
+    taught_losses: dict[str, torch.Tensor]
+
+
+def teachers_of(
+    teacher_image: torch.Tensor | None,
+    teacher_text: torch.Tensor | None,
+    pooled_image: torch.Tensor | None,
+    pooled_text: torch.Tensor | None,
+) -> Teachers:
+    """Take frozen towers for the teachers that aren't given."""
+    return Teachers(
+        pooled_image if teacher_image is None else teacher_image, pooled_text if teacher_text is None else teacher_text
+    )
 
 
 class HeadsMixin(LeftOutOfDDPMixin):
@@ -155,6 +181,7 @@ class HeadsMixin(LeftOutOfDDPMixin):
         contrastive_weight: float = 1.0,
         return_loss: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        teachers: Teachers = Teachers(),  # noqa: B008 - immutable
     ) -> IConEOutput:
         """Compare features and, for pairs, compute the losses.
 
@@ -162,6 +189,7 @@ class HeadsMixin(LeftOutOfDDPMixin):
             image_features, text_features: `(batch, projection_dim)`, projected, not normalised; either may be `None`.
             group_ids, instance_weight, contrastive_weight, return_loss, num_items_in_batch: as in
                 [`IConEModel.forward`].
+            teachers: what teachers say of the pairs.
 
         Raises:
             ValueError: if a loss lacks what it needs, or if group ids are out of range.
@@ -180,12 +208,14 @@ class HeadsMixin(LeftOutOfDDPMixin):
         if return_loss or (return_loss is None and group_ids is not None):
             check_pairs(self.config, image_features, text_features, group_ids, instance_weight, contrastive_weight)
             pairs = image_features, text_features, image_embeds, text_embeds, group_ids
-            losses = self.pair_losses(*pairs, instance_weight, contrastive_weight, num_items_in_batch)  # type: ignore[arg-type]
+            weights = instance_weight, contrastive_weight
+            losses = self.pair_losses(*pairs, *weights, num_items_in_batch, teachers)  # type: ignore[arg-type]
 
         return IConEOutput(
             loss=None if losses is None else losses.loss,
             instance_loss=None if losses is None else losses.instance_loss,
             contrastive_loss=None if losses is None else losses.contrastive_loss,
+            **({} if losses is None else losses.taught_losses),  # type: ignore[arg-type]
             logits_per_image=None if logits_per_text is None else logits_per_text.T,
             logits_per_text=logits_per_text,
             image_embeds=image_embeds,
@@ -202,6 +232,7 @@ class HeadsMixin(LeftOutOfDDPMixin):
         instance_weight: float,
         contrastive_weight: float,
         num_items_in_batch: torch.Tensor | int | None = None,
+        teachers: Teachers = Teachers(),  # noqa: B008 - immutable
     ) -> PairLosses:
         """Compute equation (9) for a batch of pairs.
 
@@ -213,6 +244,7 @@ class HeadsMixin(LeftOutOfDDPMixin):
             group_ids: `(batch,)`, or `None` if all pairs are of different groups and `instance_weight` is 0.
             instance_weight, contrastive_weight: lambda_1 and lambda_2. A term whose weight is 0 is not computed.
             num_items_in_batch: pairs that the instance loss is averaged over, if these are a chunk of a larger batch.
+            teachers: what teachers say of the pairs.
         """
         num_ranks = count_ranks() if self.training else 1
         instance = contrastive = None
@@ -229,14 +261,18 @@ class HeadsMixin(LeftOutOfDDPMixin):
                 class_vectors = self.classifier.weight
                 instance = instance_objective(*pairs, class_vectors, num_ranks, num_samples, num_items_in_batch)
 
-        # The contrastive loss compares normalised embeddings.
+        # The contrastive loss compares normalised embeddings, and so do the losses that have teachers.
+        taught: dict[str, torch.Tensor] = {}
+        total = None
         if contrastive_weight:
-            scale = self.temperature, self.logit_bias
-            contrastive = contrastive_objective(self.config, *scale, image_embeds, text_embeds, group_ids, num_ranks)
+            embeds, scale = (image_embeds, text_embeds), (self.temperature, self.logit_bias)
+            contrastive = contrastive_objective(self.config, *scale, *embeds, group_ids, num_ranks)
+            taught = taught_objectives(self.config, *embeds, teachers, group_ids, num_ranks)
+            total = with_taught(self.config, contrastive, taught)
 
-        weighted = ((instance_weight, instance), (contrastive_weight, contrastive))
+        weighted = ((instance_weight, instance), (contrastive_weight, total))
         loss = sum(weight * part for weight, part in weighted if part is not None)
-        return PairLosses(loss, instance, contrastive)  # type: ignore[arg-type]
+        return PairLosses(loss, instance, contrastive, taught)  # type: ignore[arg-type]
 
 
 class IConEHeads(HeadsMixin, nn.Module):
@@ -267,6 +303,8 @@ class IConEHeads(HeadsMixin, nn.Module):
         contrastive_weight: float = 1.0,
         return_loss: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        teacher_image: torch.Tensor | None = None,
+        teacher_text: torch.Tensor | None = None,
     ) -> IConEOutput:
         """Embed and score the towers' pooled outputs, `(batch, width)`.
 
@@ -280,6 +318,7 @@ class IConEHeads(HeadsMixin, nn.Module):
             contrastive_weight,
             return_loss,
             num_items_in_batch,
+            teachers_of(teacher_image, teacher_text, pooled_image, pooled_text),
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:

@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple
 from .configuration_icone import IConEConfig, tower_width
 from .dual_encoders import keep_own, load_halves
 from .errors import ModelError
-from .heads import HeadsMixin, IConEHeads, IConEOutput
+from .heads import HeadsMixin, IConEHeads, IConEOutput, teachers_of
 from .lora import LoraTowersMixin, set_trainable
 from .projections import make_projection, start_linear
 from .saving import SavingMixin
@@ -335,6 +335,8 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
         pooled_image: torch.Tensor | None = None,
         pooled_text: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        teacher_image: torch.Tensor | None = None,
+        teacher_text: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> IConEOutput:
         """Embed images and captions, and compute losses of pairs.
@@ -357,6 +359,8 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
             pooled_image, pooled_text: `(batch, width)`, the towers' pooled outputs (`pool_image`, `pool_text`). The
                 towers are then not run.
             num_items_in_batch: pairs that the instance loss is averaged over, if these are a chunk of a larger batch.
+            teacher_image, teacher_text: `(batch, width)`, teachers' features of the same pairs, for the losses of
+                `config.soft_target_weight` and `uni_modal_weight`. Default: `pooled_image` and `pooled_text`.
             kwargs: arguments for both towers (`output_hidden_states`, `output_attentions`).
 
         Raises:
@@ -378,17 +382,10 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
             raise ValueError("Nothing to embed: pass pixel_values, input_ids or both.")
 
         # Compare images with captions, and compute the losses of pairs.
-        output = self.score(
-            image_features,
-            text_features,
-            group_ids,
-            instance_weight,
-            contrastive_weight,
-            return_loss,
-            num_items_in_batch,
-        )
-        output.vision_model_output = vision_output
-        output.text_model_output = text_output
+        teachers = teachers_of(teacher_image, teacher_text, pooled_image, pooled_text)
+        of_losses = group_ids, instance_weight, contrastive_weight, return_loss, num_items_in_batch, teachers
+        output = self.score(image_features, text_features, *of_losses)
+        output.vision_model_output, output.text_model_output = vision_output, text_output
         return output
 
 

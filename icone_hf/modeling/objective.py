@@ -1,11 +1,37 @@
-"""Both terms of equation (9), for a batch that may be spread over processes."""
+"""Both terms of equation (9), and teachers' terms, for a batch that may be spread over processes."""
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed
 
 from .class_sampling import sample_classes, scored_rows
 from .configuration_icone import IConEConfig
-from .losses import IGNORED_GROUP, contrastive_loss, hinge_loss, instance_loss, sigmoid_loss
+from .errors import ModelError
+from .losses import (
+    IGNORED_GROUP,
+    contrastive_loss,
+    hinge_loss,
+    instance_loss,
+    sigmoid_loss,
+    soft_target_loss,
+    uni_modal_loss,
+)
+
+# The losses that have teachers, and the fields of the config that hold their weights.
+TAUGHT_LOSSES = {"soft_target_loss": "soft_target_weight", "uni_modal_loss": "uni_modal_weight"}
+
+
+class Teachers(NamedTuple):
+    """Hold what teachers say of a batch's pairs.
+
+    Args:
+        image: `(batch, width)`, a vision tower's pooled outputs, or those of any other model of images.
+        text: the same of the captions.
+    """
+
+    image: torch.Tensor | None = None
+    text: torch.Tensor | None = None
 
 
 def count_ranks() -> int:
@@ -167,20 +193,73 @@ def contrastive_objective(
         group_ids: `(batch,)`, or `None` if all pairs are of different groups.
         num_ranks: number of processes that hold a share of the batch.
     """
-    # Every rank compares all images with all captions, whichever rank they are from.
-    if num_ranks > 1:
-        image_embeds, text_embeds = (GatherRows.apply(embeds, 1) for embeds in (image_embeds, text_embeds))
-        if group_ids is not None:
-            group_ids = gather_rows(group_ids, num_ranks)
-
+    embeds, group_ids = _gather_pairs(image_embeds, text_embeds, group_ids, num_ranks)
     if config.contrastive_loss == "infonce":
-        embeds = image_embeds, text_embeds
         return contrastive_loss(*embeds, temperature, group_ids, config.several_positives, config.hard_negative_beta)
     if config.contrastive_loss == "sigmoid":
         assert bias is not None
-        return sigmoid_loss(image_embeds, text_embeds, temperature, bias, group_ids, config.several_positives)
+        return sigmoid_loss(*embeds, temperature, bias, group_ids, config.several_positives)
     hardest = config.contrastive_loss == "max_hinge"
-    return hinge_loss(image_embeds, text_embeds, config.margin, group_ids, hardest)
+    return hinge_loss(*embeds, config.margin, group_ids, hardest)
+
+
+def taught_objectives(
+    config: IConEConfig,
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    teachers: Teachers,
+    group_ids: torch.Tensor | None,
+    num_ranks: int = 1,
+) -> dict[str, torch.Tensor]:
+    """Compute the losses whose targets come from teachers.
+
+    The arguments are those of [`contrastive_objective`], and the teachers' features of this rank's pairs.
+
+    Returns:
+        Those whose weight isn't 0, scalars by the names of `TAUGHT_LOSSES`.
+
+    Raises:
+        ModelError: if a loss lacks its teachers.
+    """
+    losses: dict[str, torch.Tensor] = {}
+    if config.soft_target_weight or config.uni_modal_weight:
+        image, text = teachers.image, teachers.text
+        if image is None or text is None:
+            name = "soft_target_weight" if config.soft_target_weight else "uni_modal_weight"
+            raise ModelError(
+                f"{name}={getattr(config, name)} needs teachers' features of the batch: pass teacher_image and "
+                f"teacher_text (or pooled_image and pooled_text), or set {name} to 0 in the model's config."
+            )
+        if not len(image) == len(text) == len(image_embeds):
+            raise ModelError(
+                f"teacher_image and teacher_text have {len(image)} and {len(text)} rows, one for each of "
+                f"{len(image_embeds)} pairs is needed."
+            )
+        embeds, ids = _gather_pairs(image_embeds, text_embeds, group_ids, num_ranks)
+        features = gather_rows(image, num_ranks), gather_rows(text, num_ranks)
+        temperatures = config.soft_temperature or config.soft_target_temperature, config.soft_target_temperature
+        if config.soft_target_weight:
+            losses["soft_target_loss"] = soft_target_loss(*embeds, *features, *temperatures, ids)
+        if config.uni_modal_weight:
+            losses["uni_modal_loss"] = uni_modal_loss(*embeds, *features, *temperatures, ids)
+    return losses
+
+
+def with_taught(config: IConEConfig, contrastive: torch.Tensor, taught: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Add weighted taught losses to the contrastive loss."""
+    return sum((getattr(config, TAUGHT_LOSSES[name]) * loss for name, loss in taught.items()), start=contrastive)
+
+
+def _gather_pairs(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, group_ids: torch.Tensor | None, num_ranks: int
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
+    """Gather all ranks' embeddings, with their gradient, and ids."""
+    if num_ranks > 1:
+        # Every rank compares all images with all captions, whichever rank they are from.
+        image_embeds, text_embeds = (GatherRows.apply(embeds, 1) for embeds in (image_embeds, text_embeds))
+        if group_ids is not None:
+            group_ids = gather_rows(group_ids, num_ranks)
+    return (image_embeds, text_embeds), group_ids
 
 
 def gather_rows(rows: torch.Tensor, num_ranks: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from ..embedding.encoding import by_length, in_batches, pool_images, pool_texts
 from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
+from .arguments import IConETrainingArguments
 from .cache_folder import ARRAYS, CacheFolder
 
 logger = logging.get_logger(__name__)
@@ -55,6 +57,17 @@ class Views:
     count: int
     augmentation: Augmentation
     masking: TokenMasking | None = None
+
+    @classmethod
+    def of(cls, args: IConETrainingArguments, processor: IConEProcessor, text_config: Any) -> "Views | None":
+        """Read the training arguments. `None`: there are none.
+
+        The views' seed is no run's: all runs that share a folder of caches share them.
+        """
+        if args.cached_views == 1:
+            return None
+        masking = TokenMasking.of(args, processor.tokenizer, text_config)
+        return cls(args.cached_views, Augmentation.of(args, processor.resized_side), masking)
 
     def key(self, view: int) -> dict[str, str]:
         """Name what decides an augmented view, besides what decides the plain one."""
@@ -113,6 +126,10 @@ class FeatureCache(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For a loader's processes: the arrays themselves would be copied.
+        return type(self), (self.folder, self.captions_per_group, self.dtype, self.autocast)
 
     def __getitems__(self, pairs: list[Pair]) -> dict[str, torch.Tensor]:
         """Return the model's inputs for a batch of pairs.

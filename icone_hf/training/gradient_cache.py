@@ -22,7 +22,14 @@ import torch.distributed
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..modeling.modeling_icone import IConEModel, IConEOutput
-from ..modeling.objective import contrastive_objective, count_pairs, count_ranks
+from ..modeling.objective import (
+    Teachers,
+    contrastive_objective,
+    count_pairs,
+    count_ranks,
+    taught_objectives,
+    with_taught,
+)
 
 Chunk = Mapping[str, torch.Tensor]
 
@@ -56,6 +63,7 @@ def backward_in_chunks(
     backward: Callable[[torch.Tensor], Any] = torch.Tensor.backward,
     loss_scale: float = 1.0,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    teachers: Teachers = Teachers(),  # noqa: B008 - immutable
 ) -> IConEOutput:
     """Add a whole batch's gradients of equation (9).
 
@@ -72,16 +80,18 @@ def backward_in_chunks(
         loss_scale: what `backward` multiplies its scalar by (float16's gradient scaler).
         autocast: the mixed precision that the model's forward runs in, for the contrastive loss, which is computed
             outside of it.
+        teachers: what teachers say of the whole batch, on the model's device.
 
     Returns:
-        `loss`, `instance_loss` and `contrastive_loss`, detached; the rest is `None`.
+        The losses, detached; the rest is `None`.
     """
     # We call the model without its DDP wrapper, for two reasons. The learned temperature and bias get their gradient in
     # step 2, outside any forward, and DDP reduces only parameters that its last forward used: these would differ
     # between ranks. And a chunk's gradients need not travel: one reduction at the end is exact.
     num_ranks = count_ranks()
     num_pairs = count_pairs(group_ids, num_ranks)
-    contrastive = None
+    contrastive, total = None, torch.zeros((), device=group_ids.device)
+    taught: dict[str, torch.Tensor] = {}
     cached: Iterable[tuple[RandomState | None, tuple[torch.Tensor, ...]]] = itertools.repeat((None, ()))
     if contrastive_weight:
         # Step 1: all embeddings, without a graph.
@@ -91,7 +101,9 @@ def backward_in_chunks(
             contrastive = contrastive_objective(
                 model.config, model.temperature, model.logit_bias, *embeds, group_ids, num_ranks
             )
-        backward(contrastive_weight * contrastive)
+            taught = taught_objectives(model.config, *embeds, teachers, group_ids, num_ranks)
+            total = with_taught(model.config, contrastive, taught)
+        backward(contrastive_weight * total)
         # Undo float16's scaling: step 3 runs `backward` on these gradients, which scales once more.
         gradients = [torch.split(cast(torch.Tensor, embed.grad) / loss_scale, sizes) for embed in embeds]
         del embeds
@@ -103,11 +115,12 @@ def backward_in_chunks(
             instance += _backward_chunk(model, chunk, gradient, instance_weight, num_pairs, backward)
     if num_ranks > 1:
         _average_gradients(model, num_ranks)
-    loss = instance_weight * instance
-    if contrastive is not None:
-        contrastive = contrastive.detach()
-        loss = loss + contrastive_weight * contrastive
-    return IConEOutput(loss=loss, instance_loss=instance if instance_weight else None, contrastive_loss=contrastive)
+    return IConEOutput(
+        loss=instance_weight * instance + contrastive_weight * total.detach(),
+        instance_loss=instance if instance_weight else None,
+        contrastive_loss=None if contrastive is None else contrastive.detach(),
+        **{name: loss.detach() for name, loss in taught.items()},  # type: ignore[arg-type]
+    )
 
 
 @torch.no_grad()

@@ -8,7 +8,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..progress import duration, is_terminal, new_bars, remaining, say
 
-LOSSES = {"instance_loss": "instance", "contrastive_loss": "contrastive"}
+# Of a log entry, in the words of a line.
+LOSSES = {
+    "instance_loss": "instance",
+    "contrastive_loss": "contrastive",
+    "soft_target_loss": "soft targets",
+    "uni_modal_loss": "uni-modal",
+}
 
 
 class TrainingProgress(TrainerCallback):

@@ -20,6 +20,7 @@ from ..errors import DivergedError
 from ..evaluation.measure import measure_embeddings
 from ..modeling.heads import IConEHeads, IConEOutput
 from ..modeling.modeling_icone import IConEModel
+from ..modeling.objective import TAUGHT_LOSSES, Teachers
 from ..modeling.processing_icone import IConEProcessor
 from .arguments import IConETrainingArguments
 from .early_stopping import EarlyStopping, has_ended_early
@@ -30,6 +31,7 @@ from .parameter_groups import StageParameters
 from .progress import TrainingProgress
 from .stage_optimizer import OptimizingTrainer
 from .stages import Stage
+from .teachers import PairTeachers, TaughtBatches
 from .termination import SaveOnTermination
 from .weight_average import WeightAverage
 from .whole_files import begin_checkpoint, finish_checkpoint, last_whole_checkpoint, storing
@@ -48,6 +50,7 @@ class StageTrainer(OptimizingTrainer):
         eval_dataset: groups, or their cached outputs.
         processor: saved with each checkpoint; makes the model's inputs.
         callbacks: transformers' own.
+        teachers: what each batch of pairs comes with besides.
     """
 
     def __init__(
@@ -59,8 +62,10 @@ class StageTrainer(OptimizingTrainer):
         eval_dataset: Dataset | FeatureCache,
         processor: IConEProcessor | None,
         callbacks: list[TrainerCallback] | None = None,
+        teachers: PairTeachers | None = None,
     ):
         self.stage = stage
+        self.teachers = teachers
         self.pairs = train_dataset
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_steps = 0
@@ -146,7 +151,7 @@ class StageTrainer(OptimizingTrainer):
         # need no chunks.
         pin_memory = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
         if isinstance(self.pairs, FeatureCache):
-            return GroupDataLoader(self.pairs, batch_sampler=sampler, collate_fn=_unchanged, pin_memory=pin_memory)
+            return self._loader(self.pairs, _unchanged, sampler, pin_memory=pin_memory)
         processor = cast(IConEProcessor, self.processing_class)
         text_config = cast(IConEModel, self.model).config.text_config
         collator = PairCollator(processor, TokenMasking.of(args, processor.tokenizer, text_config, args.seed))
@@ -154,16 +159,22 @@ class StageTrainer(OptimizingTrainer):
         chunk_size = args.per_device_chunk_size
         if chunk_size is not None and chunk_size < self.args.per_device_train_batch_size:
             chunks = PairChunks(self.pairs, collator, chunk_size, num_workers, pin_memory)
-            return GroupDataLoader(chunks, batch_sampler=sampler, collate_fn=_unchanged)
-        return GroupDataLoader(
+            return self._loader(chunks, _unchanged, sampler)
+        return self._loader(
             self.pairs,
-            batch_sampler=sampler,
-            collate_fn=collator,
+            collator,
+            sampler,
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers and num_workers > 0,
             worker_init_fn=outlive_termination(),
         )
+
+    def _loader(self, pairs: Any, collate_fn: Any, sampler: GroupBatchSampler, **options: Any) -> GroupDataLoader:
+        """Load batches, with what teachers say of them."""
+        if self.teachers is not None:
+            pairs, collate_fn = TaughtBatches(pairs, collate_fn, self.teachers), _unchanged
+        return GroupDataLoader(pairs, batch_sampler=sampler, collate_fn=collate_fn, **options)
 
     def training_step(
         self,
@@ -178,6 +189,7 @@ class StageTrainer(OptimizingTrainer):
         optimizer, scaler = cast(Any, self.optimizer), self.accelerator.scaler
         if callable(getattr(optimizer, "train", None)):  # a schedule-free optimizer has modes too
             optimizer.train()
+        taught = {name.removeprefix("teacher_"): rows for name, rows in inputs.items() if name.startswith("teacher_")}
         output = backward_in_chunks(
             self.accelerator.unwrap_model(model),
             lambda: map(self.prepare_inputs, inputs["read_chunks"]()),
@@ -187,6 +199,7 @@ class StageTrainer(OptimizingTrainer):
             self.accelerator.backward,
             loss_scale=1.0 if scaler is None else scaler.get_scale(),
             autocast=self.accelerator.autocast,
+            teachers=Teachers(**{name: rows.to(self.args.device) for name, rows in taught.items()}),
         )
         self._count_losses(output)
         return cast(torch.Tensor, output.loss)
@@ -209,7 +222,7 @@ class StageTrainer(OptimizingTrainer):
 
     def _count_losses(self, output: IConEOutput) -> None:
         """Add a step's losses to the log's sums."""
-        for name in ("instance_loss", "contrastive_loss"):
+        for name in ("instance_loss", "contrastive_loss", *TAUGHT_LOSSES):
             if (loss := getattr(output, name)) is not None:
                 self._loss_sums[name] = self._loss_sums.get(name, 0) + loss.detach()
         self._loss_steps += 1

@@ -18,7 +18,6 @@ from transformers.utils import logging
 from ..data.augmentation import Augmentation
 from ..data.batching import PairDataset
 from ..data.captions import Captions
-from ..data.token_masking import TokenMasking
 from ..embedding.encoding import GroupEmbeddings, encode_groups, group_means
 from ..evaluation.measure import measure_embeddings
 from ..modeling.heads import IConEHeads
@@ -38,6 +37,7 @@ from .sharded_trainer import ShardedStageTrainer, load_weights
 from .stage_trainer import StageTrainer, embed_cached, validation_metrics
 from .stages import PAPER_STAGES, START, Stage
 from .start_metrics import measure_start
+from .teachers import PairTeachers
 from .termination import ends_in_order
 from .whole_files import step_of
 
@@ -89,6 +89,7 @@ class IConETrainer:
         self.data_name = data_name
         self._pushes: CheckpointPushes | None = None
         self._running: StageTrainer | None = None
+        self._teachers: PairTeachers | None = None
         check_run(model, args, train_dataset, eval_dataset, self.stages)
         self.folder = RunFolder(str(args.output_dir), [stage.name for stage in self.stages])
 
@@ -124,7 +125,9 @@ class IConETrainer:
                 self.folder.forget_after(first, checkpoint)
                 if not resume_from_checkpoint:
                     self.folder.forget_start()
-        # Run the stages, from the first that is not done.
+        # Run the stages, from the first that is not done. Own towers teach as they are before any is.
+        if any(stage.contrastive_weight for stage in self.stages[first:]):
+            self._teachers = self._find_teachers()
         self._load_finished_stages(first)
         for index in range(first, len(self.stages)):
             self._run_stage(index, checkpoint if index == first else None)
@@ -235,18 +238,20 @@ class IConETrainer:
         if stage.train_encoders:
             augmentation = Augmentation.of(args, self.processor.resized_side, args.seed)
             return PairDataset(self.train_dataset, self.processor.smallest_side, augmentation), self.eval_dataset
-        train = self._cache("train", self.train_dataset, self._views(), args.seed)
+        views = Views.of(args, self.processor, self.model.config.text_config)
+        train = self._cache("train", self.train_dataset, views, args.seed)
         return train, self._cache("validation", self.eval_dataset)
 
-    def _views(self) -> Views | None:
-        """Say which views stages with frozen towers see.
+    def _find_teachers(self) -> PairTeachers | None:
+        """Cache what the losses with teachers need.
 
-        Their seed is no run's: all runs that share a folder of caches share the views.
+        Where no stage trains the towers, the pooled outputs of every batch are what they say.
         """
-        if self.args.cached_views == 1:
+        config = self.model.config
+        is_soft = config.soft_target_weight or config.uni_modal_weight
+        if not is_soft or not any(stage.train_encoders for stage in self.stages):
             return None
-        masking = TokenMasking.of(self.args, self.processor.tokenizer, self.model.config.text_config)
-        return Views(self.args.cached_views, Augmentation.of(self.args, self.processor.resized_side), masking)
+        return PairTeachers(self._cache("train", self.train_dataset))
 
     def _cache(self, split: str, groups: Dataset, views: Views | None = None, seed: int = 0) -> FeatureCache:
         """Open a split's feature cache, computing what is missing."""
@@ -294,7 +299,8 @@ class IConETrainer:
         if self._pushes is not None:
             callbacks.append(self._pushes)
         kind = ShardedStageTrainer if self.args.shard_classifier else StageTrainer
-        return kind(self._trained_part(stage), args, stage, train_data, eval_data, self.processor, callbacks)
+        teachers = self._teachers if stage.contrastive_weight else None
+        return kind(self._trained_part(stage), args, stage, train_data, eval_data, self.processor, callbacks, teachers)
 
     def _record(self, index: int, trainer: StageTrainer) -> None:
         """Write the stage's best checkpoint, metrics and log.

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from icone_hf import FeatureCache, IConETrainer, IConETrainingArguments, Stage
 from icone_hf.data.batching import Pair, PairChunks, PairCollator, PairDataset
 from icone_hf.modeling import losses, objective
+from icone_hf.modeling.objective import TAUGHT_LOSSES, Teachers
 from icone_hf.training.gradient_cache import backward_in_chunks
 from icone_hf.training.stage_trainer import StageTrainer
 
@@ -82,15 +83,15 @@ def in_chunks(model, read, pairs, chunk_size, instance_weight=1.0, contrastive_w
     return output, gradients_of(model)
 
 
-def plain(model, read, pairs, instance_weight=1.0, contrastive_weight=1.0):
+def plain(model, read, pairs, instance_weight=1.0, contrastive_weight=1.0, **inputs):
     (batch,) = read(pairs, len(pairs))
-    output = model(**batch, instance_weight=instance_weight, contrastive_weight=contrastive_weight)
+    output = model(**batch, **inputs, instance_weight=instance_weight, contrastive_weight=contrastive_weight)
     output.loss.backward()
     return output, gradients_of(model)
 
 
 def assert_same_losses(ours, expected):
-    for name in ("loss", "instance_loss", "contrastive_loss"):
+    for name in ("loss", "instance_loss", "contrastive_loss", *TAUGHT_LOSSES):
         if getattr(expected, name) is None:
             assert getattr(ours, name) is None
         else:
@@ -106,6 +107,18 @@ def test_without_dropout_it_is_the_plain_batch(model_of, read, config, weights):
     assert_same_losses(ours, expected)
     assert_same_gradients(our_gradients, gradients)
     assert ours.loss.grad_fn is None
+
+
+@pytest.mark.parametrize("weights", [(0.3, 2.0), (0.0, 1.0)])
+def test_teachers_of_the_whole_batch_teach_its_chunks(model_of, read, weights):
+    model = model_of(**dict.fromkeys(TAUGHT_LOSSES.values(), 0.6))
+    filled = [*PAIRS, Pair(3, 0, is_filler=True)]
+    teachers = Teachers(*(torch.randn(len(filled), 5) for _ in Teachers._fields))
+    ours, our_gradients = in_chunks(model, read, filled, 4, *weights, teachers=teachers)
+    inputs = {f"teacher_{name}": rows for name, rows in teachers._asdict().items()}
+    expected, gradients = plain(model, read, filled, *weights, **inputs)
+    assert_same_losses(ours, expected)
+    assert_same_gradients(our_gradients, gradients)
 
 
 @given(st.integers(1, 12), st.integers(0, 4), st.sampled_from(["infonce", "sigmoid", "several positives"]))
