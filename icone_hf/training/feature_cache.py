@@ -70,7 +70,7 @@ class Views:
         return cls(args.cached_views, Augmentation.of(args, processor.resized_side), masking)
 
     def key(self, view: int) -> dict[str, str]:
-        """Name what decides an augmented view, besides what decides the plain one."""
+        """Name what decides a view beyond the plain one."""
         masking = self.masking
         hidden = "none" if masking is None else f"{masking.share} by {masking.mask_id}, seed {masking.seed}"
         return {"the augmentation": f"{self.augmentation}", "the hidden tokens": hidden, "the view": str(view)}
