@@ -51,6 +51,7 @@ def main(
     num_eval=20,
     weight_average=0.0,
     feature_dropout=0.0,
+    config=None,
     **arguments,
 ):
     torch.manual_seed(0)
@@ -65,6 +66,7 @@ def main(
         learn_temperature=True,
         instance_samples=instance_samples,
         feature_dropout=feature_dropout,
+        **(config or {}),
     )
     if instance_samples and int(os.environ.get("RANK", 0)):
         model.classifier.weight.data += 1  # rank 0's are the ones that count

@@ -100,6 +100,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "Temperature of the model's similarities, in both. Default: soft_target_temperature."},
     )
+    distillation_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of learning the similarities of distillation_teacher, beside a contrastive loss."},
+    )
+    distillation_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of both models' similarities there. Default: temperature."}
+    )
     several_positives: bool = field(
         default=False, metadata={"help": "Pairs of one group in a batch are positives too; see pairs_per_group."}
     )

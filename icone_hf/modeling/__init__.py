@@ -9,17 +9,11 @@ installed. Importing this folder registers the model with the Auto classes.
 from .configuration_icone import IConEConfig
 from .extra_towers import EfficientNetLiteConfig, EfficientNetLiteModel, RecurrentTextConfig, RecurrentTextModel
 from .heads import IConEHeads, IConEOutput
-from .losses import (
-    contrastive_loss,
-    hinge_loss,
-    instance_loss,
-    sigmoid_loss,
-    soft_target_loss,
-    uni_modal_loss,
-)
+from .losses import contrastive_loss, hinge_loss, instance_loss, sigmoid_loss
 from .modeling_icone import IConEModel
 from .processing_icone import IConEProcessor
 from .sharded_classifier import ShardedClassifier
+from .taught_losses import distillation_loss, soft_target_loss, uni_modal_loss
 
 __all__ = [
     "EfficientNetLiteConfig",
@@ -33,6 +27,7 @@ __all__ = [
     "RecurrentTextModel",
     "ShardedClassifier",
     "contrastive_loss",
+    "distillation_loss",
     "hinge_loss",
     "instance_loss",
     "sigmoid_loss",

@@ -14,6 +14,10 @@ from .projections import PROJECTIONS
 from .towers import POOLINGS, guess_pooling
 
 INSTANCE_LOGITS = ("dot", "cosine")
+TEMPERATURES = (
+    *("temperature", "instance_temperature"),
+    *("soft_target_temperature", "soft_temperature", "distillation_temperature"),
+)
 CONTRASTIVE_LOSSES = ("infonce", "sigmoid", "max_hinge", "sum_hinge")
 
 
@@ -86,6 +90,9 @@ class IConEConfig(PreTrainedConfig):
         uni_modal_weight: likewise adds this times [`uni_modal_loss`] (CUSA's weight: 0.5).
         soft_target_temperature: divides the teachers' similarities in these two.
         soft_temperature: divides the model's own similarities in these two. `None`: the same.
+        distillation_weight: adds this times [`distillation_loss`] to the contrastive loss: the similarities that
+            another dual encoder finds between a batch's images and captions are soft targets.
+        distillation_temperature: divides both models' similarities there. `None`: the same as `temperature`.
         several_positives: with `"infonce"` or `"sigmoid"`, other pairs of the same group in a batch are positives too.
             Otherwise no loss sees them. See `pairs_per_group` of [`IConETrainingArguments`].
         instance_logits: `"dot"`, the paper's equations (1) and (3), or `"cosine"`, which normalises features and class
@@ -136,6 +143,8 @@ class IConEConfig(PreTrainedConfig):
     uni_modal_weight: float | int = 0.0
     soft_target_temperature: float | int = 0.1
     soft_temperature: float | int | None = None
+    distillation_weight: float | int = 0.0
+    distillation_temperature: float | int | None = None
     several_positives: bool = False
     instance_logits: str = "dot"
     instance_temperature: float | int | None = None
@@ -177,7 +186,7 @@ class IConEConfig(PreTrainedConfig):
             raise ModelError(f"num_groups={self.num_groups} must be 0 (no classifier) or more.")
         if self.instance_samples < 0:
             raise ModelError(f"instance_samples={self.instance_samples} must be 0 (all classes) or more.")
-        for name in ("temperature", "instance_temperature", "soft_target_temperature", "soft_temperature"):
+        for name in TEMPERATURES:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ModelError(f"{name}={value} must be greater than 0, and finite: similarities are divided by it.")
@@ -187,7 +196,7 @@ class IConEConfig(PreTrainedConfig):
             raise ModelError(
                 f"hard_negative_beta={self.hard_negative_beta} must be 0 (no weights) or more, and finite."
             )
-        for name in ("soft_target_weight", "uni_modal_weight"):
+        for name in ("soft_target_weight", "uni_modal_weight", "distillation_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ModelError(f"{name}={getattr(self, name)} must be 0 (no such loss) or more, and finite.")
         if not 0 <= self.instance_label_smoothing < 1:

@@ -42,7 +42,8 @@ class IConEOutput(ModelOutput):
             losses, each times its weight in the config, are added to `contrastive_loss` before it is weighted.
         instance_loss: scalar, equation (5). `None` if its weight is 0.
         contrastive_loss: scalar, equation (8). `None` if its weight is 0.
-        soft_target_loss, uni_modal_loss: scalars. `None` if their weight is 0, or that of `contrastive_loss`.
+        soft_target_loss, uni_modal_loss, distillation_loss: scalars. `None` if their weight is 0, or that of
+            `contrastive_loss`.
         logits_per_image: `(images, captions)`, cosine similarities divided by `model.temperature`; where the
             contrastive loss is the sigmoid loss, plus its bias, as SigLIP's.
         logits_per_text: `(captions, images)`, the transpose of `logits_per_image`.
@@ -57,6 +58,7 @@ class IConEOutput(ModelOutput):
     contrastive_loss: torch.Tensor | None = None
     soft_target_loss: torch.Tensor | None = None
     uni_modal_loss: torch.Tensor | None = None
+    distillation_loss: torch.Tensor | None = None
     logits_per_image: torch.Tensor | None = None
     logits_per_text: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
@@ -81,15 +83,17 @@ class PairLosses(NamedTuple):
 
 
 def teachers_of(
-    teacher_image: torch.Tensor | None,
-    teacher_text: torch.Tensor | None,
-    pooled_image: torch.Tensor | None,
-    pooled_text: torch.Tensor | None,
+    named: tuple[torch.Tensor | None, ...], pooled_image: torch.Tensor | None, pooled_text: torch.Tensor | None
 ) -> Teachers:
-    """Take frozen towers for the teachers that aren't given."""
-    return Teachers(
-        pooled_image if teacher_image is None else teacher_image, pooled_text if teacher_text is None else teacher_text
-    )
+    """Take frozen towers for the teachers that aren't given.
+
+    Args:
+        named: the fields of [`Teachers`].
+        pooled_image, pooled_text: `(batch, width)`, the towers' pooled outputs.
+    """
+    teachers = Teachers(*named)
+    image = pooled_image if teachers.image is None else teachers.image
+    return teachers._replace(image=image, text=pooled_text if teachers.text is None else teachers.text)
 
 
 class HeadsMixin(LeftOutOfDDPMixin):
@@ -305,11 +309,15 @@ class IConEHeads(HeadsMixin, nn.Module):
         num_items_in_batch: torch.Tensor | int | None = None,
         teacher_image: torch.Tensor | None = None,
         teacher_text: torch.Tensor | None = None,
+        teacher_image_embeds: torch.Tensor | None = None,
+        teacher_text_embeds: torch.Tensor | None = None,
     ) -> IConEOutput:
         """Embed and score the towers' pooled outputs, `(batch, width)`.
 
         The arguments are those of [`IConEModel.forward`].
         """
+        named = teacher_image, teacher_text, teacher_image_embeds, teacher_text_embeds
+        teachers = teachers_of(named, pooled_image, pooled_text)
         return self.score(
             None if pooled_image is None else self.visual_projection(self.drop_features(pooled_image)),
             None if pooled_text is None else self.text_projection(self.drop_features(pooled_text)),
@@ -318,7 +326,7 @@ class IConEHeads(HeadsMixin, nn.Module):
             contrastive_weight,
             return_loss,
             num_items_in_batch,
-            teachers_of(teacher_image, teacher_text, pooled_image, pooled_text),
+            teachers,
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:

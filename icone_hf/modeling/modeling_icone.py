@@ -337,6 +337,8 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
         num_items_in_batch: torch.Tensor | int | None = None,
         teacher_image: torch.Tensor | None = None,
         teacher_text: torch.Tensor | None = None,
+        teacher_image_embeds: torch.Tensor | None = None,
+        teacher_text_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> IConEOutput:
         """Embed images and captions, and compute losses of pairs.
@@ -359,8 +361,8 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
             pooled_image, pooled_text: `(batch, width)`, the towers' pooled outputs (`pool_image`, `pool_text`). The
                 towers are then not run.
             num_items_in_batch: pairs that the instance loss is averaged over, if these are a chunk of a larger batch.
-            teacher_image, teacher_text: `(batch, width)`, teachers' features of the same pairs, for the losses of
-                `config.soft_target_weight` and `uni_modal_weight`. Default: `pooled_image` and `pooled_text`.
+            teacher_image, teacher_text: `(batch, width)`, for soft targets; default: `pooled_image`, `pooled_text`.
+            teacher_image_embeds, teacher_text_embeds: `(batch, dim)`, another dual encoder's, for distillation.
             kwargs: arguments for both towers (`output_hidden_states`, `output_attentions`).
 
         Raises:
@@ -382,7 +384,8 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
             raise ValueError("Nothing to embed: pass pixel_values, input_ids or both.")
 
         # Compare images with captions, and compute the losses of pairs.
-        teachers = teachers_of(teacher_image, teacher_text, pooled_image, pooled_text)
+        named = teacher_image, teacher_text, teacher_image_embeds, teacher_text_embeds
+        teachers = teachers_of(named, pooled_image, pooled_text)
         of_losses = group_ids, instance_weight, contrastive_weight, return_loss, num_items_in_batch, teachers
         output = self.score(image_features, text_features, *of_losses)
         output.vision_model_output, output.text_model_output = vision_output, text_output

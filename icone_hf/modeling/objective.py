@@ -8,18 +8,15 @@ import torch.distributed
 from .class_sampling import sample_classes, scored_rows
 from .configuration_icone import IConEConfig
 from .errors import ModelError
-from .losses import (
-    IGNORED_GROUP,
-    contrastive_loss,
-    hinge_loss,
-    instance_loss,
-    sigmoid_loss,
-    soft_target_loss,
-    uni_modal_loss,
-)
+from .losses import IGNORED_GROUP, contrastive_loss, hinge_loss, instance_loss, sigmoid_loss
+from .taught_losses import distillation_loss, soft_target_loss, uni_modal_loss
 
 # The losses that have teachers, and the fields of the config that hold their weights.
-TAUGHT_LOSSES = {"soft_target_loss": "soft_target_weight", "uni_modal_loss": "uni_modal_weight"}
+TAUGHT_LOSSES = {
+    "soft_target_loss": "soft_target_weight",
+    "uni_modal_loss": "uni_modal_weight",
+    "distillation_loss": "distillation_weight",
+}
 
 
 class Teachers(NamedTuple):
@@ -28,10 +25,14 @@ class Teachers(NamedTuple):
     Args:
         image: `(batch, width)`, a vision tower's pooled outputs, or those of any other model of images.
         text: the same of the captions.
+        image_embeds: `(batch, dim)`, a dual encoder's embeddings of the images.
+        text_embeds: `(batch, dim)`, its embeddings of the captions.
     """
 
     image: torch.Tensor | None = None
     text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
 
 
 def count_ranks() -> int:
@@ -221,28 +222,39 @@ def taught_objectives(
     Raises:
         ModelError: if a loss lacks its teachers.
     """
+    weights = {name: getattr(config, field) for name, field in TAUGHT_LOSSES.items()}
+    if not any(weights.values()):
+        return {}
+    embeds, ids = _gather_pairs(image_embeds, text_embeds, group_ids, num_ranks)
     losses: dict[str, torch.Tensor] = {}
-    if config.soft_target_weight or config.uni_modal_weight:
-        image, text = teachers.image, teachers.text
-        if image is None or text is None:
-            name = "soft_target_weight" if config.soft_target_weight else "uni_modal_weight"
-            raise ModelError(
-                f"{name}={getattr(config, name)} needs teachers' features of the batch: pass teacher_image and "
-                f"teacher_text (or pooled_image and pooled_text), or set {name} to 0 in the model's config."
-            )
-        if not len(image) == len(text) == len(image_embeds):
-            raise ModelError(
-                f"teacher_image and teacher_text have {len(image)} and {len(text)} rows, one for each of "
-                f"{len(image_embeds)} pairs is needed."
-            )
-        embeds, ids = _gather_pairs(image_embeds, text_embeds, group_ids, num_ranks)
-        features = gather_rows(image, num_ranks), gather_rows(text, num_ranks)
-        temperatures = config.soft_temperature or config.soft_target_temperature, config.soft_target_temperature
-        if config.soft_target_weight:
-            losses["soft_target_loss"] = soft_target_loss(*embeds, *features, *temperatures, ids)
-        if config.uni_modal_weight:
-            losses["uni_modal_loss"] = uni_modal_loss(*embeds, *features, *temperatures, ids)
+    for name in ("soft_target_loss", "uni_modal_loss"):
+        if weights[name]:
+            what = f"{TAUGHT_LOSSES[name]}={weights[name]}", "teacher_image and teacher_text"
+            features = _gather_taught(*what, teachers.image, teachers.text, len(image_embeds), num_ranks)
+            temperatures = config.soft_temperature or config.soft_target_temperature, config.soft_target_temperature
+            loss = soft_target_loss if name == "soft_target_loss" else uni_modal_loss
+            losses[name] = loss(*embeds, *features, *temperatures, ids)
+    if weights["distillation_loss"]:
+        what = f"distillation_weight={config.distillation_weight}", "teacher_image_embeds and teacher_text_embeds"
+        theirs = _gather_taught(*what, teachers.image_embeds, teachers.text_embeds, len(image_embeds), num_ranks)
+        temperature = config.distillation_temperature or config.temperature
+        losses["distillation_loss"] = distillation_loss(*embeds, *theirs, temperature, ids)
     return losses
+
+
+def _gather_taught(
+    field: str, names: str, image: torch.Tensor | None, text: torch.Tensor | None, num_pairs: int, num_ranks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gather all ranks' teachers, or say what is missing."""
+    if image is None or text is None:
+        raise ModelError(
+            f"{field} needs what teachers say of the batch: pass {names}, or set the weight to 0 in the model's config."
+        )
+    if not len(image) == len(text) == num_pairs:
+        raise ModelError(
+            f"{names} have {len(image)} and {len(text)} rows, one for each of {num_pairs} pairs is needed."
+        )
+    return gather_rows(image, num_ranks), gather_rows(text, num_ranks)
 
 
 def with_taught(config: IConEConfig, contrastive: torch.Tensor, taught: dict[str, torch.Tensor]) -> torch.Tensor:

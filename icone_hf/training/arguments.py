@@ -42,6 +42,9 @@ DECISIVE_ARGUMENTS = (
     "augment_flip",
     "mask_tokens",
     "cached_views",
+    "image_teacher",
+    "text_teacher",
+    "distillation_teacher",
 )
 
 
@@ -173,6 +176,21 @@ class IConETrainingArguments(TrainingArguments):
             "help": "Views of each image and caption that are cached for stages with frozen towers: the plain one, and "
             "augmented ones, of which each epoch takes one at random."
         },
+    )
+
+    image_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of a vision tower that gives the soft targets of images (soft_target_weight, "
+            "uni_modal_weight). Default: the run's own, as it begins."
+        },
+    )
+    text_teacher: str | None = field(
+        default=None, metadata={"help": "The same of a text tower, for captions. Default: the run's own."}
+    )
+    distillation_teacher: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder of the IConE checkpoint to learn from (distillation_weight)."},
     )
 
     def __post_init__(self) -> None:

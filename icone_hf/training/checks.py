@@ -10,13 +10,13 @@ from ..data.captions import Captions
 from ..data.groups import check_disjoint
 from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
-from ..modeling.objective import TAUGHT_LOSSES
 from .arguments import CLASS_VECTORS, IConETrainingArguments
 from .feature_cache import STORED_DTYPES
 from .late_failures import check_late_failures
 from .parameter_groups import check_rates
 from .refused_arguments import check_arguments
 from .stages import START, Stage
+from .teachers import check_teachers
 from .weight_average import check_weight_averages
 
 
@@ -48,7 +48,7 @@ def check_run(
     check_arguments(args)
     check_devices(args)
     check_batches(model, args)
-    check_taught_losses(model, stages)
+    check_teachers(model, args, stages)
     check_storage(args)
     check_early_stopping(args)
     check_augmentation(args, stages)
@@ -177,17 +177,6 @@ def check_batches(model: IConEModel, args: IConETrainingArguments) -> None:
             f"pairs_per_group={args.pairs_per_group} puts several captions of one group into a batch, which no loss "
             "would use: set several_positives in the model's config, or pairs_per_group to 1."
         )
-
-
-def check_taught_losses(model: IConEModel, stages: Sequence[Stage]) -> None:
-    """Refuse taught losses that no stage computes."""
-    for name in TAUGHT_LOSSES.values():
-        weight = getattr(model.config, name)
-        if weight and not any(stage.contrastive_weight for stage in stages):
-            raise InputError(
-                f"{name}={weight:g} counts beside a contrastive loss, and no stage has one (contrastive_weight): set "
-                "it to 0."
-            )
 
 
 def check_storage(args: IConETrainingArguments) -> None:

@@ -127,9 +127,13 @@ class FeatureCache(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.text)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # For a loader's processes: the arrays themselves would be copied.
-        return type(self), (self.folder, self.captions_per_group, self.dtype, self.autocast)
+    def __getstate__(self) -> dict[str, Any]:
+        # What a loader's processes are given, where they don't fork: they map the files too, instead of a copy.
+        return {name: value for name, value in self.__dict__.items() if name not in ARRAYS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.image, self.text = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
 
     def __getitems__(self, pairs: list[Pair]) -> dict[str, torch.Tensor]:
         """Return the model's inputs for a batch of pairs.

@@ -14,6 +14,7 @@ LOSSES = {
     "contrastive_loss": "contrastive",
     "soft_target_loss": "soft targets",
     "uni_modal_loss": "uni-modal",
+    "distillation_loss": "distillation",
 }
 
 

@@ -37,7 +37,7 @@ from .sharded_trainer import ShardedStageTrainer, load_weights
 from .stage_trainer import StageTrainer, embed_cached, validation_metrics
 from .stages import PAPER_STAGES, START, Stage
 from .start_metrics import measure_start
-from .teachers import PairTeachers
+from .teachers import PairTeachers, find_teachers
 from .termination import ends_in_order
 from .whole_files import step_of
 
@@ -125,9 +125,9 @@ class IConETrainer:
                 self.folder.forget_after(first, checkpoint)
                 if not resume_from_checkpoint:
                     self.folder.forget_start()
-        # Run the stages, from the first that is not done. Own towers teach as they are before any is.
-        if any(stage.contrastive_weight for stage in self.stages[first:]):
-            self._teachers = self._find_teachers()
+        # Run the stages, from the first that is not done. Own towers teach as they are now, before any is trained.
+        parts = self.model, self.processor, self.args, self.train_dataset
+        self._teachers = find_teachers(*parts, self.stages, first, self.folder.path)
         self._load_finished_stages(first)
         for index in range(first, len(self.stages)):
             self._run_stage(index, checkpoint if index == first else None)
@@ -241,17 +241,6 @@ class IConETrainer:
         views = Views.of(args, self.processor, self.model.config.text_config)
         train = self._cache("train", self.train_dataset, views, args.seed)
         return train, self._cache("validation", self.eval_dataset)
-
-    def _find_teachers(self) -> PairTeachers | None:
-        """Cache what the losses with teachers need.
-
-        Where no stage trains the towers, the pooled outputs of every batch are what they say.
-        """
-        config = self.model.config
-        is_soft = config.soft_target_weight or config.uni_modal_weight
-        if not is_soft or not any(stage.train_encoders for stage in self.stages):
-            return None
-        return PairTeachers(self._cache("train", self.train_dataset))
 
     def _cache(self, split: str, groups: Dataset, views: Views | None = None, seed: int = 0) -> FeatureCache:
         """Open a split's feature cache, computing what is missing."""

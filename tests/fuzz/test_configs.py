@@ -36,6 +36,8 @@ FREE = {
     "uni_modal_weight": st.just(0.0) | positive,
     "soft_target_temperature": positive,
     "soft_temperature": st.none() | positive,
+    "distillation_weight": st.just(0.0) | positive,
+    "distillation_temperature": st.none() | positive,
     "instance_logits": st.sampled_from(INSTANCE_LOGITS),
     "instance_temperature": st.none() | positive,
     "instance_samples": counts,
@@ -100,7 +102,8 @@ def test_valid_configs_are_saved_loaded_and_run(tmp_path_factory, fields):
         # Weights that lie at another place in memory may be added up in another order.
         torch.testing.assert_close(embeds, getattr(theirs, name), atol=1e-6, rtol=0)
     weights = {"instance_weight": float(model.config.num_groups > 0), "contrastive_weight": 1.0}
-    taught = {"teacher_image": PIXELS.mean(dim=(2, 3)), "teacher_text": torch.eye(3)}
+    names = ("teacher_image", "teacher_text", "teacher_image_embeds", "teacher_text_embeds")
+    taught = dict.fromkeys(names, PIXELS.mean(dim=(2, 3)))
     groups = torch.arange(3) % max(1, model.config.num_groups)
     loss = model.train()(**inputs, **taught, group_ids=groups, **weights).loss
     assert loss.isfinite()
@@ -144,6 +147,8 @@ CONFIG_FIELDS = {
     "uni_modal_weight": lambda value: is_number(value) and 0 <= value < math.inf,
     "soft_target_temperature": is_positive,
     "soft_temperature": lambda value: value is None or is_positive(value),
+    "distillation_weight": lambda value: is_number(value) and 0 <= value < math.inf,
+    "distillation_temperature": lambda value: value is None or is_positive(value),
     "instance_temperature": lambda value: value is None or is_positive(value),
     "initializer_range": lambda value: isinstance(value, float) and 0 <= value < math.inf,
     "learn_temperature": lambda value: isinstance(value, bool),

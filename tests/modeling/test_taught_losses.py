@@ -6,10 +6,11 @@ import torch
 from thread_ranks import on_ranks
 
 from icone_hf import IConEConfig
-from icone_hf.modeling import losses, objective
+from icone_hf.modeling import objective, taught_losses
 from icone_hf.modeling.errors import ModelError
-from icone_hf.modeling.losses import IGNORED_GROUP, soft_target_loss, uni_modal_loss
-from icone_hf.modeling.objective import Teachers
+from icone_hf.modeling.losses import IGNORED_GROUP
+from icone_hf.modeling.objective import TAUGHT_LOSSES, Teachers
+from icone_hf.modeling.taught_losses import distillation_loss, soft_target_loss, uni_modal_loss
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 GROUPS = torch.tensor([3, 0, 7, 1, 3, 5, 2, 6, 0, 4, IGNORED_GROUP, IGNORED_GROUP])
@@ -47,6 +48,12 @@ def numpy_uni_modal(images, texts, image_teacher, text_teacher, tau, target_tau)
     return total
 
 
+def numpy_distillation(images, texts, teacher_images, teacher_texts, tau):
+    """Both directions of the teacher's and the student's distributions over the batch."""
+    ours, theirs = (unit(i) @ unit(t).T / tau for i, t in ((images, texts), (teacher_images, teacher_texts)))
+    return divergence(theirs, ours) + divergence(theirs.T, ours.T)
+
+
 def random_rows(count, seed=0):
     """Embeddings of images and captions, and teachers' features of other widths and any length."""
     rng = np.random.default_rng(seed)
@@ -76,9 +83,29 @@ def test_losses_of_soft_targets_are_cusas(loss, expected, tau, target_tau):
     assert ours.dtype == torch.float32
 
 
-@pytest.mark.parametrize("loss", [soft_target_loss, uni_modal_loss])
+@pytest.mark.parametrize("tau", [0.05, 0.3])
+def test_distillation_is_the_divergence_from_the_teacher(tau):
+    rows = (*random_rows(6)[:2], *random_rows(6, seed=1)[:2])
+    ours = distillation_loss(*as_tensors(*rows), tau)
+    assert ours.item() == pytest.approx(numpy_distillation(*rows, tau), rel=1e-5)
+    assert ours.dtype == torch.float32
+    alike = distillation_loss(*as_tensors(*rows), tau, torch.tensor([0, 0, 1, 2, 2, 2]))
+    assert alike.item() == pytest.approx(ours.item(), rel=1e-6)
+    assert distillation_loss(*as_tensors(*rows[:2], *rows[:2]), tau).item() == pytest.approx(0, abs=1e-6)
+
+
+LOSSES = [soft_target_loss, uni_modal_loss, distillation_loss]
+
+
+def rows_for(loss, count):
+    """Embeddings and what the loss's teachers say."""
+    rows = random_rows(count)
+    return as_tensors(*rows[:2], *(random_rows(count, seed=1)[:2] if loss is distillation_loss else rows[2:]))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_fillers_count_nowhere(loss):
-    rows = as_tensors(*random_rows(12))
+    rows = rows_for(loss, 12)
     kept = GROUPS != IGNORED_GROUP
     leaves = [part.clone().requires_grad_() for part in rows]
     ours = loss(*leaves, group_ids=GROUPS)
@@ -91,9 +118,9 @@ def test_fillers_count_nowhere(loss):
     assert [leaf.grad for leaf in leaves[2:]] == [None, None]  # no teacher learns
 
 
-@pytest.mark.parametrize("loss", [soft_target_loss, uni_modal_loss])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_they_are_computed_in_float32_under_autocast(loss):
-    rows = [part.float() for part in as_tensors(*random_rows(8))]
+    rows = [part.float() for part in rows_for(loss, 8)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = loss(*rows)
     assert torch.equal(under, loss(*rows))
@@ -108,18 +135,26 @@ def test_whoever_embeds_as_the_teacher_sees_has_no_loss():
 
 # --- the objective, over ranks ---
 
-WEIGHTS = {"soft_target_weight": 0.3, "uni_modal_weight": 0.7}
+WEIGHTS = {"soft_target_weight": 0.3, "uni_modal_weight": 0.7, "distillation_weight": 1.5}
+
+
+def batch_rows(count):
+    """Embeddings, and what all teachers say."""
+    rows, embeds = as_tensors(*random_rows(count)), as_tensors(*random_rows(count, seed=1))[:2]
+    return [part.float() for part in (*rows, *embeds)]
 
 
 @pytest.mark.parametrize("groups", [GROUPS, None])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_every_rank_has_the_taught_losses_of_the_whole_batch(monkeypatch, num_ranks, groups):
-    config = IConEConfig(soft_target_temperature=0.2, soft_temperature=0.3, **WEIGHTS)
-    rows = [part.float() for part in as_tensors(*random_rows(12))]
+    temperatures = {"soft_target_temperature": 0.2, "soft_temperature": 0.3, "distillation_temperature": 0.4}
+    config = IConEConfig(**temperatures, **WEIGHTS)
+    rows = batch_rows(12)
     leaves = [part.clone().requires_grad_() for part in rows[:2]]
     expected = {
-        name: getattr(losses, name)(*leaves, *rows[2:], 0.3, 0.2, groups)
-        for name in ("soft_target_loss", "uni_modal_loss")
+        "soft_target_loss": soft_target_loss(*leaves, *rows[2:4], 0.3, 0.2, groups),
+        "uni_modal_loss": uni_modal_loss(*leaves, *rows[2:4], 0.3, 0.2, groups),
+        "distillation_loss": distillation_loss(*leaves, *rows[4:], 0.4, groups),
     }
     sum(expected.values()).backward()
 
@@ -142,31 +177,36 @@ def test_every_rank_has_the_taught_losses_of_the_whole_batch(monkeypatch, num_ra
         torch.testing.assert_close(gradient, leaves[place].grad, **CLOSE)
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_a_loss_without_weight_is_not_computed(name):
-    rows = as_tensors(*random_rows(4))
-    found = objective.taught_objectives(IConEConfig(**{name: 2.0}), *rows[:2], Teachers(*rows[2:]), None)
-    assert set(found) == {name.replace("_weight", "_loss")}
+@pytest.mark.parametrize(("loss", "field"), TAUGHT_LOSSES.items())
+def test_a_loss_without_weight_is_not_computed(loss, field, monkeypatch):
+    rows = batch_rows(4)
+    found = objective.taught_objectives(IConEConfig(**{field: 2.0}), *rows[:2], Teachers(*rows[2:]), None)
+    assert set(found) == {loss}
+    monkeypatch.setattr(taught_losses, "_mean_divergence", None)
     assert objective.taught_objectives(IConEConfig(), *rows[:2], Teachers(), None) == {}
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize(
-    ("teachers", "message"),
-    [
-        (Teachers(), "needs teachers' features of the batch: pass teacher_image and teacher_text"),
-        (Teachers(image=torch.ones(4, 2)), "needs teachers' features of the batch"),
-        (
-            Teachers(torch.ones(4, 2), torch.ones(3, 2)),
-            "teacher_image and teacher_text have 4 and 3 rows, one for each",
-        ),
-    ],
-)
-def test_teachers_that_are_missing_are_named(name, teachers, message):
-    rows = as_tensors(*random_rows(4))
-    with pytest.raises(ModelError, match=message) as refusal:
-        objective.taught_objectives(IConEConfig(**{name: 0.5}), *rows[:2], teachers, None)
-    assert f"{name}=0.5" in str(refusal.value) or "rows" in message
+def test_temperatures_have_the_defaults_that_are_said():
+    """Of soft targets the same for both sides, of distillation that of InfoNCE."""
+    rows = batch_rows(4)
+    config = IConEConfig(temperature=0.2, soft_target_temperature=0.5, **WEIGHTS)
+    found = objective.taught_objectives(config, *rows[:2], Teachers(*rows[2:]), None)
+    assert torch.equal(found["soft_target_loss"], soft_target_loss(*rows[:4], 0.5, 0.5))
+    assert torch.equal(found["distillation_loss"], distillation_loss(*rows[:2], *rows[4:], 0.2))
+
+
+@pytest.mark.parametrize("field", WEIGHTS)
+def test_teachers_that_are_missing_are_named(field):
+    rows, config = batch_rows(4), IConEConfig(**{field: 0.5})
+    ending = "_embeds" if field == "distillation_weight" else ""
+    pair = f"teacher_image{ending} and teacher_text{ending}"
+    image, text = f"image{ending}", f"text{ending}"
+    for teachers in (Teachers(), Teachers(**{image: torch.ones(4, 2)}), Teachers(**{text: torch.ones(4, 2)})):
+        with pytest.raises(ModelError, match=f"^{field}=0.5 needs what teachers say of the batch: pass {pair}, or"):
+            objective.taught_objectives(config, *rows[:2], teachers, None)
+    teachers = Teachers(**{image: torch.ones(4, 2), text: torch.ones(3, 2)})
+    with pytest.raises(ModelError, match=f"^{pair} have 4 and 3 rows, one for each of 4 pairs is needed"):
+        objective.taught_objectives(config, *rows[:2], teachers, None)
 
 
 # --- in the model ---
@@ -174,23 +214,28 @@ def test_teachers_that_are_missing_are_named(name, teachers, message):
 
 def test_the_model_adds_them_to_its_contrastive_loss(make_model, batch):
     model, groups = make_model(num_groups=3, **WEIGHTS).eval(), torch.tensor([0, 1, 0, 2])
-    teachers = {"teacher_image": torch.randn(4, 5), "teacher_text": torch.randn(4, 6)}
+    features = {"teacher_image": torch.randn(4, 5), "teacher_text": torch.randn(4, 6)}
+    theirs = {"teacher_image_embeds": torch.randn(4, 7), "teacher_text_embeds": torch.randn(4, 7)}
+    teachers = {**features, **theirs}
     output = model(**batch, **teachers, group_ids=groups, instance_weight=0.5, contrastive_weight=2.0)
     embeds = output.image_embeds, output.text_embeds
-    soft, uni = (loss(*embeds, *teachers.values(), 0.1, 0.1) for loss in (soft_target_loss, uni_modal_loss))
+    soft, uni = (loss(*embeds, *features.values(), 0.1, 0.1) for loss in (soft_target_loss, uni_modal_loss))
+    distilled = distillation_loss(*embeds, *theirs.values(), model.config.temperature)
     assert output.soft_target_loss.item() == pytest.approx(soft.item(), rel=1e-5)
     assert output.uni_modal_loss.item() == pytest.approx(uni.item(), rel=1e-5)
-    expected = 0.5 * output.instance_loss + 2 * (output.contrastive_loss + 0.3 * soft + 0.7 * uni)
+    assert output.distillation_loss.item() == pytest.approx(distilled.item(), rel=1e-5)
+    taught = 0.3 * soft + 0.7 * uni + 1.5 * distilled
+    expected = 0.5 * output.instance_loss + 2 * (output.contrastive_loss + taught)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    # A stage without contrastive loss has neither, and needs no teacher.
+    # A stage without contrastive loss has none, and needs no teacher.
     bare = model(**batch, group_ids=groups, contrastive_weight=0)
-    assert (bare.soft_target_loss, bare.uni_modal_loss) == (None, None)
+    assert [bare[name] for name in TAUGHT_LOSSES if name in bare] == []
     with pytest.raises(ModelError, match="teacher_image"):
         model(**batch, group_ids=groups)
 
 
 def test_frozen_towers_are_teachers_where_no_other_is_given(make_model):
-    model = make_model(num_groups=3, **WEIGHTS).eval()
+    model = make_model(num_groups=3, soft_target_weight=0.3, uni_modal_weight=0.7).eval()
     pooled = {"pooled_image": torch.randn(4, 32), "pooled_text": torch.randn(4, 24)}
     teachers = {"teacher_image": pooled["pooled_image"], "teacher_text": pooled["pooled_text"]}
     for part in (model, model.heads()):

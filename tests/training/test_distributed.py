@@ -183,6 +183,14 @@ def test_two_ranks_average_their_weights_as_one_process_does(towers, tmp_path):
     assert_same(read(tmp_path / "run", 4), expected)
 
 
+def test_ranks_learn_from_the_teachers_of_all(towers, tmp_path):
+    """Five groups on two ranks: each batch has a filler. A tower that is named teaches beside the run's own."""
+    few = {"num_groups": 5, "num_eval": 3, "image_teacher": towers[0]}
+    few["config"] = {"soft_target_weight": 0.5, "uni_modal_weight": 1.0}
+    expected = run_few(towers, tmp_path / "one", 1, **few)
+    assert_same(run_few(towers, tmp_path / "two", 2, **few), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"shard_classifier": True}, {"per_device_chunk_size": 1}], ids=str)
 @pytest.mark.parametrize("num_groups", [1, 3, 5])

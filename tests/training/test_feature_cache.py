@@ -1,6 +1,7 @@
 import json
 import logging as python_logging
 import os
+import pickle
 import resource
 import sys
 import threading
@@ -58,6 +59,17 @@ def test_embeddings_from_the_cache_are_those_of_the_model(make_model, processor,
     cached = embed_cached(model, FeatureCache.build(tmp_path, model, processor, groups), chunk_size=4)
     for ours, direct in zip(cached, encode_groups(model, processor, groups, batch_size=5), strict=True):
         torch.testing.assert_close(ours, direct, atol=1e-5, rtol=1e-4)
+
+
+def test_another_process_maps_the_files_too(make_model, processor, groups, tmp_path):
+    cache = FeatureCache.build(tmp_path, make_model(), processor, groups)
+    sent = pickle.dumps(cache)
+    assert not [rows for rows in (cache.image, cache.text) if rows.tobytes() in sent]
+    again = pickle.loads(sent)
+    assert isinstance(again.image, np.memmap)
+    pairs = [Pair(3, 4), Pair(0, 0)]
+    for name, rows in cache.__getitems__(pairs).items():
+        assert torch.equal(again.__getitems__(pairs)[name], rows)
 
 
 def test_it_is_computed_once(make_model, processor, groups, tmp_path, encoded):

@@ -2,20 +2,37 @@
 
 import pytest
 import torch
-from tiny import StopAt, losses, make_run
+from tiny import WORDS, StopAt, count_pooled, losses, make_run, tiny_text_config, tiny_vision_config
+from transformers import BertModel, BertTokenizer, CLIPImageProcessorPil, CLIPVisionModel
 
-from icone_hf import Stage
+from icone_hf import IConEModel, IConEProcessor, Stage
 from icone_hf.data.batching import GroupBatchSampler
 from icone_hf.errors import InputError
-from icone_hf.modeling import losses as bare
+from icone_hf.modeling import taught_losses as bare
+from icone_hf.training import feature_cache
 
 WEIGHTS = {"soft_target_weight": 0.3, "uni_modal_weight": 0.7}
 JOINT = (Stage("joint", 1, 5e-4, instance_weight=1, contrastive_weight=1, train_encoders=True),)
 HEADS = (Stage("heads", 1, 5e-4, instance_weight=1, contrastive_weight=1, train_encoders=False),)
 
 
+def without_dropout(*models):
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+
+
 def first_log(trainer, index=0):
     return trainer.folder.read_stage(index)["log_history"][0]
+
+
+def first_batch(trainer):
+    """The images and captions of a run's first batch."""
+    (pairs, *_) = GroupBatchSampler([3] * 16, 8, seed=trainer.args.seed)
+    groups = trainer.train_dataset
+    captions = [groups[pair.row]["captions"][pair.caption] for pair in pairs]
+    return [groups[pair.row]["image"] for pair in pairs], captions
 
 
 def expected_log(trainer, model, image_teacher, text_teacher):
@@ -24,10 +41,8 @@ def expected_log(trainer, model, image_teacher, text_teacher):
     Args:
         image_teacher, text_teacher: from images, or captions, to features.
     """
-    groups, processor = trainer.train_dataset, trainer.processor
-    (pairs, *_) = GroupBatchSampler([3] * 16, 8, seed=trainer.args.seed)
-    images = [groups[pair.row]["image"] for pair in pairs]
-    texts = [groups[pair.row]["captions"][pair.caption] for pair in pairs]
+    images, texts = first_batch(trainer)
+    processor = trainer.processor
     with torch.no_grad():
         output = model.eval()(**processor(images=images, text=texts, return_tensors="pt"), return_loss=False)
         rows = output.image_embeds, output.text_embeds, image_teacher(images), text_teacher(texts)
@@ -40,10 +55,7 @@ def test_own_towers_teach_every_stage(make_model, processor, tmp_path, stages, c
     fields = {**WEIGHTS, "num_groups": 16, "projection_dim": 8}
     model, reference = make_model(**fields), make_model(**fields)
     reference.load_state_dict(model.state_dict())
-    for part in (model, reference):  # dropout would draw others
-        for module in part.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+    without_dropout(model, reference)
     trainer = make_run(tmp_path / "run", model, processor, stages, **chunks)
     trainer.train()
 
@@ -92,8 +104,124 @@ def test_a_run_that_goes_on_has_the_teachers_of_one_that_never_stopped(make_mode
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+# --- teachers by name ---
+
+
+@pytest.fixture
+def others(tmp_path):
+    """Other towers, larger than the run's, that see larger images: (vision, text) folders."""
+    torch.manual_seed(7)
+    vision, text = tmp_path / "other_vision", tmp_path / "other_text"
+    CLIPVisionModel(tiny_vision_config(hidden_size=40, image_size=48)).save_pretrained(vision)
+    CLIPImageProcessorPil(size={"height": 48, "width": 48}, do_center_crop=False).save_pretrained(vision)
+    BertModel(tiny_text_config(hidden_size=36)).save_pretrained(text)
+    BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(text)
+    return str(vision), str(text)
+
+
+@pytest.mark.parametrize("named", [(True, True), (True, False), (False, True)], ids=["both", "image", "text"])
+@pytest.mark.parametrize("stages", [HEADS, JOINT], ids=["heads", "joint"])
+def test_other_towers_teach_by_name(make_model, processor, towers, others, tmp_path, stages, named):
+    fields = {**WEIGHTS, "num_groups": 16, "projection_dim": 8, "text_pooling": "mean"}
+    model, reference = make_model(**fields), make_model(**fields)
+    without_dropout(model, reference)
+    names = dict(zip(("image_teacher", "text_teacher"), others, strict=True))
+    given = {name: value for is_named, (name, value) in zip(named, names.items(), strict=True) if is_named}
+    trainer = make_run(tmp_path / "run", model, processor, stages, **given)
+    trainer.train()
+
+    # The reference asks the towers themselves, as transformers loads them.
+    def image_teacher(images):
+        folder = others[0] if named[0] else towers[0]
+        pixels = CLIPImageProcessorPil.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
+        return CLIPVisionModel.from_pretrained(folder).eval()(pixels).pooler_output
+
+    def text_teacher(texts):
+        folder = others[1] if named[1] else towers[1]
+        inputs = BertTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+        tokens = BertModel.from_pretrained(folder).eval()(**inputs).last_hidden_state
+        if named[1]:  # BERT's default; the run's own tower is pooled as the run pools it
+            return tokens[:, 0]
+        mask = inputs["attention_mask"][:, :, None]
+        return (tokens * mask).sum(dim=1) / mask.sum(dim=1)
+
+    expected = expected_log(trainer, reference, image_teacher, text_teacher)
+    log = first_log(trainer)
+    assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert trainer.recipe()["decisive"].items() >= given.items()
+
+
+@pytest.fixture
+def stronger(others, tmp_path):
+    """A larger IConE checkpoint, and its folder."""
+    torch.manual_seed(5)
+    model = IConEModel.from_encoders(*others, num_groups=4, projection_dim=12).eval()
+    model.save_pretrained(tmp_path / "stronger")
+    IConEProcessor.from_encoders(*others).save_pretrained(tmp_path / "stronger")
+    return model, str(tmp_path / "stronger")
+
+
+@pytest.mark.parametrize("stages", [HEADS, JOINT], ids=["heads", "joint"])
+@pytest.mark.parametrize("chunks", [{}, {"per_device_chunk_size": 3}], ids=["whole", "chunks"])
+def test_a_stronger_checkpoint_teaches_every_stage(make_model, processor, stronger, tmp_path, stages, chunks):
+    fields = {"distillation_weight": 2.0, "num_groups": 16, "projection_dim": 8}
+    model, reference = make_model(**fields), make_model(**fields)
+    without_dropout(model, reference)
+    teacher, folder = stronger
+    trainer = make_run(tmp_path / "run", model, processor, stages, distillation_teacher=folder, **chunks)
+    trainer.train()
+
+    of_teacher = IConEProcessor.from_pretrained(folder)
+    images, texts = first_batch(trainer)
+    with torch.no_grad():
+        ours = reference.eval()(**processor(images=images, text=texts, return_tensors="pt"), return_loss=False)
+        theirs = teacher(**of_teacher(images=images, text=texts, return_tensors="pt"), return_loss=False)
+    embeds = ours.image_embeds, ours.text_embeds, theirs.image_embeds, theirs.text_embeds
+    expected = bare.distillation_loss(*embeds, reference.config.temperature).item()
+    log = first_log(trainer)
+    assert log["distillation_loss"] == pytest.approx(expected, rel=1e-4)
+    assert log["loss"] == pytest.approx(log["instance_loss"] + log["contrastive_loss"] + 2 * expected, rel=1e-4)
+
+
+def test_teachers_run_once(make_model, processor, others, stronger, tmp_path, monkeypatch):
+    counts = count_pooled(monkeypatch, feature_cache)
+    fields = {**WEIGHTS, "distillation_weight": 2.0, "num_groups": 16}
+    for folder in ("a", "b"):
+        make_run(
+            tmp_path / folder,
+            make_model(**fields),
+            processor,
+            JOINT,
+            image_teacher=others[0],
+            distillation_teacher=stronger[1],
+            feature_cache_dir=str(tmp_path / "cache"),
+            max_steps=1,
+            save_strategy="steps",
+            eval_strategy="steps",
+        ).train()
+    assert counts == {"image": 2 * 16, "text": 2 * 48}  # two teachers, and the training split alone
+
+
+# --- refused before any work ---
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS, "distillation_weight"])
 def test_a_weight_that_no_stage_uses_is_refused(make_model, processor, tmp_path, name):
     stages = (Stage("instance", 1, 1e-3, instance_weight=1, contrastive_weight=0, train_encoders=False),)
     with pytest.raises(InputError, match=f"{name}=0.5 counts beside a contrastive loss"):
         make_run(tmp_path, make_model(num_groups=16, **{name: 0.5}), processor, stages)
+
+
+@pytest.mark.parametrize("name", ["image_teacher", "text_teacher", "distillation_teacher"])
+def test_teachers_that_teach_nothing_or_are_none_are_refused(make_model, processor, towers, tmp_path, name):
+    with pytest.raises(InputError, match=rf"{name}='x' would teach nothing: set .*_weight"):
+        make_run(tmp_path, make_model(num_groups=16), processor, **{name: "x"})
+    weights = {"distillation_weight" if name == "distillation_teacher" else "uni_modal_weight": 1.0}
+    missing = str(tmp_path / "nothing_here")
+    with pytest.raises(InputError, match=f"{name}='{missing}' can't be loaded"):
+        make_run(tmp_path, make_model(num_groups=16, **weights), processor, **{name: missing})
+    if name == "distillation_teacher":
+        with pytest.raises(InputError, match="is of type 'bert': an IConE checkpoint is needed"):
+            make_run(tmp_path, make_model(num_groups=16, **weights), processor, **{name: towers[1]})
+        with pytest.raises(InputError, match="distillation_weight=1 needs a teacher: name an IConE checkpoint"):
+            make_run(tmp_path, make_model(num_groups=16, **weights), processor)
