@@ -119,7 +119,7 @@ class FeatureCache(torch.utils.data.Dataset):
         self._drawn: tuple[int, np.ndarray] = -1, np.empty(0)  # the epoch, and the views of its pairs
 
     def of_seed(self, seed: int) -> "FeatureCache":
-        """Return the same outputs, among whose views another seed draws."""
+        """Return the same outputs, with views of another seed."""
         cache = copy.copy(self)
         cache._seed, cache._drawn = seed, (-1, np.empty(0))
         return cache
