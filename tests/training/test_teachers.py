@@ -14,6 +14,7 @@ from icone_hf.training import feature_cache
 WEIGHTS = {"soft_target_weight": 0.3, "uni_modal_weight": 0.7}
 JOINT = (Stage("joint", 1, 5e-4, instance_weight=1, contrastive_weight=1, train_encoders=True),)
 HEADS = (Stage("heads", 1, 5e-4, instance_weight=1, contrastive_weight=1, train_encoders=False),)
+KINDS = [(HEADS, {}), (JOINT, {}), (JOINT, {"per_device_chunk_size": 3})]
 
 
 def without_dropout(*models):
@@ -49,8 +50,7 @@ def expected_log(trainer, model, image_teacher, text_teacher):
         return {name: getattr(bare, name)(*rows).item() for name in ("soft_target_loss", "uni_modal_loss")}
 
 
-@pytest.mark.parametrize("stages", [HEADS, JOINT], ids=["heads", "joint"])
-@pytest.mark.parametrize("chunks", [{}, {"per_device_chunk_size": 3}], ids=["whole", "chunks"])
+@pytest.mark.parametrize(("stages", "chunks"), KINDS, ids=["heads", "joint", "chunks"])
 def test_own_towers_teach_every_stage(make_model, processor, tmp_path, stages, chunks):
     fields = {**WEIGHTS, "num_groups": 16, "projection_dim": 8}
     model, reference = make_model(**fields), make_model(**fields)
@@ -81,7 +81,7 @@ def test_a_run_without_weights_logs_and_caches_nothing_of_it(make_model, process
     assert not (tmp_path / "run" / "feature_cache").exists()
 
 
-@pytest.mark.parametrize("stop", [("0-instance", 5), ("1-joint", 8)], ids=["heads", "joint"])
+@pytest.mark.parametrize("stop", [pytest.param(("0-instance", 5), marks=pytest.mark.slow), ("1-joint", 8)])
 def test_a_run_that_goes_on_has_the_teachers_of_one_that_never_stopped(make_model, processor, tmp_path, stop):
     """In mid-stage, with towers that have moved on since: the teachers are still those of the beginning."""
     fields = {**WEIGHTS, "num_groups": 16, "projection_dim": 8}
@@ -119,8 +119,11 @@ def others(tmp_path):
     return str(vision), str(text)
 
 
-@pytest.mark.parametrize("named", [(True, True), (True, False), (False, True)], ids=["both", "image", "text"])
-@pytest.mark.parametrize("stages", [HEADS, JOINT], ids=["heads", "joint"])
+@pytest.mark.parametrize(
+    ("stages", "named"),
+    [(HEADS, (True, True)), (JOINT, (True, False)), (JOINT, (False, True))],
+    ids=["both", "image", "text"],
+)
 def test_other_towers_teach_by_name(make_model, processor, towers, others, tmp_path, stages, named):
     fields = {**WEIGHTS, "num_groups": 16, "projection_dim": 8, "text_pooling": "mean"}
     model, reference = make_model(**fields), make_model(**fields)
@@ -161,8 +164,7 @@ def stronger(others, tmp_path):
     return model, str(tmp_path / "stronger")
 
 
-@pytest.mark.parametrize("stages", [HEADS, JOINT], ids=["heads", "joint"])
-@pytest.mark.parametrize("chunks", [{}, {"per_device_chunk_size": 3}], ids=["whole", "chunks"])
+@pytest.mark.parametrize(("stages", "chunks"), KINDS, ids=["heads", "joint", "chunks"])
 def test_a_stronger_checkpoint_teaches_every_stage(make_model, processor, stronger, tmp_path, stages, chunks):
     fields = {"distillation_weight": 2.0, "num_groups": 16, "projection_dim": 8}
     model, reference = make_model(**fields), make_model(**fields)
