@@ -108,15 +108,21 @@ class FeatureCache(torch.utils.data.Dataset):
     ):
         self.folder = folder
         self.autocast = autocast
-        self.image = np.load(folder / "image.npy", mmap_mode="r")
-        self.text = np.load(folder / "text.npy", mmap_mode="r")
+        self._view_folders = list(views)
+        self._map_files()
         self.dtype = dtype
         self.captions_per_group = captions_per_group
         self.text_to_image = torch.from_numpy(np.repeat(np.arange(len(captions_per_group)), captions_per_group))
         self._first_text = np.concatenate([[0], np.cumsum(captions_per_group)])
-        self._views = {name: [_open_view(view, name, getattr(self, name)) for view in views] for name in ARRAYS}
         self._seed = seed
         self._drawn: tuple[int, np.ndarray] = -1, np.empty(0)  # the epoch, and the views of its pairs
+
+    def _map_files(self) -> None:
+        """Map the plain rows and those of all views."""
+        self.image, self.text = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
+        self._views = {
+            name: [_open_view(view, name, getattr(self, name)) for view in self._view_folders] for name in ARRAYS
+        }
 
     def of_seed(self, seed: int) -> "FeatureCache":
         """Return the same outputs, with views of another seed."""
@@ -129,11 +135,11 @@ class FeatureCache(torch.utils.data.Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         # What a loader's processes are given, where they don't fork: they map the files too, instead of a copy.
-        return {name: value for name, value in self.__dict__.items() if name not in ARRAYS}
+        return {name: value for name, value in self.__dict__.items() if name not in (*ARRAYS, "_views")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.image, self.text = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
+        self._map_files()
 
     def __getitems__(self, pairs: list[Pair]) -> dict[str, torch.Tensor]:
         """Return the model's inputs for a batch of pairs.

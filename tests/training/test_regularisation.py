@@ -1,6 +1,7 @@
 """Dropped features, and cached views of augmented images and captions; in runs, on resume, over ranks."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -136,6 +137,18 @@ def test_each_epoch_serves_one_of_the_views(make_model, processor, groups, tmp_p
         np.testing.assert_array_equal(ours, same)
     other = FeatureCache.build(tmp_path, model, processor, groups, views=views, seed=2)
     assert not np.array_equal(rows_of(other, 5)[0], rows_of(cache, 5)[0])
+
+
+def test_another_process_maps_the_views_too(make_model, processor, groups, tmp_path, views):
+    cache = FeatureCache.build(tmp_path, make_model(), processor, groups, views=views, seed=7)
+    sent = pickle.dumps(cache)
+    assert not [rows for name in ("image", "text") for rows in cache._views[name] if rows.tobytes() in sent]
+    again, pairs = pickle.loads(sent), [Pair(row, 0, epoch=2) for row in range(len(groups))]
+    for name, rows in cache.__getitems__(pairs).items():
+        assert torch.equal(again.__getitems__(pairs)[name], rows), name
+    other = cache.of_seed(8).__getitems__(pairs)
+    assert torch.equal(cache.__getitems__(pairs)["pooled_image"], again.__getitems__(pairs)["pooled_image"])
+    assert not torch.equal(other["pooled_image"], cache.__getitems__(pairs)["pooled_image"])
 
 
 def test_the_plain_view_is_the_cache_without_views(make_model, processor, groups, tmp_path, views, monkeypatch):
