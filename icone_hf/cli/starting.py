@@ -27,7 +27,14 @@ CHANGEABLE = (
     "instance_temperature",
     "instance_label_smoothing",
     "instance_samples",
+    "feature_dropout",
     "projection_dropout",
+    "soft_target_weight",
+    "uni_modal_weight",
+    "soft_target_temperature",
+    "soft_temperature",
+    "distillation_weight",
+    "distillation_temperature",
 )
 
 logger = logging.get_logger(__name__)

@@ -219,7 +219,7 @@ def add_evaluation(
     """Add an evaluation to a checkpoint's `metrics.json`.
 
     It stands in the list `evaluations`, with what was measured, so it never takes the place of the run's own
-    validation and test. An earlier one of the same data, split and sizes goes.
+    validation and test. Of an earlier one of the same data, split and sizes what was measured by other protocols stays.
 
     Args:
         folder: of the checkpoint.
@@ -232,5 +232,7 @@ def add_evaluation(
     what = {"data": data, "split": split, **sizes}
     earlier = (RunFolder(folder, ()).read_metrics() or {}).get("evaluations", [])
     others = [one for one in earlier if any(one[name] != value for name, value in what.items())]
-    evaluation = {**what, "dtype": dtype, "date": time.strftime("%Y-%m-%d"), "metrics": metrics}
+    same = [one for one in earlier if one not in others and one.get("dtype", dtype) == dtype]
+    kept = {protocol: values for one in same for protocol, values in one["metrics"].items()}
+    evaluation = {**what, "dtype": dtype, "date": time.strftime("%Y-%m-%d"), "metrics": {**kept, **metrics}}
     write_metrics(folder, {"evaluations": [*others, evaluation]})

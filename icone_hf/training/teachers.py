@@ -153,7 +153,9 @@ def load_teachers(
 
     The model's own tower stands where none is named.
     """
-    vision, text = args.image_teacher or model.vision_model, args.text_teacher or model.text_model
+    # Copies: a tower that becomes part of another model is started anew where it has adapters.
+    vision = args.image_teacher or copy.deepcopy(model.vision_model)
+    text = args.text_teacher or copy.deepcopy(model.text_model)
     poolings: dict[str, Any] = {}
     if args.image_teacher is None:
         poolings["vision_pooling"] = model.config.vision_pooling

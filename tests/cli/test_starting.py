@@ -1,6 +1,7 @@
 """What `icone train` starts from: two towers, a pair, or a checkpoint."""
 
 import json
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel
 from icone_hf import IConEConfig, IConEModel
 from icone_hf.cli import main
 from icone_hf.cli.arguments import ModelArguments, RecipeArguments
-from icone_hf.cli.starting import start_model
+from icone_hf.cli.starting import CHANGEABLE, start_model
 from icone_hf.modeling.sharded_classifier import ShardedClassifier
 
 STAGE = {"name": "more", "num_train_epochs": 1, "learning_rate": 1e-4, "instance_weight": 1, "contrastive_weight": 1}
@@ -75,6 +76,13 @@ def test_losses_may_change(run):
     assert model.temperature.item() == pytest.approx(0.3)
     assert model.logit_bias.item() == -10
     assert model.config.instance_logits == "cosine"
+
+
+def test_whatever_decides_no_embedding_may_change():
+    """So that a new field is either of those that do, or may change."""
+    embedding = {"projection_dim", "vision_projection", "text_projection", "vision_pooling", "text_pooling"}
+    of_config = {field.name for field in fields(IConEConfig)} & {field.name for field in fields(ModelArguments)}
+    assert set(CHANGEABLE) == of_config - embedding
 
 
 def test_what_contradicts_a_checkpoint_is_refused_before_the_data_are_read(run, capsys):

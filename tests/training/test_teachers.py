@@ -5,11 +5,12 @@ import torch
 from tiny import WORDS, StopAt, count_pooled, losses, make_run, tiny_text_config, tiny_vision_config
 from transformers import BertModel, BertTokenizer, CLIPImageProcessorPil, CLIPVisionModel
 
-from icone_hf import IConEModel, IConEProcessor, Stage
+from icone_hf import IConEModel, IConEProcessor, IConETrainingArguments, Stage
 from icone_hf.data.batching import GroupBatchSampler
 from icone_hf.errors import InputError
 from icone_hf.modeling import taught_losses as bare
 from icone_hf.training import feature_cache
+from icone_hf.training.teachers import load_teachers
 
 WEIGHTS = {"soft_target_weight": 0.3, "uni_modal_weight": 0.7}
 JOINT = (Stage("joint", 1, 5e-4, instance_weight=1, contrastive_weight=1, train_encoders=True),)
@@ -152,6 +153,15 @@ def test_other_towers_teach_by_name(make_model, processor, towers, others, tmp_p
     log = first_log(trainer)
     assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert trainer.recipe()["decisive"].items() >= given.items()
+
+
+def test_a_named_teacher_leaves_the_adapters_of_the_other_tower_alone(make_model, processor, others, tmp_path):
+    pytest.importorskip("peft")
+    model = make_model(num_groups=16, text_lora={"r": 2, "lora_alpha": 4})
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    args = IConETrainingArguments(str(tmp_path), use_cpu=True, image_teacher=str(others[0]))
+    load_teachers(model, processor, args)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 @pytest.fixture
