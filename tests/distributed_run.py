@@ -65,7 +65,8 @@ def main(
         text_pooling="mean",
         learn_temperature=True,
         instance_samples=instance_samples,
-        feature_dropout=feature_dropout,
+        vision_feature_dropout=feature_dropout,
+        text_feature_dropout=feature_dropout / 2,
         **(config or {}),
     )
     if instance_samples and int(os.environ.get("RANK", 0)):

@@ -145,9 +145,10 @@ class ModelArguments:
         default=0,
         metadata={"help": "Train LoRA adapters of this rank in both towers' linear layers, not the towers. 0: none."},
     )
-    feature_dropout: float = field(
-        default=0.0, metadata={"help": "Share of the towers' pooled features that training drops at random."}
+    vision_feature_dropout: float = field(
+        default=0.0, metadata={"help": "Share of the vision tower's pooled features that training drops at random."}
     )
+    text_feature_dropout: float = field(default=0.0, metadata={"help": "The same for the text tower's."})
 
     jpeg_draft: bool = field(
         default=False,

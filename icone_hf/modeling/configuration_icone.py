@@ -112,8 +112,8 @@ class IConEConfig(PreTrainedConfig):
         vision_lora, text_lora: keywords of peft's `LoraConfig` for a tower with adapters, `None` for a tower without;
             see [`IConEModel.add_adapter`].
         initializer_range: standard deviation of the classifier's initial weights.
-        feature_dropout: in training, the share of each tower's pooled features that are set to 0 at random before the
-            projection; the others are scaled up, so that their mean stays. 0: none.
+        vision_feature_dropout, text_feature_dropout: in training, the share of the tower's pooled features that are set
+            to 0 at random before the projection; the others are scaled up, so that their mean stays. 0: none.
 
     Raises:
         ValueError: if a field's value is out of range or a pooling can't be guessed; the message names the field.
@@ -158,7 +158,8 @@ class IConEConfig(PreTrainedConfig):
     vision_projection: str = "linear"
     text_projection: str = "linear"
     projection_dropout: float | int = 0.0
-    feature_dropout: float | int = 0.0
+    vision_feature_dropout: float | int = 0.0
+    text_feature_dropout: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         try:
@@ -203,8 +204,9 @@ class IConEConfig(PreTrainedConfig):
             raise ModelError(f"instance_label_smoothing={self.instance_label_smoothing} must be 0 or more, below 1.")
         if not 0 <= self.initializer_range < math.inf:
             raise ModelError(f"initializer_range={self.initializer_range} must be 0 or more, and finite.")
-        if not 0 <= self.feature_dropout < 1:
-            raise ModelError(f"feature_dropout={self.feature_dropout} must be 0 (none) or more, and below 1.")
+        for name in ("vision_feature_dropout", "text_feature_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ModelError(f"{name}={getattr(self, name)} must be 0 (none) or more, and below 1.")
 
         # Projections.
         for name in ("vision_projection", "text_projection"):

@@ -150,7 +150,7 @@ class HeadsMixin(LeftOutOfDDPMixin):
         if self.logit_scale is not None:
             self.logit_scale.data.fill_(-math.log(temperature))
 
-    def drop_features(self, pooled: torch.Tensor) -> torch.Tensor:
+    def drop_features(self, pooled: torch.Tensor, share: float) -> torch.Tensor:
         """Set pooled features to 0 at random, in training.
 
         Every rank draws the global batch's mask and takes its own rows of it: the ranks start with one random state,
@@ -158,14 +158,22 @@ class HeadsMixin(LeftOutOfDDPMixin):
 
         Args:
             pooled: `(batch, width)`, of one tower.
+            share: of its features.
         """
-        share = self.config.feature_dropout
         if not self.training or not share:
             return pooled
         rows = len(pooled)
         drawn = torch.rand(count_ranks() * rows, *pooled.shape[1:], device=pooled.device)
         is_kept = drawn[rank_index() * rows :][:rows] >= share
         return pooled * is_kept.to(pooled.dtype) / (1 - share)
+
+    def project_image(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Project pooled image features, some of them dropped."""
+        return self.visual_projection(self.drop_features(pooled, self.config.vision_feature_dropout))
+
+    def project_text(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Project pooled caption features, some of them dropped."""
+        return self.text_projection(self.drop_features(pooled, self.config.text_feature_dropout))
 
     def left_out_of_ddp(self) -> list[str]:
         """Name the parameters that DDP must not average.
@@ -319,8 +327,8 @@ class IConEHeads(HeadsMixin, nn.Module):
         named = teacher_image, teacher_text, teacher_image_embeds, teacher_text_embeds
         teachers = teachers_of(named, pooled_image, pooled_text)
         return self.score(
-            None if pooled_image is None else self.visual_projection(self.drop_features(pooled_image)),
-            None if pooled_text is None else self.text_projection(self.drop_features(pooled_text)),
+            None if pooled_image is None else self.project_image(pooled_image),
+            None if pooled_text is None else self.project_text(pooled_text),
             group_ids,
             instance_weight,
             contrastive_weight,

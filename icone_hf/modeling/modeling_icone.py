@@ -247,7 +247,7 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
         The feature is not normalised: the instance loss needs its length. `kwargs` go to the tower.
         """
         output = self.run_vision_tower(pixel_values, **kwargs)
-        output.pooler_output = self.visual_projection(self.drop_features(self.pool_image(output)))
+        output.pooler_output = self.project_image(self.pool_image(output))
         return output
 
     @can_return_tuple
@@ -267,7 +267,7 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
             ValueError: if the captions have more tokens than the tower has position embeddings.
         """
         output = self._run_text_tower(input_ids, attention_mask, token_type_ids, **kwargs)
-        output.pooler_output = self.text_projection(self.drop_features(self.pool_text(output, attention_mask)))
+        output.pooler_output = self.project_text(self.pool_text(output, attention_mask))
         return output
 
     def get_image_token_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -371,12 +371,12 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
         # Embed what is given. Pooled outputs only need the projection; anything else runs a tower first.
         vision_output = text_output = image_features = text_features = None
         if pooled_image is not None:
-            image_features = self.visual_projection(self.drop_features(pooled_image))
+            image_features = self.project_image(pooled_image)
         elif pixel_values is not None:
             vision_output = self.get_image_features(pixel_values, return_dict=True, **kwargs)
             image_features = vision_output.pooler_output
         if pooled_text is not None:
-            text_features = self.text_projection(self.drop_features(pooled_text))
+            text_features = self.project_text(pooled_text)
         elif input_ids is not None:
             text_output = self.get_text_features(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
             text_features = text_output.pooler_output

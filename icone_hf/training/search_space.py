@@ -23,7 +23,8 @@ DEFAULT_SPACE: Mapping[str, Any] = {
     "temperature": {"min": 0.03, "max": 0.15, "log": True},
     "instance_weight": [0, 0.1, 1],
     "contrastive_loss": ["infonce", "max_hinge"],
-    "feature_dropout": [0, 0.2, 0.4],
+    "vision_feature_dropout": [0, 0.2, 0.4, 0.6],
+    "text_feature_dropout": [0, 0.1, 0.4],
     "hard_negative_beta": [0, 0.5],
 }
 

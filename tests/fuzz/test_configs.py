@@ -42,7 +42,8 @@ FREE = {
     "instance_temperature": st.none() | positive,
     "instance_samples": counts,
     "initializer_range": st.floats(0, 1),
-    "feature_dropout": st.floats(0, 0.9),
+    "vision_feature_dropout": st.floats(0, 0.9),
+    "text_feature_dropout": st.floats(0, 0.9),
 }
 TOWERS_WITHOUT_POOLER = ("modernbert", "qwen2", "gpt2")
 

@@ -141,7 +141,7 @@ def test_neither_the_chunks_size_nor_fillers_matter(model_of, read, chunk_size, 
 )
 def test_dropout_is_that_of_the_first_pass(model_of, read, config, checkpointing, device):
     """Against a graph through all chunks at once, which draws each chunk's dropout one time, and the bare losses."""
-    model = model_of(dropout=0.3, feature_dropout=0.3, **CONFIGS[config]).to(device)
+    model = model_of(dropout=0.3, vision_feature_dropout=0.3, text_feature_dropout=0.1, **CONFIGS[config]).to(device)
     if checkpointing:  # runs every layer once more in the backward pass, and replays its dropout too
         model.gradient_checkpointing_enable()
     chunks = [{name: value.to(device) for name, value in chunk.items()} for chunk in read(PAIRS, 4)]

@@ -23,15 +23,15 @@ ALL = {"augment_crop_scale": 0.5, "augment_colour": 0.3, "mask_tokens": 0.2, "ca
 
 
 def test_dropped_features_keep_their_mean(make_model):
-    heads = make_model(feature_dropout=0.3).heads().train()
+    heads = make_model().heads().train()
     features = torch.rand(400, 64) + 0.5
-    dropped = heads.drop_features(features)
+    dropped = heads.drop_features(features, 0.3)
     is_kept = dropped != 0
     assert is_kept.float().mean().item() == pytest.approx(0.7, abs=0.01)
     np.testing.assert_allclose(dropped[is_kept], features[is_kept].numpy() / 0.7, rtol=1e-6)
     assert dropped.mean().item() == pytest.approx(features.mean().item(), rel=0.01)
-    assert heads.eval().drop_features(features) is features
-    assert heads.drop_features(features.bfloat16()).dtype == torch.bfloat16
+    assert heads.eval().drop_features(features, 0.3) is features
+    assert heads.drop_features(features.bfloat16(), 0.3).dtype == torch.bfloat16
 
 
 def seen_by_projections(module, **inputs):
@@ -48,7 +48,7 @@ def seen_by_projections(module, **inputs):
 
 
 def test_images_and_captions_drop_different_features_in_model_and_heads_alike(make_model, batch):
-    model = make_model(feature_dropout=0.5)
+    model = make_model(vision_feature_dropout=0.5, text_feature_dropout=0.5)
     model.config.vision_pooling = model.config.text_pooling = "mean"
     model.set_encoders_trainable(False)
     ones = {"pooled_image": torch.ones(4, 32), "pooled_text": torch.ones(4, 24)}
@@ -65,23 +65,31 @@ def test_images_and_captions_drop_different_features_in_model_and_heads_alike(ma
 
 
 def test_ranks_drop_other_features_and_together_those_of_one_process(make_model, monkeypatch):
-    heads = make_model(feature_dropout=0.5).heads().train()
+    heads = make_model().heads().train()
     torch.manual_seed(1)
-    alone = heads.drop_features(torch.ones(8, 32))
+    alone = heads.drop_features(torch.ones(8, 32), 0.5)
     monkeypatch.setattr(heads_module, "count_ranks", lambda: 2)
     parts = []
     for rank in range(2):
         monkeypatch.setattr(heads_module, "rank_index", lambda rank=rank: rank)
         torch.manual_seed(1)
-        parts.append(heads.drop_features(torch.ones(4, 32)))
+        parts.append(heads.drop_features(torch.ones(4, 32), 0.5))
     assert not torch.equal(*parts)
     assert torch.equal(torch.cat(parts), alone)
 
 
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_each_tower_has_a_share_of_its_own(make_model, batch, tower):
+    seen = seen_by_projections(make_model(**{f"{tower}_feature_dropout": 0.5}).train(), **batch)
+    has_zeros = {name: bool((features == 0).any()) for name, features in seen.items()}
+    assert has_zeros == {"visual_projection": tower == "vision", "text_projection": tower == "text"}
+
+
+@pytest.mark.parametrize("name", ["vision_feature_dropout", "text_feature_dropout"])
 @pytest.mark.parametrize("share", [-0.1, 1.0])
-def test_a_share_out_of_range_is_refused(make_model, share):
-    with pytest.raises(ModelError, match=f"feature_dropout={share} must be 0"):
-        make_model(feature_dropout=share)
+def test_a_share_out_of_range_is_refused(make_model, name, share):
+    with pytest.raises(ModelError, match=f"{name}={share} must be 0"):
+        make_model(**{name: share})
 
 
 # --- cached views ---
@@ -197,8 +205,9 @@ def test_filling_a_view_goes_on_where_it_stopped(make_model, processor, groups, 
 
 @pytest.fixture
 def run(make_model, processor, tmp_path):
-    def run(folder, feature_dropout=0.3, **options):
-        model = make_model(num_groups=16, text_pooling="mean", feature_dropout=feature_dropout)
+    def run(folder, dropout=0.3, **options):
+        shares = {"vision_feature_dropout": dropout, "text_feature_dropout": dropout / 2}
+        model = make_model(num_groups=16, text_pooling="mean", **shares)
         return make_run(tmp_path / folder, model, processor, **{**ALL, **options})
 
     return run
