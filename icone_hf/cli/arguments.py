@@ -61,7 +61,7 @@ class ModelArguments:
         metadata={"help": "A new projection for the vision tower: linear, linear_bias, identity or mlp."},
     )
     text_projection: str | None = field(default=None, metadata={"help": "The same for the text tower."})
-    projection_dropout: float = field(default=0.0, metadata={"help": "Dropout between the layers of an mlp."})
+    projection_dropout: float | None = field(default=None, metadata={"help": "Dropout between the layers of an mlp."})
     temperature: float | None = field(
         default=None,
         metadata={
@@ -69,7 +69,7 @@ class ModelArguments:
             "recommended stages and 0.05 with others."
         },
     )
-    learn_temperature: bool = field(default=False, metadata={"help": "Train the temperature, as CLIP does."})
+    learn_temperature: bool | None = field(default=None, metadata={"help": "Train the temperature, as CLIP does."})
     contrastive_loss: str | None = field(
         default=None,
         metadata={
@@ -77,38 +77,38 @@ class ModelArguments:
             "otherwise infonce."
         },
     )
-    margin: float = field(default=0.2, metadata={"help": "Margin of the hinges."})
-    hard_negative_beta: float = field(
-        default=0.0,
+    margin: float | None = field(default=None, metadata={"help": "Margin of the hinges. Default: 0.2."})
+    hard_negative_beta: float | None = field(
+        default=None,
         metadata={"help": "Weigh InfoNCE's negatives by how hard they are, 0.25 or 0.5 (HN-NCE). 0: alike."},
     )
-    soft_target_weight: float = field(
-        default=0.0,
+    soft_target_weight: float | None = field(
+        default=None,
         metadata={
             "help": "Weight of soft targets, beside a contrastive loss: how alike teachers find a batch's images, and "
             "its captions (CUSA: 0.1)."
         },
     )
-    uni_modal_weight: float = field(
-        default=0.0,
+    uni_modal_weight: float | None = field(
+        default=None,
         metadata={"help": "Weight of the same targets for how alike the model itself finds them (CUSA: 0.5)."},
     )
-    soft_target_temperature: float = field(
-        default=0.1, metadata={"help": "Temperature of the teachers' similarities, in both."}
+    soft_target_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of the teachers' similarities, in both. Default: 0.1."}
     )
     soft_temperature: float | None = field(
         default=None,
         metadata={"help": "Temperature of the model's similarities, in both. Default: soft_target_temperature."},
     )
-    distillation_weight: float = field(
-        default=0.0,
+    distillation_weight: float | None = field(
+        default=None,
         metadata={"help": "Weight of learning the similarities of distillation_teacher, beside a contrastive loss."},
     )
     distillation_temperature: float | None = field(
         default=None, metadata={"help": "Temperature of both models' similarities there. Default: temperature."}
     )
-    several_positives: bool = field(
-        default=False, metadata={"help": "Pairs of one group in a batch are positives too; see pairs_per_group."}
+    several_positives: bool | None = field(
+        default=None, metadata={"help": "Pairs of one group in a batch are positives too; see pairs_per_group."}
     )
     instance_logits: str | None = field(
         default=None,
@@ -124,11 +124,11 @@ class ModelArguments:
             "temperature."
         },
     )
-    instance_label_smoothing: float = field(
-        default=0.0, metadata={"help": "Share of the instance loss's target that lies on all classes alike."}
+    instance_label_smoothing: float | None = field(
+        default=None, metadata={"help": "Share of the instance loss's target that lies on all classes alike."}
     )
-    instance_samples: int = field(
-        default=0,
+    instance_samples: int | None = field(
+        default=None,
         metadata={
             "help": "Score the classes of the batch and this many sampled others, whatever num_groups is. 0: all."
         },
@@ -145,10 +145,10 @@ class ModelArguments:
         default=0,
         metadata={"help": "Train LoRA adapters of this rank in both towers' linear layers, not the towers. 0: none."},
     )
-    vision_feature_dropout: float = field(
-        default=0.0, metadata={"help": "Share of the vision tower's pooled features that training drops at random."}
+    vision_feature_dropout: float | None = field(
+        default=None, metadata={"help": "Share of the vision tower's pooled features that training drops at random."}
     )
-    text_feature_dropout: float = field(default=0.0, metadata={"help": "The same for the text tower's."})
+    text_feature_dropout: float | None = field(default=None, metadata={"help": "The same for the text tower's."})
 
     jpeg_draft: bool = field(
         default=False,

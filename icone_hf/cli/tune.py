@@ -28,7 +28,7 @@ from . import COMMANDS
 from .arguments import SOURCE, DataArguments, ModelArguments, OutputArguments, RecipeArguments
 from .loading import join_processes, load_for_training
 from .parsing import parse_arguments
-from .starting import check_changes, start_model, start_processor
+from .starting import CHANGEABLE, check_changes, start_model, start_processor
 
 BEST_FILE = "best.yaml"
 
@@ -87,7 +87,9 @@ def tune(argv: Sequence[str]) -> None:
         description=COMMANDS["tune"],
     )
     stage = recipe_args.parse()[0]
-    known = tunable_fields(name for name in asdict(model_args) if name in {one.name for one in fields(IConEConfig)})
+    # A checkpoint keeps what computes its embeddings.
+    of_model = asdict(model_args) if model_args.model is None else CHANGEABLE
+    known = tunable_fields(name for name in of_model if name in {one.name for one in fields(IConEConfig)})
     space = parse_space(tune_args.read_space(), known)
     join_processes()
     log = sys.stderr if output.json else sys.stdout  # a program reads stdout
@@ -108,13 +110,15 @@ def tune(argv: Sequence[str]) -> None:
         data_args.source,
     )
 
-    # Draw candidates. Of the built-in space the first is the recipe as it is.
-    check_values(space, trials.check)
+    # Draw candidates. Of the built-in space the first is the recipe as it is, which may not bear every value.
+    if tune_args.space is not None:
+        check_values(space, trials.check)
     if tune_args.trials == "all":
         candidates = all_candidates(space, trials.check)
     else:
         first = trials.own_values(space) if tune_args.space is None else None
         candidates = draw_candidates(space, int(tune_args.trials), args.seed, trials.check, first)
+    trials.check_teachers(candidates)
     rungs = plan_rungs(len(candidates), tune_args.eta, tune_args.max_epochs)
     settings = {"space": {name: repr(values) for name, values in space.items()}, "trials": tune_args.trials}
     key = {**trials.key(), **settings, "eta": tune_args.eta, "max_epochs": tune_args.max_epochs}
@@ -126,7 +130,7 @@ def tune(argv: Sequence[str]) -> None:
     # Search, and say what came out.
     trials.fill_caches()
     result = search.search(tune_args.final_seeds)
-    best = best_arguments(result, candidates, trials, model_args, recipe_args, data_args, args)
+    best = best_arguments(result, candidates, trials, model_args, recipe_args, data_args)
     text = f"# Found by icone tune: validation Rsum {_mean(result.rsums):.1f}. Run it by icone train FILE.\n"
     (folder / BEST_FILE).write_text(text + yaml.safe_dump(best, sort_keys=False))
     shown = trials_table(result.last_trials(), rungs)
@@ -144,34 +148,30 @@ def best_arguments(
     model_args: ModelArguments,
     recipe_args: RecipeArguments,
     data_args: DataArguments,
-    args: IConETrainingArguments,
 ) -> dict[str, Any]:
     """Return the arguments that train the best candidate.
 
     They are for `icone train`; what is at its default is left out.
     """
-    stage, config, arguments = trials.applied(candidates[result.best])
+    stage, config, _ = trials.applied(candidates[result.best])
     epochs = max(trial.epochs for trial in result.trials if trial.candidate == result.best)
-    # A list of stages has no config of its own, so what came with the recipe's name is written out, and whose
-    # projections it takes.
-    model = {
-        **asdict(model_args),
-        **trials.own_values(recipe_args.config()),
-        "projections": model_args.projections or recipe_args.default_projections,
-    }
+    model = asdict(model_args)
+    if model_args.model is None:
+        # A list of stages has no config of its own, so what came with the recipe's name is written out, and whose
+        # projections it takes.
+        model |= trials.own_values(recipe_args.config())
+        model["projections"] = model_args.projections or recipe_args.default_projections
     # What decides a run's numbers, all that we add to transformers' arguments, and what makes it faster.
     ours = {one.name for one in fields(IConETrainingArguments)} - {one.name for one in fields(TrainingArguments)}
     chosen = {*DECISIVE_ARGUMENTS, *ours, "per_device_train_batch_size", "per_device_eval_batch_size"}
     chosen |= {"dataloader_num_workers", "use_cpu"}
-    run = {name: value for name, value in args.to_dict().items() if name in chosen}
-    if "per_device_train_batch_size" in arguments:
-        del run["global_batch_size"]
+    arguments = trials.arguments(candidates[result.best]).to_dict()
     return {
         **_given(DataArguments, asdict(data_args)),
         **_given(ModelArguments, {**model, **config}),
         "stages": [{**asdict(trials.stage), **stage, "num_train_epochs": epochs}],
-        **_given(IConETrainingArguments, {**run, **arguments}),
-        "output_dir": os.path.join(str(args.output_dir), "best"),
+        **_given(IConETrainingArguments, {name: value for name, value in arguments.items() if name in chosen}),
+        "output_dir": os.path.join(str(trials.args.output_dir), "best"),
     }
 
 

@@ -96,6 +96,12 @@ def digest_pooling(config: IConEConfig, processor: IConEProcessor) -> dict[str, 
     return {**towers, "the image processor's settings": _digest_settings(settings), **_digest_tokenizer(processor)}
 
 
+def digest_towers(model: IConEModel) -> str:
+    """Digest both towers' weights, adapters merged."""
+    towers = {name: getattr(model, f"{name}_model") for name in ("vision", "text")}
+    return digest_all({name: digest_weights(merged_state_dict(tower)) for name, tower in towers.items()})
+
+
 def digest_all(parts: Mapping[str, str]) -> str:
     """Digest named digests into one."""
     return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()

@@ -40,11 +40,23 @@ def check_run(
             "groups, with Dataset.train_test_split."
         )
     check_data({"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+    check_recipe(model, args, len(train_dataset), stages)
+
+
+def check_recipe(model: IConEModel, args: IConETrainingArguments, num_groups: int, stages: Sequence[Stage]) -> None:
+    """Refuse what can't be trained, whatever the data.
+
+    Args:
+        num_groups: to train on.
+
+    Raises:
+        ValueError: as [`check_run`].
+    """
     model.config.validate_architecture()  # a field may have been assigned since construction
     check_stages(stages)
     check_trained_parts(model, stages)
     if any(stage.instance_weight for stage in stages):
-        check_classifier(model, args, len(train_dataset))
+        check_classifier(model, args, num_groups)
     check_arguments(args)
     check_devices(args)
     check_batches(model, args)

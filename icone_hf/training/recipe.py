@@ -2,8 +2,9 @@
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,6 +13,7 @@ import transformers
 from datasets import Dataset
 
 from ..data.captions import Captions
+from ..errors import InputError
 from ..modeling.configuration_icone import IConEConfig
 from .arguments import DECISIVE_ARGUMENTS, IConETrainingArguments
 from .stages import Stage
@@ -27,10 +29,12 @@ def make_recipe(
     train_dataset: Dataset,
     eval_dataset: Dataset,
     data_name: str | None,
+    towers: str,
 ) -> dict[str, Any]:
     """Return all that decides the run's numbers.
 
-    They stand under `decisive`. Beside them stand every argument and the versions that it runs on.
+    They stand under `decisive`. Beside them stand the digest of the towers that it starts from, every argument and the
+    versions that it runs on.
     """
     arguments = args.to_dict()
     recipe = {
@@ -43,6 +47,7 @@ def make_recipe(
             "global_train_batch_size": args.per_device_train_batch_size * args.world_size,
             **{name: arguments[name] for name in DECISIVE_ARGUMENTS},
         },
+        "starting_towers": towers,
         "data": data_name,
         "arguments": {name: value for name, value in arguments.items() if "token" not in name},
         "environment": {
@@ -68,7 +73,52 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         saved["model"] = {**_defaults(IConEConfig, wanted["model"]), **saved.get("model", {})}
     if wanted.get("stages"):
         saved["stages"] = [{**_defaults(Stage, wanted["stages"][0]), **stage} for stage in saved.get("stages", [])]
-    return [f"{name} was {saved.get(name)}, is {value}" for name, value in wanted.items() if saved.get(name) != value]
+    return [line for name, value in wanted.items() for line in _differ(name, saved.get(name), value)]
+
+
+def _differ(name: str, was: Any, now: Any) -> Iterator[str]:
+    """Say in what two values differ, field by field."""
+    if was == now:
+        return
+    if isinstance(was, dict) and isinstance(now, dict):
+        for field in {**was, **now}:
+            yield from _differ(f"{name}.{field}", was.get(field), now.get(field))
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        for number, (one, other) in enumerate(zip(was, now, strict=True)):
+            yield from _differ(f"{name}.{number}", one, other)
+    else:
+        yield f"{name} was {was}, is {now}"
+
+
+def starting_towers(
+    saved: Mapping[str, Any] | None,
+    recipe: Mapping[str, Any],
+    stages: Sequence[Stage],
+    first: int,
+    checkpoint: Path | None,
+) -> str | None:
+    """Return the digest of a run's first towers.
+
+    They count while what goes on is computed from them. Once a stage has trained them, its checkpoints hold them.
+
+    Args:
+        saved: the recipe of the run that goes on. `None`: it starts. An earlier version's names no towers.
+        recipe: of the run as it would start.
+        stages: of both.
+        first: of the stages to run, and `checkpoint` where it goes on; see [`RunFolder.resume_point`].
+
+    Raises:
+        InputError: if the run would go on from other towers.
+    """
+    now = recipe["starting_towers"]
+    was = now if saved is None else saved.get("starting_towers")
+    is_held = any(stage.train_encoders for stage in stages[: first + (checkpoint is not None)])
+    if first < len(stages) and not is_held and was not in (None, now):
+        raise InputError(
+            f"The run started from towers of other weights (digest {was[:12]}, these have {now[:12]}): load the towers "
+            "that it started from, or start anew in another output_dir."
+        )
+    return was
 
 
 def _defaults(kind: type, wanted: Mapping[str, Any]) -> dict[str, Any]:

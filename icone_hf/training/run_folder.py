@@ -79,6 +79,11 @@ class RunFolder:
         """Remove these metrics: they are of another run."""
         (self.path / "stages" / START_FILE).unlink(missing_ok=True)
 
+    def read_recipe(self) -> dict[str, Any] | None:
+        """Read the recipe; `None` if there is none."""
+        path = self.path / RECIPE_FILE
+        return json.loads(path.read_text()) if path.is_file() else None
+
     def write_recipe(self, recipe: Mapping[str, Any]) -> None:
         """Write the recipe.
 
@@ -117,23 +122,21 @@ class RunFolder:
         Raises:
             ValueError: if the folder holds another run, or the checkpoint is not one of this run's.
         """
-        recipe_file = self.path / RECIPE_FILE
+        saved = self.read_recipe()
         # A new run needs a folder without another one.
         if resume_from_checkpoint in (None, False):
-            if recipe_file.is_file():
+            if saved is not None:
                 raise InputError(
                     f"{self.path} holds another run: pass resume_from_checkpoint=auto to go on with it, or another "
                     "output_dir."
                 )
             return 0, None
         # A resumed run needs the recipe of the run that it goes on with.
-        if recipe_file.is_file():
-            saved = json.loads(recipe_file.read_text())["decisive"]
-            if differing := differences(saved, recipe["decisive"]):
-                raise InputError(
-                    f"{self.path} holds a run of another recipe ({'; '.join(differing)}): resume it as it was, or "
-                    "start anew in another output_dir."
-                )
+        if saved is not None and (differing := differences(saved["decisive"], recipe["decisive"])):
+            raise InputError(
+                f"{self.path} holds a run of another recipe ({'; '.join(differing)}): resume it as it was, or start "
+                "anew in another output_dir."
+            )
         # "auto" takes the last checkpoint of the first stage that is not done.
         if resume_from_checkpoint in ("auto", True):
             first = next((i for i in range(len(self.stage_names)) if not self.is_done(i)), len(self.stage_names))

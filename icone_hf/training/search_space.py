@@ -166,20 +166,40 @@ Check = Callable[[Mapping[str, Any]], None]
 
 
 def check_values(space: Space, check: Check) -> None:
-    """Refuse values that no run could have.
+    """Refuse values that no candidate could have.
 
-    A range is checked at its bounds.
+    A range is checked at its bounds. A value is tried beside the recipe's own, and then beside others of the space.
 
     Args:
         space: of [`parse_space`].
-        check: raises for values that can't be; here it sees one value at a time, beside the recipe's own.
+        check: raises for values that can't be.
     """
+    generator = random.Random(0)
     for name, values in space.items():
         for value in (values.min, values.max) if isinstance(values, Range) else values:
-            try:
-                check({name: value})
-            except (InputError, ModelError) as error:
-                raise InputError(f"The space's {name}: {error}") from error
+            refused = _refusal({name: value}, check)
+            for _ in range(50):
+                if refused is None or not _refusal({**_draw(space, generator), name: value}, check):
+                    break
+            else:
+                raise InputError(f"The space's {name}: {refused}") from refused
+
+
+def _refusal(values: Mapping[str, Any], check: Check) -> Exception | None:
+    """Return what speaks against values."""
+    try:
+        check(values)
+    except (InputError, ModelError) as error:
+        return error
+    return None
+
+
+def _draw(space: Space, generator: random.Random) -> dict[str, Any]:
+    """Draw a value of each field."""
+    return {
+        name: values.draw(generator) if isinstance(values, Range) else generator.choice(values)
+        for name, values in space.items()
+    }
 
 
 def draw_candidates(
@@ -196,21 +216,16 @@ def draw_candidates(
         check: raises for values that can't be.
         first: the first candidate, as it is.
     """
-    generator, refused = random.Random(seed), None
+    generator = random.Random(seed)
+    refused: Exception | None = None
     found: list[dict[str, Any]] = [] if first is None else [dict(first)]
     for _ in range(100 * count):
         if len(found) == count:
             break
-        candidate = {
-            name: values.draw(generator) if isinstance(values, Range) else generator.choice(values)
-            for name, values in space.items()
-        }
-        try:
-            check(candidate)
-        except (InputError, ModelError) as error:
+        candidate = _draw(space, generator)
+        if error := _refusal(candidate, check):
             refused = error
-            continue
-        if candidate not in found:
+        elif candidate not in found:
             found.append(candidate)
     return _some(found, count, refused)
 
@@ -227,15 +242,15 @@ def all_candidates(space: Space, check: Check) -> list[dict[str, Any]]:
         raise InputError(
             f"trials=all needs lists of values, and there is a range of {first_of(ranges)}: list values of it."
         )
-    found, refused = [], None
+    found: list[dict[str, Any]] = []
+    refused: Exception | None = None
     lists: Sequence[Any] = list(space.values())
     for values in itertools.product(*lists):
         candidate = dict(zip(space, values, strict=True))
-        try:
-            check(candidate)
-            found.append(candidate)
-        except (InputError, ModelError) as error:
+        if error := _refusal(candidate, check):
             refused = error
+        else:
+            found.append(candidate)
     return _some(found, math.prod(map(len, lists)), refused)
 
 

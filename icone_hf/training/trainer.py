@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..data.augmentation import Augmentation
 from ..data.batching import PairDataset
 from ..data.captions import Captions
+from ..embedding.digests import digest_towers
 from ..embedding.encoding import GroupEmbeddings, encode_groups, group_means
 from ..evaluation.measure import measure_embeddings
 from ..modeling.heads import IConEHeads
@@ -31,7 +32,7 @@ from .arguments import IConETrainingArguments
 from .checkpoint_pushes import CheckpointPushes
 from .checks import check_run
 from .feature_cache import FeatureCache, Views
-from .recipe import make_recipe
+from .recipe import make_recipe, starting_towers
 from .run_folder import RunFolder, write_metrics
 from .sharded_trainer import ShardedStageTrainer, load_weights
 from .stage_trainer import StageTrainer, embed_cached, validation_metrics
@@ -118,16 +119,16 @@ class IConETrainer:
         recipe = self.recipe()
         with together():  # all have looked at the folder before one writes to it
             first, checkpoint = self.folder.resume_point(resume_from_checkpoint, recipe)
+            towers = starting_towers(self.folder.read_recipe(), recipe, self.stages, first, checkpoint)
         with together():
             if PartialState().is_main_process:
                 self._open_repository()
-                self.folder.write_recipe(recipe)
+                self.folder.write_recipe({**recipe, "starting_towers": towers})
                 self.folder.forget_after(first, checkpoint)
                 if not resume_from_checkpoint:
                     self.folder.forget_start()
         # Run the stages, from the first that is not done. Own towers teach as they are now, before any is trained.
-        parts = self.model, self.processor, self.args, self.train_dataset
-        self._teachers = find_teachers(*parts, self.stages, first, self.folder.path)
+        self._teachers = self._find_teachers(first)
         self._load_finished_stages(first)
         for index in range(first, len(self.stages)):
             self._run_stage(index, checkpoint if index == first else None)
@@ -150,6 +151,11 @@ class IConETrainer:
                 dim, dtype = self.model.config.projection_dim, self.model.dtype
                 fresh = ShardedClassifier(len(self.train_dataset), dim, dtype=dtype)
             self.model.shard_classifier(fresh)
+
+    def _find_teachers(self, first: int = 0) -> PairTeachers | None:
+        """Cache what teachers say, for stages from `first` on."""
+        parts = self.model, self.processor, self.args, self.train_dataset
+        return find_teachers(*parts, self.stages, first, self.folder.path)
 
     def _open_repository(self) -> None:
         """Make the repository: the Hub's refusal shows now."""
@@ -384,6 +390,5 @@ class IConETrainer:
 
     def recipe(self) -> dict[str, Any]:
         """Return all that decides the run's numbers; see [`make_recipe`]."""
-        return make_recipe(
-            self.model.config, self.args, self.stages, self.train_dataset, self.eval_dataset, self.data_name
-        )
+        data = self.train_dataset, self.eval_dataset, self.data_name
+        return make_recipe(self.model.config, self.args, self.stages, *data, digest_towers(self.model))

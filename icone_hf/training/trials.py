@@ -1,7 +1,8 @@
 """Trains the heads of one candidate on features that all candidates share, and keeps its metrics alone."""
 
+import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -10,16 +11,19 @@ from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from ..data.batching import PairDataset
+from ..embedding.digests import digest_weights
 from ..errors import InputError
 from ..modeling.configuration_icone import IConEConfig
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from .arguments import IConETrainingArguments
+from .checks import check_recipe
 from .feature_cache import FeatureCache
 from .progress import TrainingProgress
 from .search_space import TUNED_ARGUMENTS
 from .stage_trainer import validation_metrics
 from .stages import Stage
+from .teachers import PairTeachers
 from .trainer import IConETrainer
 from .tuning import Outcome
 
@@ -36,6 +40,14 @@ REFUSED = {
     "save_strategy": _OF_FOLDERS,
     "push_to_hub": _OF_FOLDERS,
     "shard_classifier": "a search runs on one process: leave it out",
+}
+
+
+# The fields of the config that give a named teacher something to teach.
+TAUGHT_BY = {
+    "image_teacher": ("soft_target_weight", "uni_modal_weight"),
+    "text_teacher": ("soft_target_weight", "uni_modal_weight"),
+    "distillation_teacher": ("distillation_weight",),
 }
 
 
@@ -76,6 +88,7 @@ class Trials:
         # It says what the trials have in common, and fills their caches.
         self._base = self._trainer({}, 1, args.seed)
         self.caches: tuple[FeatureCache, FeatureCache] | None = None
+        self._teachers: dict[tuple[bool, bool], PairTeachers | None] = {}
 
     def _check(self) -> None:
         if self.stage.train_encoders:
@@ -97,7 +110,19 @@ class Trials:
 
         Their own values stand beside it.
         """
-        return {"data": self.data_name, "decisive": self._base.recipe()["decisive"]}
+        start = digest_weights(self._base.model.state_dict())[:12]
+        decisive = {**self._base.recipe()["decisive"], **{name: getattr(self.args, name) for name in TAUGHT_BY}}
+        return {"data": self.data_name, "start": start, "decisive": decisive}
+
+    def check_teachers(self, candidates: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a teacher that would teach no candidate."""
+        for name, weights in TAUGHT_BY.items():
+            teacher, own = getattr(self.args, name), self.own_values(dict.fromkeys(weights))
+            if teacher is not None and not any({**own, **one}[weight] for one in candidates for weight in weights):
+                raise InputError(
+                    f"{name}={teacher!r} would teach no candidate: set {' or '.join(weights)}, let the space vary it, "
+                    "or leave the teacher out."
+                )
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Refuse values that no run could have.
@@ -105,10 +130,14 @@ class Trials:
         Raises:
             InputError, ModelError: that say why.
         """
-        stage, config, _ = self.applied(values)
-        replace(self.stage, **stage)
-        whole = self._base.model.config.to_dict()
-        IConEConfig(**{**{one.name: whole[one.name] for one in fields(IConEConfig) if one.name in whole}, **config})
+        stage, config, arguments = self.applied(values)
+        model = copy.copy(self._base.model)  # shares all weights
+        model.config = self._config(config)
+        try:
+            args = self._arguments(arguments, model.config)
+        except ValueError as error:  # transformers' own checks
+            raise InputError(str(error)) from error
+        check_recipe(model, args, len(self.data[0]), [replace(self.stage, **stage)])
 
     def applied(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Sort values by where they belong.
@@ -120,6 +149,11 @@ class Trials:
         stage = {name: value for name, value in values.items() if name in of_stage}
         arguments = {name: value for name, value in values.items() if name in TUNED_ARGUMENTS and name not in stage}
         return stage, {k: v for k, v in values.items() if k not in stage and k not in arguments}, arguments
+
+    def arguments(self, values: Mapping[str, Any]) -> IConETrainingArguments:
+        """Return the arguments that train a candidate."""
+        _, config, arguments = self.applied(values)
+        return self._arguments(arguments, self._config(config))
 
     def own_values(self, names: Mapping[str, Any]) -> dict[str, Any]:
         """Return what these fields are without a search."""
@@ -145,6 +179,7 @@ class Trials:
         began = time.monotonic()
         trainer = self._trainer(values, epochs, seed)
         trainer.caches = self.caches
+        trainer.teachers_found = self._teachers
         entries = trainer.measure_epochs()
         best = max(entries, key=lambda entry: entry["eval_rsum"])  # of equals the first, as transformers keeps it
         metrics = {k: v for k, v in validation_metrics(best).items() if isinstance(v, float | int)}
@@ -152,15 +187,28 @@ class Trials:
 
     def _trainer(self, values: Mapping[str, Any], epochs: int, seed: int) -> "TrialTrainer":
         stage, config, arguments = self.applied(values)
-        args = replace(self.args, **{"seed": seed, "report_to": "none", **arguments, **self._whole_batch(arguments)})
         set_seed(seed)  # as a run begins
         model = self.make_model(config)
+        args = self._arguments({"seed": seed, "report_to": "none", **arguments}, model.config)
         stages = [replace(self.stage, **{**stage, "num_train_epochs": epochs})]
         return TrialTrainer(model, args, *self.data, stages, data_name=self.data_name)
 
-    def _whole_batch(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Leave the batch to a candidate that has one."""
-        return {"global_batch_size": None} if "per_device_train_batch_size" in arguments else {}
+    def _config(self, values: Mapping[str, Any]) -> IConEConfig:
+        """Return the model's config with these values."""
+        whole = self._base.model.config.to_dict()
+        kept = {one.name: whole[one.name] for one in fields(IConEConfig) if one.name in whole}
+        return IConEConfig(**{**kept, **values})
+
+    def _arguments(self, values: Mapping[str, Any], config: IConEConfig) -> IConETrainingArguments:
+        """Return the arguments with these values.
+
+        A candidate that has a batch of its own leaves out the whole batch's, and one without a teacher's losses the
+        teacher.
+        """
+        left_out = [name for name, weights in TAUGHT_BY.items() if not any(getattr(config, one) for one in weights)]
+        if "per_device_train_batch_size" in values:
+            left_out.append("global_batch_size")
+        return replace(self.args, **{**values, **dict.fromkeys(left_out)})
 
 
 class TrialTrainer(IConETrainer):
@@ -168,9 +216,11 @@ class TrialTrainer(IConETrainer):
 
     Attributes:
         caches: the towers' outputs, if they were computed before.
+        teachers_found: by what a trial's losses need of them; trials share them.
     """
 
     caches: tuple[FeatureCache, FeatureCache] | None = None
+    teachers_found: dict[tuple[bool, bool], PairTeachers | None]
 
     def cached_features(self) -> tuple[FeatureCache, FeatureCache]:
         """Return the towers' outputs of both splits."""
@@ -194,6 +244,12 @@ class TrialTrainer(IConETrainer):
         args = self._stage_arguments(0)
         args.output_dir = self.args.output_dir
         args.save_strategy, args.load_best_model_at_end = SaveStrategy.NO, False
+        config = self.model.config
+        needs = bool(config.soft_target_weight or config.uni_modal_weight), bool(config.distillation_weight)
+        if stage.contrastive_weight:
+            if needs not in self.teachers_found:
+                self.teachers_found[needs] = self._find_teachers()
+            self._teachers = self.teachers_found[needs]
         self._freeze(stage)
         train_data, eval_data = self._stage_data(stage, args)
         if self._is_first_with_classes(0) and self.args.class_vectors == "group_means":

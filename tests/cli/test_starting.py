@@ -78,6 +78,19 @@ def test_losses_may_change(run):
     assert model.config.instance_logits == "cosine"
 
 
+def test_what_was_given_counts_though_it_is_the_default(run, tmp_path):
+    """A checkpoint's own value stands otherwise."""
+    changed = {"hard_negative_beta": 0.5, "learn_temperature": False, "margin": 0.4, "vision_feature_dropout": 0.1}
+    IConEModel.from_pretrained(run, **changed).save_pretrained(tmp_path)
+    kept = start(str(tmp_path), make_groups(16)).config.to_dict()
+    assert {name: kept[name] for name in changed} == changed
+    defaults = {name: getattr(IConEConfig(), name) for name in changed}
+    given = start(str(tmp_path), make_groups(16), **defaults).config.to_dict()
+    assert {name: given[name] for name in changed} == defaults
+    unset = ModelArguments()
+    assert {name for name in CHANGEABLE if getattr(unset, name) is not None} == set()
+
+
 def test_whatever_decides_no_embedding_may_change():
     """So that a new field is either of those that do, or may change."""
     embedding = {"projection_dim", "vision_projection", "text_projection", "vision_pooling", "text_pooling"}

@@ -177,6 +177,8 @@ def test_a_grid_has_every_combination_that_can_be(make_trials):
     assert len(found) == 6, "a hinge has no temperature to learn"
     with pytest.raises(InputError, match="trials=all needs lists of values, and there is a range of learning_rate"):
         all_candidates(parse_space({"learning_rate": DEFAULT_SPACE["learning_rate"]}, KNOWN), lambda values: None)
+    combined = {"contrastive_loss": ["max_hinge"], "learn_temperature": [False]}
+    check_values(parse_space(combined, KNOWN), make_trials(learn_temperature=True).check)
     with pytest.raises(InputError, match=r"The space's temperature: temperature=-1"):
         check_values(parse_space({"temperature": [0.1, -1]}, KNOWN), make_trials().check)
     assert len(draw_candidates({"margin": (0.1, 0.2)}, 5, 0, lambda values: None)) == 2
@@ -188,10 +190,13 @@ def test_a_grid_has_every_combination_that_can_be(make_trials):
 
 @pytest.fixture
 def make_trials(tmp_path, make_model, processor):
-    def make(stage=HEADS, **arguments):
+    def make(stage=HEADS, learn_temperature=False, **arguments):
         values = {"per_device_train_batch_size": 8, "use_cpu": True, **arguments}
         args = IConETrainingArguments(str(tmp_path / "tune"), **values)
-        build = lambda config: make_model(16, **{"projection_dim": 16, **config})  # noqa: E731
+
+        def build(config):
+            return make_model(16, **{"projection_dim": 16, "learn_temperature": learn_temperature, **config})
+
         return Trials(build, args, make_groups(16), make_groups(12, start=16), processor, stage)
 
     return make
