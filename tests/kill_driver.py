@@ -8,6 +8,7 @@ once: every run is a forked child of this process, which itself never computes.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -282,6 +283,9 @@ class Driver:
         sys.stdout.flush()
         pid = os.fork()
         if pid:
+            # Here too: the second process may be the first to run, and its group must be there.
+            with contextlib.suppress(ProcessLookupError):
+                os.setpgid(pid, group or pid)
             return pid
         code = 1
         try:

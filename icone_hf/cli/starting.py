@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..modeling.sharded_classifier import ShardedClassifier
-from ..training.run_folder import RECIPE_FILE
+from ..training.run_folder import METRICS_FILE, RECIPE_FILE
 from .arguments import ModelArguments, RecipeArguments
 
 # What may change when a checkpoint is trained further: losses, not what computes its embeddings.
@@ -115,10 +115,17 @@ def _is_of_groups(checkpoint: str, groups: Dataset) -> bool:
 
     They are if it was trained on the same captions in the same order.
     """
-    recipe, config = (_file(checkpoint, file) for file in (RECIPE_FILE, "config.json"))
-    if recipe is None or config is None or json.loads(Path(config).read_text())["num_groups"] != len(groups):
+    if _read(checkpoint, "config.json").get("num_groups") != len(groups):
         return False
-    return json.loads(Path(recipe).read_text())["decisive"]["train_captions"] == Captions.read(groups).digest
+    of_run = _read(checkpoint, RECIPE_FILE).get("decisive", {}).get("train_captions")
+    of_merge = (_read(checkpoint, METRICS_FILE).get("merge") or {}).get("train_captions")
+    return (of_run or of_merge) == Captions.read(groups).digest
+
+
+def _read(checkpoint: str, name: str) -> dict[str, Any]:
+    """Read a checkpoint's JSON file, if it's there."""
+    path = _file(checkpoint, name)
+    return {} if path is None else json.loads(Path(path).read_text())
 
 
 def _file(checkpoint: str, name: str) -> str | None:

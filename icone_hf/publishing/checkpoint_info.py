@@ -15,6 +15,33 @@ from ..errors import InputError
 SMALL_FILES = ["config.json", "recipe.json", "metrics.json"]
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 LOSSES = ("instance_logits", "instance_temperature", "contrastive_loss", "temperature")
+# Of a stage, a config and the arguments: what a run without it has. Of all others it is 0, false or nothing.
+UNSET = {
+    "layer_decay": 1.0,
+    "train_embeddings": True,
+    "augment_crop_scale": 1.0,
+    "cached_views": 1,
+    "pairs_per_group": 1,
+}
+OF_STAGES = (
+    *("weight_average", "layer_decay", "trained_blocks", "train_embeddings"),
+    *("vision_frozen_epochs", "text_frozen_epochs"),
+)
+OF_CONFIG = (
+    *("learn_temperature", "several_positives", "hard_negative_beta", "instance_label_smoothing", "instance_samples"),
+    *("vision_feature_dropout", "text_feature_dropout", "projection_dropout"),
+    *("soft_target_weight", "uni_modal_weight", "distillation_weight"),
+)
+OF_ARGUMENTS = (
+    *("augment_crop_scale", "augment_colour", "augment_flip", "mask_tokens", "cached_views"),
+    *("neighbour_run", "pairs_per_group", "image_teacher", "text_teacher", "distillation_teacher"),
+)
+PROJECTIONS = {
+    "linear": "a linear layer without bias",
+    "linear_bias": "a linear layer",
+    "identity": "none, the tower ends in the common space",
+    "mlp": "two linear layers with GELU between",
+}
 BEFORE_TRAINING = "validation, before training"
 PARTS = ("vision_model", "text_model", "visual_projection", "text_projection", "classifier")
 
@@ -47,6 +74,7 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
         parameters[part if part in PARTS else "other"] += math.prod(shape)
         size += math.prod(shape) * BYTES[dtype]
     recipe, metrics = _read(folder / "recipe.json"), _read(folder / "metrics.json")
+    merge = metrics.get("merge") or {}
     stages = recipe.get("decisive", {}).get("stages", [])
     # In an earlier version a stage could have the name of what is measured before them all.
     has_start = all(stage["name"] != "start" for stage in stages)
@@ -54,6 +82,7 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
         "checkpoint": str(checkpoint),
         "vision_tower": _tower(config["vision_config"]),
         "text_tower": _tower(config["text_config"]),
+        "projections": {tower: config.get(f"{tower}_projection", "linear") for tower in ("vision", "text")},
         "projection_dim": config["projection_dim"],
         "num_groups": config["num_groups"],
         "parameters": {
@@ -63,11 +92,12 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
         "weight_bytes": size,
         "dtype": config.get("dtype"),
         "losses": {name: config[name] for name in LOSSES},
+        "settings": {**_set(config, OF_CONFIG), **_set(recipe.get("arguments", {}), OF_ARGUMENTS)},
         "stages": stages,
         "data": recipe.get("data"),
         "batch_size": recipe.get("decisive", {}).get("global_train_batch_size"),
         "train_groups": recipe.get("decisive", {}).get("train_groups"),
-        "train_captions": recipe.get("decisive", {}).get("train_captions"),
+        "train_captions": recipe.get("decisive", {}).get("train_captions") or merge.get("train_captions"),
         "merge": metrics.get("merge"),
         "metrics": {name: metrics[name] for name in metrics if name not in ("stages", "evaluations", "merge")},
         "before_training": metrics.get("stages", {}).get("start") if has_start else None,
@@ -94,8 +124,10 @@ def as_text(info: Mapping[str, Any]) -> str:
         lines.append(
             f"  stage {stage['name']}: {stage['num_train_epochs']:g} epochs at {stage['learning_rate']:g}, "
             f"{stage['instance_weight']:g} x instance + {stage['contrastive_weight']:g} x contrastive, towers "
-            f"{'trained' if stage['train_encoders'] else 'frozen'}"
+            f"{'trained' if stage['train_encoders'] else 'frozen'}" + "".join(f", {one}" for one in extras_of(stage))
         )
+    if info["settings"]:
+        lines.append(f"  with {', '.join(f'{name} {_short(value)}' for name, value in info['settings'].items())}")
     if info["merge"]:
         lines.append(f"  merged: {merge_formula(info['merge'])}")
     before = [(info["data"], BEFORE_TRAINING, info["before_training"])] if info["before_training"] else []
@@ -103,12 +135,53 @@ def as_text(info: Mapping[str, Any]) -> str:
         of_data = f" of {data}" if data else ""
         recalls = f"t2i R@1 {values['t2i_r1']:.1f}, i2t R@1 {values['i2t_r1']:.1f}"
         lines.append(f"  {split}{of_data}: Rsum {values['rsum']:.1f}, {recalls}")
-    for one in info["evaluations"]:
-        for protocol, values in one["metrics"].items():
-            if "rsum" not in values:
-                found = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in values.items())
-                lines.append(f"  {protocol} of {one['data']}: {found}")
+    lines += [f"  {protocol} of {data}: {found}" for data, protocol, found in other_measures(info)]
     return "\n".join(lines)
+
+
+def other_measures(info: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """List what was measured besides retrieval's recalls.
+
+    Returns:
+        The data's name, the protocol, and its metrics as text.
+    """
+    return [
+        (one["data"], protocol, ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in values.items()))
+        for one in info["evaluations"]
+        for protocol, values in one["metrics"].items()
+        if "rsum" not in values
+    ]
+
+
+def extras_of(stage: Mapping[str, Any]) -> list[str]:
+    """Say what a stage does besides its losses.
+
+    Args:
+        stage: from recipe.json. An earlier version's has fewer fields.
+    """
+    rates = ("vision_learning_rate", "text_learning_rate")
+    return [f"{name} {_short(value)}" for name, value in _set(stage, (*rates, *OF_STAGES)).items()]
+
+
+def describe_projections(info: Mapping[str, Any]) -> str:
+    """Say what projects into the common space."""
+    kinds = {tower: PROJECTIONS[kind] for tower, kind in info["projections"].items()}
+    if len(set(kinds.values())) == 1:
+        return f"for each tower {kinds['vision']}"
+    return "; ".join(f"{tower}: {kind}" for tower, kind in kinds.items())
+
+
+def _set(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return fields that a run without them lacks."""
+    return {
+        name: values[name]
+        for name in names
+        if name in values and (values[name] != UNSET[name] if name in UNSET else bool(values[name]))
+    }
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def merge_formula(merge: Mapping[str, Any]) -> str:

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from .checkpoint_info import BEFORE_TRAINING, count, describe, measured, merge_formula
+from .checkpoint_info import (
+    BEFORE_TRAINING,
+    count,
+    describe,
+    describe_projections,
+    extras_of,
+    measured,
+    merge_formula,
+    other_measures,
+)
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CARD = "README.md"
@@ -89,6 +98,9 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
         licences={side: licence_of(info[f"{side}_tower"]["name"]) for side in ("vision", "text")},
         count=count,
         merge_formula=merge_formula,
+        projections=describe_projections(info),
+        extras={stage["name"]: extras_of(stage) for stage in info["stages"]},
+        other_measures=other_measures(info),
     )
 
 

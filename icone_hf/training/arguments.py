@@ -137,7 +137,8 @@ class IConETrainingArguments(TrainingArguments):
     class_vectors: str = field(
         default="random",
         metadata={
-            "help": "How class vectors start: random, or group_means of the embeddings when they are first used."
+            "help": "How class vectors start: random, or group_means of the embeddings when they are first used. A "
+            "checkpoint's own give way to group_means."
         },
     )
     feature_cache_dir: str | None = field(

@@ -13,8 +13,9 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..publishing.hub import UPLOAD_FOLDER, write_card
-from .run_folder import RECIPE_FILE, write_metrics
+from .run_folder import RECIPE_FILE, RunFolder, write_metrics
 from .stage_trainer import validation_metrics
+from .stages import START
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +55,8 @@ class CheckpointPushes(TrainerCallback):
         of_this = (entry for entry in state.log_history if "eval_rsum" in entry and entry["step"] == state.global_step)
         if measured := next(of_this, None):  # what SIGTERM has saved was not measured
             write_metrics(staging, {"validation": validation_metrics(measured)})
+        if (start := RunFolder(self.folder, ()).read_start()) is not None:
+            write_metrics(staging, {"stages": {START: start}})
         # Of the checkpoints on disk the strategy may ask for the last or for all.
         deleted = None
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

@@ -60,7 +60,7 @@ class Sweep:
 class CheckpointMerge:
     """Compare checkpoints, and load what is merged.
 
-    It takes the memory of three models, in float32.
+    It takes the memory of three models, in float32, and of a fourth while it reads several tuned ones.
 
     Args:
         tuned: folders or Hub ids of checkpoints.
@@ -79,13 +79,15 @@ class CheckpointMerge:
                 f"tuned={self.tuned} and base={base!r} are nothing to merge: name two checkpoints or more."
             )
         # Configs, processors and recipes are small: compare them before any weight is read.
-        self.class_vectors = _class_vectors({name: describe(name) for name in checkpoints})
+        infos = {name: describe(name) for name in checkpoints}
+        self.class_vectors = _class_vectors(infos)
+        self._train_captions = infos[self.tuned[0]]["train_captions"] if self.class_vectors == "merged" else None
         self.processor = _common_processor(checkpoints)
         # Read the weights: the base's, and the mean of the others.
         self._digests: dict[str, str] = {}
         self._base_weights = None if self.base is None else _weights(self._load(self.base))
         self.model = self._load(self.tuned[-1])
-        self._tuned_weights = _weights(self.model)
+        self._tuned_weights = {name: value.clone() for name, value in _weights(self.model).items()}
         if self._base_weights is not None:
             self._check(str(self.base), self._base_weights)
         for count, name in enumerate(self.tuned[:-1], start=2):
@@ -93,6 +95,7 @@ class CheckpointMerge:
             self._check(name, weights)
             for key, mean in self._tuned_weights.items():
                 mean.lerp_(weights[key], 1 / count)
+            del weights  # before the next is read
 
     def interpolate(self, alpha: float) -> IConEModel:
         """Return the model with the weights of an alpha."""
@@ -152,6 +155,7 @@ class CheckpointMerge:
             "tuned": [self._named(name) for name in self.tuned],
             "alpha": alpha,
             "class_vectors": self.class_vectors,
+            "train_captions": self._train_captions,
             "sweep": None
             if sweep is None
             else {
@@ -237,8 +241,8 @@ def _check_alpha(alpha: float) -> None:
 
 
 def _weights(model: IConEModel) -> dict[str, torch.Tensor]:
-    """Copy a model's weights, without counters and the like."""
-    return {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+    """Return a model's weights, without counters and the like."""
+    return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
 
 
 def _class_vectors(infos: Mapping[str, Mapping[str, Any]]) -> str:

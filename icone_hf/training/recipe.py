@@ -49,7 +49,7 @@ def make_recipe(
         },
         "starting_towers": towers,
         "data": data_name,
-        "arguments": {name: value for name, value in arguments.items() if "token" not in name},
+        "arguments": {name: value for name, value in arguments.items() if not name.endswith("token")},
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,

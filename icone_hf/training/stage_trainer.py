@@ -118,6 +118,7 @@ class StageTrainer(OptimizingTrainer):
         if not 0 < self.args.max_steps <= state.global_step and not ended_early:
             return False
         self.state = state
+        self.create_optimizer()  # for the table of its groups
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.load_best_weights()
         else:

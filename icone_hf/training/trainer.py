@@ -203,6 +203,7 @@ class IConETrainer:
         # Mixed precision wraps forward; the next stage's accelerator must find it as it was.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         by_main_process(self._record, index, trainer)
+        self._running = None  # the next stage needs the memory of its optimizer
 
     def _announce(self, index: int) -> None:
         """Log what the stage does."""

@@ -15,6 +15,9 @@ from tiny import make_groups, tiny_text_config, tiny_vision_config
 
 from icone_hf import IConEConfig, IConEModel, IConEProcessor, encode_groups, merge_checkpoints, retrieval_metrics
 from icone_hf.cli import main
+from icone_hf.cli.arguments import ModelArguments, RecipeArguments
+from icone_hf.cli.starting import start_model
+from icone_hf.data.captions import Captions
 from icone_hf.publishing import describe, model_card
 from icone_hf.training import merging
 
@@ -72,6 +75,20 @@ def test_weights_are_interpolated(make_checkpoint, tmp_path, capsys, alpha):
     assert f"merged: {formula}" in capsys.readouterr().out
     assert describe(out)["metrics"] == {}
     assert IConEProcessor.from_pretrained(out).tokenizer.model_max_length == 24  # as training would cut captions
+
+
+def test_a_merged_checkpoint_keeps_its_class_vectors_where_it_is_trained_further(make_checkpoint, tmp_path):
+    """And is merged once more."""
+    groups = make_groups(6)
+    digest = Captions.read(groups).digest
+    of_groups = {"num_groups": 6, "recipe": {"decisive": {"train_captions": digest}}}
+    base, tuned = make_checkpoint("base", 1, **of_groups), make_checkpoint("tuned", 2, **of_groups)
+    merge_checkpoints([tuned], tmp_path / "merged", base)
+    args = ModelArguments(model=str(tmp_path / "merged")), RecipeArguments("paper")
+    model = start_model(*args, groups, is_sharded=False)
+    expected = (weights(base)["classifier.weight"] + weights(tuned)["classifier.weight"]) / 2
+    np.testing.assert_allclose(model.classifier.weight.detach(), expected, atol=1e-6)
+    assert merge_checkpoints([tmp_path / "merged"], tmp_path / "again", base)["class_vectors"] == "merged"
 
 
 def test_of_several_the_mean_counts_with_a_base_and_without(make_checkpoint, tmp_path, capsys):

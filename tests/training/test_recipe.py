@@ -64,6 +64,14 @@ def test_the_towers_of_an_earlier_versions_run_are_not_known():
     assert starting_towers(None, recipe, PAPER_STAGES, 0, None) == "1234"
 
 
+def test_no_token_is_kept_and_hidden_tokens_are(tmp_path):
+    args = IConETrainingArguments(output_dir=str(tmp_path), use_cpu=True, hub_token="hf_secret", mask_tokens=0.25)
+    groups = Dataset.from_dict({"captions": [["a dog"]]})
+    recipe = make_recipe(IConEConfig(), args, PAPER_STAGES, groups, groups, "pets", "1234")
+    assert "hf_secret" not in json.dumps(recipe)
+    assert recipe["arguments"]["mask_tokens"] == 0.25
+
+
 def test_another_stage_is_a_difference(tmp_path):
     longer = replace(PAPER_STAGES[1], num_train_epochs=99)
     (difference,) = differences(decisive(tmp_path), decisive(tmp_path, PAPER_STAGES[:1]))

@@ -1,7 +1,9 @@
+import gc
 import json
 import logging as python_logging
 import math
 import threading
+import weakref
 from dataclasses import fields
 
 import numpy as np
@@ -249,6 +251,19 @@ def test_auto_starts_where_there_is_nothing(make_trainer):
     auto, plain = make_trainer("auto", STAGES[:1]), make_trainer("plain", STAGES[:1])
     assert auto.train(resume_from_checkpoint="auto") == plain.train()
     assert losses(auto) == losses(plain)
+
+
+def test_a_stages_optimizer_is_gone_when_the_next_is_made(make_trainer):
+    kept, alive = [], []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer, **kwargs):
+            gc.collect()
+            alive.append([reference() is not None for reference in kept])
+            kept.append(weakref.ref(optimizer.optimizer))
+
+    make_trainer(callbacks=[Look()]).train()
+    assert alive == [[], [False]]
 
 
 def test_a_folder_with_another_run_is_refused(make_trainer):

@@ -178,9 +178,11 @@ def test_a_stage_that_had_done_its_last_update_does_no_other(make_trainer, tmp_p
     """The end is in the middle of an epoch of six updates."""
     trainer = make_trainer(tmp_path / "run", max_steps=8)
     metrics = trainer.train()
+    groups = trainer.folder.read_stage(0)["parameter_groups"]
     (trainer.folder.stage(0) / "stage.json").unlink()
     again = make_trainer(tmp_path / "run", max_steps=8)
     assert again.train(resume_from_checkpoint="auto") == metrics
+    assert again.folder.read_stage(0)["parameter_groups"] == groups
     assert again.folder.last_checkpoint(0).name == "checkpoint-8"
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
