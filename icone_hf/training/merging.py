@@ -267,7 +267,9 @@ def _common_processor(checkpoints: Sequence[str]) -> IConEProcessor:
                 f"{name} has LoRA adapters, whose mean is not the mean of what they do: merge them into the weights "
                 "first, by IConEModel.from_pretrained(...).save_pretrained(folder, merge_lora=True)."
             )
-        processor.limit_text_length(config.text_config)  # as training does: the base may never have been trained
+        # The base may never have been trained: compare it as training leaves a checkpoint.
+        processor.limit_text_length(config.text_config)
+        _align_special_tokens(config, processor)
         digests = digest_pooling(config, processor)
         differing = [part for part, digest in digests.items() if digest != first.get(part, digest)]
         if differing:
@@ -277,3 +279,11 @@ def _common_processor(checkpoints: Sequence[str]) -> IConEProcessor:
             )
         first = digests
     return processor
+
+
+def _align_special_tokens(config: IConEConfig, processor: IConEProcessor) -> None:
+    """Name special tokens as transformers' Trainer does."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(processor.tokenizer, name)
+        if token is not None:
+            setattr(config.text_config, name, token)

@@ -122,6 +122,16 @@ def test_class_vectors_of_other_groups_are_left_out(make_checkpoint, tmp_path, o
     assert IConEModel.from_pretrained(tmp_path / "merged").config.num_groups == 0
 
 
+def test_a_base_that_was_never_trained_may_name_special_tokens_otherwise(make_checkpoint, tmp_path):
+    """transformers' Trainer writes those of the tokenizer into the config: CLIP's padding is 1 before, 49407 after."""
+    base, tuned, out = make_checkpoint("base", 1), make_checkpoint("tuned", 2), tmp_path / "merged"
+    config = json.loads((Path(base) / "config.json").read_text())
+    config["text_config"]["pad_token_id"] = 1  # the tokenizer says 0
+    (Path(base) / "config.json").write_text(json.dumps(config))
+    merge_checkpoints([tuned], out, base)
+    assert_weights(out, (0.5, base), (0.5, tuned))
+
+
 @pytest.fixture
 def source(tmp_path):
     splits = {"train": make_groups(8), "validation": make_groups(16, start=8), "test": make_groups(6, start=24)}
