@@ -5,6 +5,7 @@ that the tutorials use.
 """
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -111,7 +112,7 @@ def write_images(folder):
 def program_of(tutorial):
     """Join all blocks of a tutorial to one Python program.
 
-    Blocks that are only shown are left out: CSV, and sh, which needs GPUs.
+    Blocks that are only shown are left out: CSV, text, and sh, which needs GPUs.
     """
     parts = ["import subprocess\nfrom pathlib import Path\n"]
     for language, title, text in BLOCK.findall((TUTORIALS / f"{tutorial}.md").read_text()):
@@ -122,7 +123,7 @@ def program_of(tutorial):
         elif language == "yaml":
             parts.append(f"Path({title!r}).write_text({text!r})\n")
         else:
-            assert language in ("csv", "sh"), language
+            assert language in ("csv", "sh", "text"), language
     return "\n".join(parts)
 
 
@@ -180,6 +181,19 @@ def test_the_tutorials_leave_what_they_promise(run, hub):
     _, printed = run("from_sentence_transformers")
     assert "36 pairs, 12 groups" in printed
     assert "tensor([[" in printed
-    _, printed = run("from_clip")
-    assert "CLIP: " in printed
+    folder, printed = run("from_clip")
+    assert "as CLIP: True" in printed
     assert "IConEModel" in printed
+    # What training added is told from the same figures everywhere.
+    zero_shot = json.loads((folder / "clip-model/metrics.json").read_text())["stages"]["start"]["rsum"]
+    assert f"zero-shot: {zero_shot}" in printed
+    slow = json.loads((folder / "clip-slow/metrics.json").read_text())["stages"]["start"]["rsum"]
+    assert slow == pytest.approx(zero_shot, abs=1e-3)
+    (evaluated,) = json.loads((folder / "clip/metrics.json").read_text())["evaluations"][:1]
+    assert evaluated["data"] == "pictures"
+    for name in ("pictures", "captions.csv"):
+        assert re.search(rf"^{name}, test: difference", printed, re.MULTILINE)
+    merges = [json.loads((folder / name / "metrics.json").read_text())["merge"] for name in ("clip-half", "clip-best")]
+    assert merges[0]["alpha"] == 0.5
+    assert len(merges[1]["sweep"]["rsum"]) == 11
+    assert merges[1]["sweep"]["rsum"]["0.0"] == pytest.approx(zero_shot, abs=1e-3)
