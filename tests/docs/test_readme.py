@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import statistics
+from dataclasses import fields
 from pathlib import Path
 
 import children
@@ -19,7 +20,7 @@ from tiny import make_groups
 from transformers import HfArgumentParser
 
 import icone_hf
-from icone_hf import IConEModel, IConEProcessor, IConETrainingArguments, load_groups
+from icone_hf import IConEModel, IConEProcessor, IConETrainingArguments, Stage, load_groups
 from icone_hf.cli import COMMANDS
 from icone_hf.cli.arguments import RECIPES
 from icone_hf.compat import actions_of
@@ -304,6 +305,12 @@ def test_recipes_in_the_guide_are_those_of_the_code():
         assert [(int(epochs), float(rate)) for epochs, rate in shown] == [
             (stage.num_train_epochs, stage.learning_rate) for stage in stages
         ]
+
+
+def test_each_field_of_a_stage_has_one_place_in_the_guide():
+    rows = re.findall(r"^\| ([^|]+) \|", guide("training").read_text(), re.MULTILINE)
+    for field in fields(Stage):
+        assert sum(f"`{field.name}`" in row for row in rows) == 1, field.name
 
 
 def test_results_in_the_readme_are_the_measured_ones():
