@@ -1,7 +1,7 @@
 """The command line: `icone train`, `icone evaluate` and so on, one module a command.
 
 `main` reads the command's name and imports its module only then: `icone --help` answers at once. What commands share is
-in `arguments.py` (dataclasses and their parser) and `loading.py` (checkpoints and groups).
+in `arguments.py` (dataclasses), `parsing.py` (their parser) and `loading.py` (checkpoints and groups).
 """
 
 import gc
@@ -16,7 +16,7 @@ from ..errors import DivergedError, PeerError, TerminatedRun, exit_code, is_the_
 COMMANDS = {
     "train": "train a model through all stages and test it",
     "tune": "try rates, temperatures and losses on frozen towers, and write the best as YAML",
-    "evaluate": "measure a checkpoint on a split, and draw what it retrieves",
+    "evaluate": "measure a checkpoint on one source or several, and draw what it retrieves",
     "encode": "embed images and captions into a folder of Parquet shards, or into a file",
     "data": "write groups, images included, as Parquet files that are ready for the Hub",
     "check": "say all that is wrong with a source, and whether training could start",
