@@ -192,7 +192,7 @@ def test_the_tutorials_leave_what_they_promise(run, hub):
     (evaluated,) = json.loads((folder / "clip/metrics.json").read_text())["evaluations"][:1]
     assert evaluated["data"] == "pictures"
     for name in ("pictures", "captions.csv"):
-        assert re.search(rf"^\| *{name}, test: difference \|", printed, re.MULTILINE)
+        assert re.search(rf"^\| *{name}, test: difference +\|", printed, re.MULTILINE)
     merges = [json.loads((folder / name / "metrics.json").read_text())["merge"] for name in ("clip-half", "clip-best")]
     assert merges[0]["alpha"] == 0.5
     assert len(merges[1]["sweep"]["rsum"]) == 11
