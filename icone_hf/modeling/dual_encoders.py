@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .configuration_icone import tower_width
 from .errors import ModelError
 from .projections import kind_of
 from .towers import load_tower
+
+logger = logging.get_logger(__name__)
 
 # Their captions' features are the first token's, whatever the text tower's pooler_output is.
 _FIRST_TOKEN_TEXT = ("align", "altclip", "chinese_clip")
@@ -88,10 +91,11 @@ def keep_own(halves: Sequence[Half], projections: str, given: Mapping[str, Any])
     Args:
         halves: both towers.
         projections: `own` or `new`.
-        given: fields of [`IConEConfig`] that were asked for. A kind of projection makes that projection new.
+        given: fields of [`IConEConfig`] that were asked for. A kind of projection makes that projection new, and so
+            does a `projection_dim` that it does not have.
 
     Raises:
-        ModelError: if projections end in different spaces, or in another than `projection_dim`.
+        ModelError: if projections end in different spaces.
     """
     if projections not in ("own", "new"):
         raise ModelError(f"projections={projections!r} must be own or new.")
@@ -100,12 +104,22 @@ def keep_own(halves: Sequence[Half], projections: str, given: Mapping[str, Any])
         for half in halves
         if projections == "own" and half.pair is not None and f"{half.modality}_projection" not in given
     ]
+    # Who asks for other dimensions gets them, as with any two towers.
+    wanted = given.get("projection_dim")
+    fields: dict[str, Any] = {}
+    for half in list(kept):
+        of_half = half.own_fields()
+        if wanted in (None, half.dim):
+            fields |= of_half
+            continue
+        logger.warning(
+            f"projection_dim={wanted} makes the {half.modality} projection new: that of {type(half.pair).__name__} has "
+            f"{half.dim} dimensions. To keep it, leave projection_dim out."
+        )
+        kept.remove(half)
     if not kept:
         return Kept(kept, {})
-    fields: dict[str, Any] = {}
-    for half in kept:
-        fields |= half.own_fields()
-    fields["projection_dim"] = common_dim({half.modality: half.dim for half in kept}, given.get("projection_dim"))
+    fields["projection_dim"] = common_dim({half.modality: half.dim for half in kept})
     # The scale is of both towers together.
     if len(kept) < 2 or kept[0].pair is not kept[1].pair:
         return Kept(kept, fields)
@@ -182,26 +196,19 @@ def scale_of(pair: Any) -> tuple[dict[str, Any], torch.Tensor | None]:
     return fields, bias if isinstance(bias, torch.Tensor) else None
 
 
-def common_dim(kept: Mapping[str, int], wanted: int | None) -> int:
+def common_dim(kept: Mapping[str, int]) -> int:
     """Return the dimensions that kept projections share.
 
     Args:
         kept: the dimensions of each kept projection, by modality.
-        wanted: `projection_dim`, if given.
 
     Raises:
-        ModelError: if they contradict each other.
+        ModelError: if they differ.
     """
     dim, *others = set(kept.values())
     if others:
         raise ModelError(
             f"The towers' own projections end in different spaces, vision in {kept['vision']} dimensions and text in "
             f'{kept["text"]}: pass projections="new", or name the kind of a new one (text_projection="linear").'
-        )
-    if wanted not in (None, dim):
-        towers = "both towers' own projections have" if len(kept) == 2 else f"the {next(iter(kept))} tower's own has"
-        raise ModelError(
-            f"projection_dim={wanted}, but {towers} {dim} dimensions: leave projection_dim out, or pass "
-            'projections="new".'
         )
     return dim

@@ -128,7 +128,7 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
                 `1_Pooling/config.json` states, unless `text_pooling` is given.
             num_groups: classes of the shared classifier; see [`IConEConfig`].
             projections: `"own"`, or `"new"` as in the paper. A kind given in `config` (`text_projection="mlp"`) makes
-                that tower's projection new.
+                that tower's projection new, and so does another `projection_dim`.
             defaults: fields of [`IConEConfig`] that give way to a dual encoder's, such as [`RECOMMENDED_CONFIG`].
             dtype: passed to the towers' `from_pretrained`, and used for the new parameters.
             attn_implementation: passed to the towers' `from_pretrained`.
@@ -136,8 +136,7 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
 
         Raises:
             TypeError: for a keyword that is no field of [`IConEConfig`].
-            ValueError: if a tower states no hidden size, a pooling can't be guessed, or a field is out of range or
-                contradicts a projection that is kept.
+            ValueError: if a tower states no hidden size, a pooling can't be guessed, or a field is out of range.
         """
         # Refuse misspelt fields before loading anything.
         known = [field.name for field in fields(IConEConfig)]

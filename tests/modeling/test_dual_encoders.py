@@ -175,10 +175,24 @@ def test_what_is_said_wins_over_the_pair_and_the_pair_over_defaults():
     assert {name: getattr(config, name) for name in said} == said
 
 
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_other_dimensions_make_new_projections_and_say_so(family, towers, caplog):
+    """As design and users of earlier versions have it: `from_encoders(clip, bert, projection_dim=2048)`."""
+    pair = build(family)
+    for text in (towers[1], pair):
+        caplog.clear()
+        model = IConEModel.from_encoders(pair, text, projection_dim=12)
+        config = model.config
+        assert (config.projection_dim, config.vision_projection, config.text_projection) == (12, "linear", "linear")
+        assert (config.temperature, config.contrastive_loss) == (0.05, "infonce"), "the scale is of the projections"
+        assert model.visual_projection.weight.shape[0] == model.text_projection.weight.shape[0] == 12
+        assert ["projection_dim=12 makes the" in record.getMessage() for record in caplog.records] == [True] * (
+            1 + (text is pair)
+        )
+
+
 def test_contradictions_are_refused_by_name(towers):
     clip, other, siglip = build("CLIP"), build("CLIP", projection_dim=12), build("Siglip")
-    with pytest.raises(ModelError, match=r"projection_dim=2048, but the vision tower's own has 16"):
-        IConEModel.from_encoders(clip, towers[1], projection_dim=2048)
     with pytest.raises(ModelError, match="vision in 16 dimensions and text in 12"):
         IConEModel.from_encoders(clip, other)
     with pytest.raises(ModelError, match="projections='old' must be own or new"):
