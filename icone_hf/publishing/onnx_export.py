@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+import tokenizers
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from PIL import Image
@@ -142,7 +143,17 @@ def _write(model: IConEModel, processor: IConEProcessor, folder: Path, int8: boo
             quantize_dynamic(str(file), quantized, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
     model.config.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
+    if processor.lower_case:
+        _lower_case(folder / "tokenizer.json")
     processor.image_processor.save_pretrained(folder)
+
+
+def _lower_case(file: Path) -> None:
+    """Make a tokenizer do what the processor does first."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+    tokenizer.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Lowercase(), *own])
+    tokenizer.save(str(file))
 
 
 def session(file: str | os.PathLike, threads: int = 0) -> onnxruntime.InferenceSession:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from tiny import make_groups
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.ecosystem import transformers_js
 from icone_hf import IConEModel, IConEProcessor
@@ -82,6 +83,20 @@ def test_graphs_of_every_pooling_take_any_number_of_rows(make_model, processor, 
     with torch.no_grad():
         expected = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
     torch.testing.assert_close(run(tmp_path / "onnx" / "text_model.onnx", tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_the_tokenizer_lowers_captions_where_the_processor_does(make_model, processor, tmp_path):
+    """SigLIP 2's: its tokenizer tells "A" from "a", its processor does not."""
+    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "dog": 5}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=8, **special)
+    own = IConEProcessor(processor.image_processor, tokenizer, lower_case=True)
+    export_onnx(make_model(num_groups=0), own, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("A Dog", add_special_tokens=False)["input_ids"] == [4, 5]
+    assert list(own(text=["A Dog"])["input_ids"][0]) == [4, 5]
+    assert tokenizer("A Dog", add_special_tokens=False)["input_ids"] == [1, 1]
 
 
 def test_an_export_is_put_in_place_as_a_whole(checkpoint, exported, tmp_path, monkeypatch):
