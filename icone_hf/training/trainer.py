@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -132,6 +133,7 @@ class IConETrainer:
         self._load_finished_stages(first)
         for index in range(first, len(self.stages)):
             self._run_stage(index, checkpoint if index == first else None)
+            gc.collect()  # a Trainer refers to itself, and its optimizer is as large as two models
         # Save the result; the model is left in eval mode, as from_pretrained leaves it.
         self.model.eval()
         metrics = self._finish(anew=first < len(self.stages))
@@ -203,7 +205,7 @@ class IConETrainer:
         # Mixed precision wraps forward; the next stage's accelerator must find it as it was.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         by_main_process(self._record, index, trainer)
-        self._running = None  # the next stage needs the memory of its optimizer
+        self._running = None
 
     def _announce(self, index: int) -> None:
         """Log what the stage does."""
