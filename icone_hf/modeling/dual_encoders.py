@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .configuration_icone import tower_width
 from .errors import ModelError
 from .projections import kind_of
-from .towers import load_tower
+from .towers import is_buildable, load_tower
 
 logger = logging.get_logger(__name__)
 
@@ -161,7 +161,7 @@ def half_of(model: PreTrainedModel, modality: str) -> Half:
     Any other model is a tower by itself.
 
     Raises:
-        ModelError: if the dual encoder's tower is no model of its own.
+        ModelError: if the dual encoder's tower is no model of its own, or none that a checkpoint can be loaded into.
     """
     if not is_dual_encoder(model):
         return Half(modality, model)
@@ -171,9 +171,17 @@ def half_of(model: PreTrainedModel, modality: str) -> Half:
             f"{type(model).__name__} has no {modality}_model that is a model of its own: pass a tower instead, a "
             "PreTrainedModel."
         )
+    if not is_buildable(tower):
+        raise ModelError(
+            f"The {modality} tower of {type(model).__name__} is a {type(tower).__name__} that AutoModel does not build "
+            "from its config, so that no checkpoint with it could be loaded: pass another tower, or one without "
+            "adapters."
+        )
     projection = getattr(model, "visual_projection" if modality == "vision" else "text_projection", None)
     is_first = modality == "text" and model.config.model_type in _FIRST_TOKEN_TEXT
-    return Half(modality, tower, model, projection, "cls" if is_first else "pooler")
+    # An IConE checkpoint says how it pools.
+    pooling = getattr(model.config, f"{modality}_pooling", None) or ("cls" if is_first else "pooler")
+    return Half(modality, tower, model, projection, pooling)
 
 
 def scale_of(pair: Any) -> tuple[dict[str, Any], torch.Tensor | None]:
@@ -181,7 +189,8 @@ def scale_of(pair: Any) -> tuple[dict[str, Any], torch.Tensor | None]:
 
     The first two are fields of the config.
 
-    ALIGN keeps a temperature, the others the logarithm of its reciprocal. A bias belongs to SigLIP's sigmoid loss.
+    ALIGN keeps a temperature, as IConE does where it isn't learned, the others the logarithm of its reciprocal. A bias
+    belongs to SigLIP's sigmoid loss.
     """
     scale, bias = getattr(pair, "logit_scale", None), getattr(pair, "logit_bias", None)
     fields: dict[str, Any] = {}
@@ -189,8 +198,9 @@ def scale_of(pair: Any) -> tuple[dict[str, Any], torch.Tensor | None]:
         highest = getattr(pair, "max_log_logit_scale", None)  # AIMv2 cuts it off whenever it is used
         used = scale.detach().double()
         fields["temperature"] = (-(used if highest is None else used.clamp(0, highest))).exp().item()
-    elif isinstance(getattr(pair, "temperature", None), torch.Tensor):
-        fields["temperature"] = pair.temperature.detach().item()
+    elif (temperature := getattr(pair, "temperature", None)) is not None:
+        is_tensor = isinstance(temperature, torch.Tensor)
+        fields["temperature"] = temperature.detach().item() if is_tensor else temperature
     if isinstance(bias, torch.Tensor):
         fields["contrastive_loss"] = "sigmoid"
     return fields, bias if isinstance(bias, torch.Tensor) else None

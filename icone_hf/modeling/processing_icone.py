@@ -138,6 +138,7 @@ class IConEProcessor(ProcessorMixin):
             images: an image or a list of images.
             text: a caption or a list of captions.
             kwargs: as for every processor of transformers (`return_tensors="pt"`); `padding` and `truncation` are on.
+                `padding=True` is `text_padding`.
 
         Returns:
             `pixel_values`, `(images, channels, height, width)`, and `input_ids` and `attention_mask`, `(captions,
@@ -154,6 +155,10 @@ class IConEProcessor(ProcessorMixin):
         # Put the defaults into `text_kwargs`, where sentence-transformers puts the tokenizer's options. transformers
         # refuses an option that is given both there and as a keyword.
         text_kwargs = dict(kwargs.pop("text_kwargs", None) or {})
+        # Whoever only asks for padding, as sentence-transformers does, wants that of the training.
+        for options in (kwargs, text_kwargs):
+            if options.get("padding") is True:
+                options["padding"] = self.text_padding
         defaults = {
             "padding": self.text_padding,
             "padding_side": "right",

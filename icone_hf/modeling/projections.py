@@ -85,6 +85,9 @@ def kind_of(layer: nn.Module | None) -> str | None:
     """
     if layer is None:
         return "identity"
+    # By name: the code that comes with a checkpoint has classes of its own.
+    if (kind := {"IdentityProjection": "identity", "MLPProjection": "mlp"}.get(type(layer).__name__)) is not None:
+        return kind
     if type(layer) is not nn.Linear:
         return None
     return "linear" if layer.bias is None else "linear_bias"

@@ -1,5 +1,6 @@
 """What IConE knows of towers: how to load, run and pool each family."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -23,6 +24,7 @@ _VISION_POOLINGS = dict.fromkeys(
         "siglip_vision_model",
         "siglip2_vision_model",
         "metaclip_2_vision_model",
+        "tipsv2_vision_model",
         "aimv2_vision_model",
         "align_vision_model",
         "altclip_vision_model",
@@ -51,6 +53,7 @@ _TEXT_POOLINGS = {
     "siglip_text_model": "pooler",  # the last token and a linear head
     "siglip2_text_model": "pooler",
     "metaclip_2_text_model": "pooler",
+    "tipsv2_text_model": "pooler",
     "aimv2_text_model": "pooler",
     "blip_text_model": "pooler",
     "align_text_model": "cls",
@@ -194,6 +197,19 @@ def build_tower(config: Any) -> PreTrainedModel:
         return AutoModel.from_config(config)
     name, options = _CLASSES[config.model_type]
     return from_config(name, config, options)
+
+
+def is_buildable(tower: PreTrainedModel) -> bool:
+    """Say whether [`build_tower`] can rebuild a tower.
+
+    A checkpoint is loaded into what it builds.
+    """
+    try:
+        with torch.device("meta"):
+            built = build_tower(copy.deepcopy(tower.config))
+    except ValueError:  # of a config that AutoModel doesn't know
+        return False
+    return built.state_dict().keys() <= tower.state_dict().keys()
 
 
 def load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, options: dict[str, Any]) -> PreTrainedModel:

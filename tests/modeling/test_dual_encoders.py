@@ -50,6 +50,7 @@ FAMILIES = {
     "Blip": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16, "image_text_hidden_size": 16},
     "CLIPSeg": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16},
     "Aimv2": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16},
+    "Tipsv2": {"text_config": TEXT, "vision_config": VISION},
 }
 
 
@@ -124,6 +125,26 @@ def test_siglips_loss_is_the_original_models():
     torch.testing.assert_close(ours.loss, expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp", "identity"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_an_icone_checkpoint_named_as_both_towers_is_that_model(kind, learned, towers, batch, tmp_path):
+    """Its pooling too: BERT's own, which nothing has trained, would embed captions anew."""
+    fields = {"projection_dim": 16, "vision_projection": kind, "text_projection": "linear_bias", "text_pooling": "mean"}
+    if kind == "identity":
+        fields |= {"projection_dim": 32}
+    original = IConEModel.from_encoders(*towers, num_groups=3, temperature=0.2, learn_temperature=learned, **fields)
+    if learned:
+        original.logit_scale.data.fill_(1.25)
+    original.eval().save_pretrained(tmp_path)
+    expected = original(**batch)
+    for name in (tmp_path, original):
+        output = IConEModel.from_encoders(name, name).eval()(**batch)
+        torch.testing.assert_close(output.text_embeds, expected.text_embeds)
+        torch.testing.assert_close(output.logits_per_image, expected.logits_per_image)
+    alone = IConEModel.from_encoders(towers[0], tmp_path)
+    assert (alone.config.text_projection, alone.config.text_pooling) == ("linear_bias", "mean")
+
+
 @pytest.mark.parametrize("stays", ["vision", "text"])
 def test_a_tower_that_stays_keeps_its_projection(stays, towers):
     original = build("CLIP")
@@ -191,6 +212,24 @@ def test_other_dimensions_make_new_projections_and_say_so(family, towers, caplog
         )
 
 
+def test_new_projections_of_a_family_that_autoclasses_dont_guess(towers):
+    model = IConEModel.from_encoders(build("Tipsv2"), towers[1], projections="new")
+    assert (model.config.vision_projection, model.config.vision_pooling) == ("linear", "pooler")
+
+
+@pytest.mark.parametrize("projections", ["own", "new"])
+def test_towers_that_no_checkpoint_could_be_loaded_into_are_refused(towers, projections):
+    """OWL-ViT's are of classes that AutoModel doesn't build: a trained model would be saved, and never load."""
+    shape = {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16}
+    owl = transformers.OwlViTModel(transformers.OwlViTConfig(**shape))
+    with pytest.raises(
+        ModelError, match="vision tower of OwlViTModel is a OwlViTVisionTransformer that AutoModel does"
+    ):
+        IConEModel.from_encoders(owl, towers[1], projections=projections, vision_pooling="pooler")
+    with pytest.raises(ModelError, match="The text tower of OwlViTModel"):
+        IConEModel.from_encoders(towers[0], owl, projections=projections, text_pooling="pooler")
+
+
 def test_contradictions_are_refused_by_name(towers):
     clip, other, siglip = build("CLIP"), build("CLIP", projection_dim=12), build("Siglip")
     with pytest.raises(ModelError, match="vision in 16 dimensions and text in 12"):
@@ -249,6 +288,24 @@ def test_siglip_2s_captions_are_lower_case_padded_and_without_a_mask(tmp_path):
         assert [piece for piece in row if piece > 4] == expected
         assert row[-1] == vocab["<pad>"]  # on the right
         assert torch.equal(ours(text="A Dog", return_tensors="pt")["input_ids"][0], inputs["input_ids"][0])
+        # Who asks for padding alone gets that of the training, and any other by its name.
+        for asked in ({"padding": True}, {"text_kwargs": {"padding": True}}):
+            padded = ours(text=["A Dog", "a dog"], return_tensors="pt", **asked)
+            assert torch.equal(padded["input_ids"], inputs["input_ids"])
+        assert ours(text=["A Dog"], return_tensors="pt", padding="longest")["input_ids"].shape == (1, len(expected))
+
+
+def test_sentence_transformers_embeds_siglips_captions_as_we_do(tmp_path):
+    """It asks for padding, and not for which."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    name = siglip_folder(tmp_path / "pair", bert_tokenizer())
+    model, processor = IConEModel.from_encoders(name, name).eval(), IConEProcessor.from_encoders(name, name)
+    model.save_pretrained(tmp_path / "ours")
+    processor.save_pretrained(tmp_path / "ours")
+    captions = ["a red square", "green"]
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "ours"), device="cpu").encode(captions)
+    ours = model(**processor(text=captions, return_tensors="pt")).text_embeds
+    torch.testing.assert_close(torch.from_numpy(theirs), ours.detach(), atol=1e-5, rtol=0)
 
 
 def test_other_families_captions_are_their_tokenizers_own(tmp_path):
