@@ -12,6 +12,7 @@ Embeddings are L2-normalised. Extra needed: icone_hf[onnx].
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -27,6 +28,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
@@ -48,13 +50,23 @@ class _ImageGraph(nn.Module):
 
 
 class _CaptionGraph(nn.Module):
-    """Embed captions: what the text graph computes."""
+    """Embed captions: what the text graph computes.
 
-    def __init__(self, model: IConEModel):
+    Args:
+        model: whose captions are embedded.
+        padding: `(1, tokens)`, what captions are padded to whatever their length, without a mask. `None`: they are as
+            they come.
+    """
+
+    def __init__(self, model: IConEModel, padding: torch.Tensor | None):
         super().__init__()
         self.model = model
+        self.padding = padding
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        if self.padding is not None:
+            rows = self.padding.expand(input_ids.shape[0], -1)
+            input_ids, attention_mask = torch.cat((input_ids, rows), dim=1)[:, : self.padding.shape[1]], None
         return F.normalize(self.model.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)
 
 
@@ -109,6 +121,11 @@ def _write(model: IConEModel, processor: IConEProcessor, folder: Path, int8: boo
     pixel_values = processor(images=_example_images(), return_tensors="pt")["pixel_values"]
     tokens = processor(text=["a cat", "two dogs and a bird on a red ground"], return_tensors="pt", padding="longest")
     mask = tokens.get("attention_mask", torch.ones_like(tokens["input_ids"]))
+    padding = None
+    own = processor.tokenizer
+    # Padded in the graph, so that no reader has to know that, if there is a full length (transformers knows none then).
+    if processor.text_padding == "max_length" and own.model_max_length < LARGE_INTEGER:
+        padding = torch.full((1, own.model_max_length), own.pad_token_id)
     # For each graph: the file's name, the module, its inputs, the dimensions that may vary, and the output's name.
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=1)
     sides: dict[int, Any] = {0: batch}
@@ -116,7 +133,7 @@ def _write(model: IConEModel, processor: IConEProcessor, folder: Path, int8: boo
         (VISION, _ImageGraph(model), {"pixel_values": pixel_values}, {"pixel_values": sides}, "image_embeds"),
         (
             TEXT,
-            _CaptionGraph(model),
+            _CaptionGraph(model, padding),
             {"input_ids": tokens["input_ids"], "attention_mask": mask},
             {key: {0: batch, 1: length} for key in ("input_ids", "attention_mask")},
             "text_embeds",
@@ -144,16 +161,21 @@ def _write(model: IConEModel, processor: IConEProcessor, folder: Path, int8: boo
     model.config.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
     if processor.lower_case:
-        _lower_case(folder / "tokenizer.json")
+        _lower_case(folder)
     processor.image_processor.save_pretrained(folder)
 
 
-def _lower_case(file: Path) -> None:
+def _lower_case(folder: Path) -> None:
     """Make a tokenizer do what the processor does first."""
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not file.is_file():  # SigLIP's own, of sentencepiece, lowers captions by itself
+        return
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
     own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
     tokenizer.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Lowercase(), *own])
     tokenizer.save(str(file))
+    # Classes such as Gemma's normalise as they always do, whatever the file says. This one does what it says.
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def session(file: str | os.PathLike, threads: int = 0) -> onnxruntime.InferenceSession:

@@ -9,7 +9,14 @@ import tokenizers
 import torch
 from tiny import make_groups
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    GemmaTokenizer,
+    PreTrainedTokenizer,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from benchmarks.ecosystem import transformers_js
 from icone_hf import IConEModel, IConEProcessor
@@ -85,18 +92,65 @@ def test_graphs_of_every_pooling_take_any_number_of_rows(make_model, processor, 
     torch.testing.assert_close(run(tmp_path / "onnx" / "text_model.onnx", tokens), expected, atol=1e-4, rtol=0)
 
 
-def test_the_tokenizer_lowers_captions_where_the_processor_does(make_model, processor, tmp_path):
-    """SigLIP 2's: its tokenizer tells "A" from "a", its processor does not."""
-    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "dog": 5}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=8, **special)
+def siglip(processor):
+    """SigLIP 2 and its processor, which pads in full; its tokenizer, Gemma's, tells "A" from "a"."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"aAdDogG"]
+    tokenizer = GemmaTokenizer(vocab={piece: row for row, piece in enumerate(pieces)}, merges=[], model_max_length=24)
+    shape = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**shape, "vocab_size": 20, "max_position_embeddings": 24, "pad_token_id": 0}
+    config = SiglipConfig(text_config=text, vision_config={**shape, "image_size": 32, "patch_size": 8})
+    model = SiglipModel(config)
+    own = IConEProcessor(processor.image_processor, tokenizer, text_padding="max_length", lower_case=True)
+    return IConEModel.from_encoders(model, model).eval(), own
+
+
+def test_siglips_captions_are_embedded_as_the_processor_has_them(processor, tmp_path):
+    """However they come: of any case, padded in full or to the longest, with a mask."""
+    model, own = siglip(processor)
+    captions = ["A Dog", "a god a dog"]
+    expected = model(**own(text=captions, return_tensors="pt")).text_embeds.detach()
+    assert not torch.allclose(*expected, atol=0.01)
+    export_onnx(model, own, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for padding in (True, "max_length"):
+        tokens = tokenizer(captions, padding=padding, return_tensors="np")
+        found = run(tmp_path / "onnx" / "text_model.onnx", {n: tokens[n] for n in ("input_ids", "attention_mask")})
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert own.tokenizer("A Dog")["input_ids"] != own.tokenizer("a dog")["input_ids"] == tokenizer("A Dog")["input_ids"]
+    bare = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))  # as transformers.js reads it
+    bare.no_padding()
+    assert bare.encode("A Dog").ids == tokenizer("a dog")["input_ids"]
+
+
+class Letters(PreTrainedTokenizer):
+    """Written in Python: it has no tokenizer.json, as SigLIP's own of sentencepiece."""
+
+    vocab_size = 19
+
+    def get_vocab(self):
+        return {"[UNK]": 0, **{letter: row for row, letter in enumerate("abdeghiknoqrstuw", start=1)}}
+
+    def _tokenize(self, text, **kwargs):
+        return list(text.lower())
+
+    def _convert_token_to_id(self, token):
+        return self.get_vocab().get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return list(self.get_vocab())[index]
+
+    def save_vocabulary(self, save_directory, filename_prefix=None):
+        return ()
+
+
+def test_a_tokenizer_written_in_python_is_left_as_it_is(make_model, processor, tmp_path, monkeypatch):
+    for module, name in ((torch.onnx, "export"), (onnx_export, "_compare")):  # of no interest here, and slow
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
+    tokenizer = Letters(unk_token="[UNK]", pad_token="[UNK]", model_max_length=24)
     own = IConEProcessor(processor.image_processor, tokenizer, lower_case=True)
-    export_onnx(make_model(num_groups=0), own, tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path)("A Dog", add_special_tokens=False)["input_ids"] == [4, 5]
-    assert list(own(text=["A Dog"])["input_ids"][0]) == [4, 5]
-    assert tokenizer("A Dog", add_special_tokens=False)["input_ids"] == [1, 1]
+    export_onnx(make_model(num_groups=0, text_pooling="mean"), own, tmp_path)
+    assert (tmp_path / "tokenizer_config.json").is_file()
+    assert not (tmp_path / "tokenizer.json").exists()
 
 
 def test_an_export_is_put_in_place_as_a_whole(checkpoint, exported, tmp_path, monkeypatch):
