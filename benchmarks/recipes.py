@@ -253,19 +253,21 @@ class Results:
         path: of the JSON file; it need not exist yet.
         command: that makes the runs.
         packages: whose versions the file names.
+        work: folder of the lock.
     """
 
     path: Path
     command: str
     packages: tuple[str, ...] = ("torch", "transformers")
+    work: Path = WORK
 
     def read(self) -> list[dict[str, Any]]:
         return json.loads(self.path.read_text())["runs"] if self.path.is_file() else []
 
     def add(self, run: dict[str, Any]) -> None:
         # Several processes add runs (`--part`): one at a time reads, adds and replaces the file.
-        WORK.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(WORK / "results.lock")):
+        self.work.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(self.work / "results.lock")):
             content = {
                 "command": self.command,
                 "date": datetime.date.today().isoformat(),

@@ -228,9 +228,9 @@ def write() -> None:
         write_between(page, marks(name), text)
 
 
-def marks(name: str) -> tuple[str, str]:
+def marks(name: str, module: str = "recipes") -> tuple[str, str]:
     """Return the two comments between which a block stands."""
-    return f"<!-- {name}: python -m benchmarks.recipes --report -->", f"<!-- end of {name} -->"
+    return f"<!-- {name}: python -m benchmarks.{module} --report -->", f"<!-- end of {name} -->"
 
 
 def write_between(page: Path, marks: tuple[str, str], text: str) -> None:

@@ -1,0 +1,119 @@
+"""The tables of docs/recipes.md on photographs, made from results/photographs.json."""
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+
+from benchmarks.recipes_report import marks, spread, write_between
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "recipes.md"
+TUNING_SEED = 100
+# How a tuned value is written in short. What isn't here isn't shown.
+NAMES = {
+    "learning_rate": "rate",
+    "temperature": "tau",
+    "margin": "margin",
+    "vision_feature_dropout": "images",
+    "text_feature_dropout": "captions",
+    "hard_negative_beta": "beta",
+    "instance_weight": "classifier",
+    "instance_temperature": "tau_ins",
+    "instance_label_smoothing": "smoothing",
+    "soft_target_weight": "soft",
+    "soft_target_temperature": "tau_soft",
+    "weight_average": "decay",
+}
+
+
+def read() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read the plan, and all runs."""
+    results = HERE / "results" / "photographs.json"
+    runs = json.loads(results.read_text())["runs"] if results.is_file() else []
+    return yaml.safe_load((HERE / "photographs.yaml").read_text()), runs
+
+
+def final_runs(runs: list[dict[str, Any]], recipe: str, cell: str) -> list[dict[str, Any]]:
+    """Pick the runs of a recipe's chosen values, by seed.
+
+    Where a recipe's lists have changed since, other values may have been chosen before: the last ones count.
+    """
+    found = [run for run in runs if run["recipe"] == recipe and run["cell"] == cell and run["seed"] != TUNING_SEED]
+    return [run for run in found if run["point"] == found[-1]["point"]]
+
+
+def describe(point: dict[str, Any]) -> str:
+    """Write tuned values in short."""
+    values = [f"{NAMES[name]} {value:g}" for name, value in point.items() if name in NAMES]
+    return ", ".join([*values, "both directions"] if point.get("symmetric") else values)
+
+
+def overview(plan: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    """Write the mean test Rsum of every recipe in every cell.
+
+    The best of a column is in bold.
+    """
+    chosen = {(name, cell): final_runs(runs, name, cell) for name in plan["recipes"] for cell in plan["cells"]}
+    means = {key: mean(run["test"]["rsum"] for run in found) for key, found in chosen.items() if found}
+    cells = [cell for cell in plan["cells"] if any(key[1] == cell for key in means)]
+    if not cells:
+        return ""
+    lines = ["| pixels / batch | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
+    names = [name for name in plan["recipes"] if any(key[0] == name for key in means)]
+    for name in sorted(names, key=lambda name: -means.get((name, cells[0]), 0)):
+        row = [plan["recipes"][name]["label"]]
+        for cell in cells:
+            best = max(value for key, value in means.items() if key[1] == cell)
+            value = means.get((name, cell))
+            shown = "-" if value is None else f"{value:.1f}"
+            row.append(f"**{shown}**" if value == best else shown)
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def tables(plan: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    """Write one table for each cell, the best recipe first."""
+    blocks = []
+    for cell in plan["cells"]:
+        rows = []
+        for name, recipe in plan["recipes"].items():
+            found = final_runs(runs, name, cell)
+            if not found:
+                continue
+            tests = [run["test"] for run in found]
+            cells = [
+                recipe["label"],
+                describe(found[0]["point"]),
+                spread([run["validation"]["rsum"] for run in found]),
+                spread([test["rsum"] for test in tests]),
+                *(f"{mean(test[measure] for test in tests):.1f}" for measure in ("t2i_r1", "i2t_r1", "t2t_r1")),
+                str(len(found)),
+                f"{mean(run['seconds'] for run in found):.0f}",
+            ]
+            rows.append((mean(test["rsum"] for test in tests), "| " + " | ".join(cells) + " |"))
+        if rows:
+            updates = max(run["updates"] for run in runs if run["cell"] == cell and run["seed"] != TUNING_SEED)
+            blocks += [
+                f"### {cell.replace('/', ' pixels, batch ', 1)} ({updates:,} updates)\n",
+                "| recipe | chosen on validation | Rsum, validation | Rsum, test | t2i R@1 | i2t R@1 | caption to "
+                "caption R@1 | seeds | s |",
+                "|---|---|---|---|---|---|---|---|---|",
+                *(row for _, row in sorted(rows, reverse=True)),
+                "",
+            ]
+    return "\n".join(blocks)
+
+
+def blocks() -> list[tuple[Path, str, str]]:
+    """List all tables: page, name of the block, text."""
+    measured = read()
+    return [(PAGE, "photographs", overview(*measured)), (PAGE, "photographs' tables", tables(*measured))]
+
+
+def write() -> None:
+    """Put every table into its page."""
+    for page, name, text in blocks():
+        write_between(page, marks(name, "photographs"), text)

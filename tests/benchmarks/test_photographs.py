@@ -1,0 +1,136 @@
+"""The comparison of recipes on photographs, on small data."""
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_groups
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import peers, photographs, photographs_report, recipes  # noqa: E402
+from icone_hf import FeatureCache, IConEConfig, IConETrainer, IConETrainingArguments, Stage  # noqa: E402
+from icone_hf.training.search_space import all_candidates, draw_candidates, tunable_fields  # noqa: E402
+
+PLAN = photographs.PLAN
+
+
+@pytest.mark.parametrize("cell", list(PLAN["cells"]))
+def test_every_recipe_has_as_many_candidates_of_fields_that_a_search_may_vary(cell):
+    fields = tunable_fields(IConEConfig.__dataclass_fields__)
+    for name, recipe in PLAN["recipes"].items():
+        space = photographs.space_of(recipe, PLAN["cells"][cell])
+        if "trainer" in recipe:
+            assert recipe["trainer"] in peers.TRAINERS
+        else:
+            assert set(space) <= set(fields), name
+            assert sum(stage.get("share", 1) for stage in recipe["stages"]) == pytest.approx(1), name
+        drawn = draw_candidates(space, PLAN["candidates"], 0, lambda values: None)
+        assert len(drawn) == min(PLAN["candidates"], len(all_candidates(space, lambda values: None))), name
+        assert len(drawn) >= 9, name
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_stages_in_memory_end_with_the_weights_of_a_run_with_checkpoints(make_model, processor, tmp_path, average):
+    groups = {"train": make_groups(12), "validation": make_groups(8, start=12)}
+    stages = [
+        Stage("stage0", 2, 1e-2, 0, 1, train_encoders=False, weight_average=average),
+        Stage("stage1", 3, 1e-2, 1, 1, train_encoders=False, weight_average=average),
+    ]
+    config = {"num_groups": 12, "text_pooling": "mean", "instance_logits": "cosine", "vision_feature_dropout": 0.3}
+    by_run, by_trial = make_model(**config), make_model(**config)
+    args = IConETrainingArguments(
+        str(tmp_path / "run"),
+        per_device_train_batch_size=8,
+        class_vectors="group_means",
+        feature_cache_dir=str(tmp_path / "cache"),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+    )
+    torch.manual_seed(3)
+    IConETrainer(by_run, args, *groups.values(), processor, stages).train()
+    torch.manual_seed(3)
+    _, updates = photographs.RecipeTrainer(by_trial, args, *groups.values(), processor, stages).train_stages()
+    assert updates == 5 * math.ceil(
+        len(FeatureCache.build(tmp_path / "cache" / "train", by_run, processor, groups["train"])) / 8
+    )
+    for name, weight in by_run.heads().state_dict().items():
+        assert torch.allclose(weight, by_trial.heads().state_dict()[name], atol=1e-6), name
+
+
+def test_open_clips_loss_is_its_formula_from_its_start_on():
+    rng = np.random.default_rng(0)
+    image, text = rng.standard_normal((6, 10), dtype=np.float32), rng.standard_normal((6, 8), dtype=np.float32)
+    heads = peers.OpenCLIPHeads(10, 8, dim=4)
+    a, b = (
+        image @ heads.visual_projection.weight.detach().numpy().T,
+        text @ heads.text_projection.weight.detach().numpy().T,
+    )
+    a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (a, b))
+    scores = np.exp(a @ b.T / 0.07)
+    rows, columns = (-np.log(scores.diagonal() / scores.sum(axis=axis)).mean() for axis in (1, 0))
+    assert heads.loss(torch.tensor(image), torch.tensor(text)).item() == pytest.approx((rows + columns) / 2, rel=1e-5)
+
+
+def test_a_run_that_is_in_the_results_is_not_trained_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(photographs, "RESULTS", recipes.Results(tmp_path / "runs.json", "command", work=tmp_path))
+    trained = []
+
+    def train(seed):
+        trained.append(seed)
+        return {"validation": {"rsum": 1.0}, "seconds": 1.0}
+
+    for seed in (0, 1, 0):
+        photographs.run_once({"recipe": "a", "seed": seed, "point": {"rate": 0.1}}, lambda seed=seed: train(seed))
+    assert trained == [0, 1]
+
+
+def test_the_best_candidate_is_trained_from_all_seeds_and_only_then_tested(monkeypatch, tmp_path):
+    """A recipe whose Rsum is its rate."""
+    monkeypatch.setattr(photographs, "RESULTS", recipes.Results(tmp_path / "runs.json", "command", work=tmp_path))
+    plan = {
+        "rates": {4: [1.0, 3.0, 2.0, 4.0, 5.0]},
+        "candidates": 5,
+        "cells": {"c": {"batch": 4}},
+        "recipes": {"r": {"stages": []}},
+    }
+    monkeypatch.setattr(photographs, "PLAN", plan)
+
+    def train(values, epochs, seed, is_tested):
+        metrics = {"rsum": values["learning_rate"]}
+        return {"validation": metrics, "seconds": 1.0, **({"test": metrics} if is_tested else {})}
+
+    trials = SimpleNamespace(check=lambda values: None, train=train)
+    monkeypatch.setattr(photographs, "RecipeTrials", lambda *args: trials)
+    photographs.run_cell("r", "c", None)
+    runs = photographs.RESULTS.read()
+    assert [run["epochs"] for run in runs if run["seed"] == 100] == [2] * 5 + [8]
+    assert [(run["seed"], run["test"]["rsum"]) for run in runs if "test" in run] == [(0, 5.0), (1, 5.0), (2, 5.0)]
+
+
+def test_the_tables_take_the_last_chosen_values_best_first():
+    def run(recipe, seed, rsum, rate=0.001):
+        metrics = {"rsum": rsum, "t2i_r1": 1.0, "i2t_r1": 1.0, "t2t_r1": 1.0}
+        made = {"recipe": recipe, "cell": "224/128", "seed": seed, "point": {"learning_rate": rate}, "updates": 9}
+        return {**made, "seconds": 1, "validation": metrics, **({} if seed == 100 else {"test": metrics})}
+
+    plan = {"cells": {"224/128": {}, "224/16": {}}, "recipes": {"a": {"label": "A"}, "b": {"label": "B"}}}
+    runs = [run("a", 100, 900.0), run("a", 0, 1.0), run("a", 1, 2.0), run("b", 0, 9.0), run("b", 0, 4.0, rate=0.01)]
+    lines = photographs_report.tables(plan, runs).splitlines()
+    assert [line for line in lines if line.startswith(("| A", "| B"))] == [
+        "| B | rate 0.01 | 4.0 (4.0-4.0) | 4.0 (4.0-4.0) | 1.0 | 1.0 | 1.0 | 1 | 1 |",
+        "| A | rate 0.001 | 1.5 (1.0-2.0) | 1.5 (1.0-2.0) | 1.0 | 1.0 | 1.0 | 2 | 1 |",
+    ]
+    assert photographs_report.overview(plan, runs).splitlines()[2:] == ["| B | **4.0** |", "| A | 1.5 |"]
+
+
+def test_the_page_shows_what_was_measured():
+    for page, name, text in photographs_report.blocks():
+        assert text.rstrip() in page.read_text(encoding="utf-8"), f"{name}: python -m benchmarks.photographs --report"
