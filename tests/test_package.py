@@ -19,7 +19,19 @@ from icone_hf.moved import MODULES
 
 PACKAGE = Path(icone_hf.__file__).parent
 # Each folder may import itself and those below it.
-FOLDERS = ("cli", "paper", "training", "publishing", "evaluation", "embedding", "checking", "data", "forms", "modeling")
+FOLDERS = (
+    "cli",
+    "paper",
+    "training",
+    "publishing",
+    "search",
+    "evaluation",
+    "embedding",
+    "checking",
+    "data",
+    "forms",
+    "modeling",
+)
 # At the top, beside the folders: what any folder but modeling may import.
 TOP = ("progress", "compat", "errors", "lazy", "processes", "process_watch")
 TRAVELS = sorted(path.stem for path in (PACKAGE / "modeling").glob("*.py") if path.stem != "__init__")

@@ -18,6 +18,8 @@ COMMANDS = {
     "tune": "try rates, temperatures and losses on frozen towers, and write the best as YAML",
     "evaluate": "measure a checkpoint on one source or several, and draw what it retrieves",
     "encode": "embed images and captions into a folder of Parquet shards, or into a file",
+    "index": "embed images into an index, or bring one in step with its source",
+    "search": "find images of an index by a sentence, by an image, or by a sum of both",
     "data": "write groups, images included, as Parquet files that are ready for the Hub",
     "check": "say all that is wrong with a source, and whether training could start",
     "merge": "merge checkpoints: what was tuned with its base (WiSE-FT), or several into their mean",
@@ -38,7 +40,7 @@ accelerate launch --num_processes 4 -m icone_hf COMMAND ...
 Results go to stdout, progress to stderr. Exit codes: 0 done; 2 it can't be done as asked, and a line says why;
 1 a fault, with its traceback, a run that has diverged, or a check that says no; 130 interrupted; 143 ended by SIGTERM.
 """
-GO_ON = ("check", "train", "tune", "encode", "reproduce")  # the others are short, and start anew
+GO_ON = ("check", "train", "tune", "encode", "index", "reproduce")  # the others are short, and start anew
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,159 @@
+"""`icone index`: from images to an index that `icone search` answers from."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+from datasets import Dataset
+from transformers.utils import logging
+
+from ..data.groups import OPENMOJI_SCENES, SPLITS
+from ..data.pictures import find_pictures
+from ..errors import InputError
+from ..search.index_folder import STORES
+from ..search.indexing import index as build_index
+from ..search.indexing import rebuild
+from . import COMMANDS
+from .arguments import CHECKPOINT, DataArguments, EncodeArguments, OutputArguments
+from .loading import autocast_of, join_processes, load_checkpoint, load_splits
+from .parsing import parse_arguments
+
+logger = logging.get_logger(__name__)
+
+ALL = "all"
+SOURCE = {
+    "nargs": "?",
+    "help": "A folder, of which every image at any depth is indexed; or what load_groups takes, with its captions.",
+}
+SHOWN = 10  # skipped files that are printed; report.json has all
+
+
+@dataclass
+class IndexArguments:
+    """Hold what only `icone index` takes."""
+
+    _argument_group_name = "index"
+
+    prune: bool = field(default=False, metadata={"help": "Drop what SOURCE no longer has."})
+    shard_size: int = field(default=1_000, metadata={"help": "Images in a shard: what a killed run loses at most."})
+    store: str = field(default="exact", metadata={"help": f"What finds the nearest: {', '.join(STORES)}."})
+    rebuild: bool = field(
+        default=False, metadata={"help": "icone index INDEX --rebuild: make the store anew from the shards."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise InputError(f"shard_size={self.shard_size} must be 1 or more.")
+        if self.store not in STORES:
+            raise InputError(f"store={self.store!r} must be one of {', '.join(STORES)}.")
+
+
+@dataclass
+class IndexEncodeArguments(EncodeArguments):
+    """Hold how `icone index` encodes."""
+
+    split: str = field(
+        default=ALL,
+        metadata={"help": "Of a captioned source: train, validation, test or all. A folder: all that lies in it."},
+    )
+
+
+def index(argv: Sequence[str]) -> None:
+    """Run `icone index CHECKPOINT SOURCE INDEX`."""
+    index_args, data_args, encode_args, output, positional = parse_arguments(
+        (IndexArguments, DataArguments, IndexEncodeArguments, OutputArguments),
+        argv,
+        prog="icone index",
+        positionals={
+            "checkpoint": CHECKPOINT,
+            "source": SOURCE,
+            "index": {"nargs": "?", "help": "Folder of the index. It need not exist yet."},
+        },
+        description=COMMANDS["index"],
+    )
+    if index_args.rebuild:
+        if data_args.source is not None:
+            raise InputError("--rebuild reads the index's own shards: call icone index INDEX --rebuild.")
+        count = rebuild(positional.checkpoint)
+        output.print({"index": positional.checkpoint, "in_index": count}, f"{count:,} images: {positional.checkpoint}")
+        return
+    if data_args.source is None or positional.index is None:
+        raise InputError("Something is missing: call icone index CHECKPOINT SOURCE INDEX.")
+    if data_args.streaming:
+        raise InputError("--streaming has no meaning for an index, which knows files by number: leave it out.")
+    join_processes()
+    source, left_out = _load(data_args, encode_args.split)
+    model, processor = load_checkpoint(positional.checkpoint, encode_args)
+    report = build_index(
+        model,
+        processor,
+        source,
+        positional.index,
+        source_name=data_args.source,
+        model_name=positional.checkpoint,
+        left_out=left_out,
+        store=index_args.store,
+        shard_size=index_args.shard_size,
+        batch_size=encode_args.per_device_eval_batch_size,
+        num_workers=encode_args.dataloader_num_workers,
+        autocast=autocast_of(encode_args),
+        prune=index_args.prune,
+    )
+    if PartialState().is_main_process:
+        output.print({"index": positional.index, **report}, as_text(positional.index, report))
+
+
+def _load(data_args: DataArguments, split: str) -> tuple[Dataset, dict[str, str]]:
+    """Load what is to be indexed, and name what was left out."""
+    source = str(data_args.source)
+    if split not in (ALL, *SPLITS):
+        raise InputError(f"split={split!r} must be {ALL} or one of {', '.join(SPLITS)}.")
+    if os.path.isdir(source) and split == ALL:
+        found = find_pictures(source)
+        left_out = {**dict.fromkeys(found.hidden, "hidden, or a thumbnail"), **found.unread}
+        for folder in found.closed:
+            logger.warning(f"The folder {folder} can't be opened, and nobody knows what is in it.")
+        return found.rows(), left_out
+    if source == OPENMOJI_SCENES and split == ALL:
+        raise InputError(f"{source} is drawn for one split: give --split train, validation or test.")
+    splits, missing = load_splits(data_args, names=SPLITS if split == ALL else (split,))
+    if not splits:
+        raise next(iter(missing.values()))
+    return joined(splits), {}
+
+
+def joined(splits: dict[str, Dataset]) -> Dataset:
+    """Join splits into one table, with a column `split`.
+
+    Ids that stand in two splits get the split's name before them.
+    """
+    ids = Counter(one for groups in splits.values() for one in groups["image_id"])
+    parts = []
+    for name, groups in splits.items():
+        own = [f"{name}/{one}" if ids[one] > 1 else one for one in groups["image_id"]]
+        columns: dict[str, Any] = {"split": [name] * len(groups), "image_id": own}
+        groups = groups.remove_columns([column for column in columns if column in groups.column_names])
+        for column, values in columns.items():
+            groups = groups.add_column(column, values, feature=datasets.Value("string"))
+        parts.append(groups)
+    return datasets.concatenate_datasets(parts)
+
+
+def as_text(folder: str, report: dict[str, Any]) -> str:
+    """Say what a run has seen and made."""
+    twice = report["rows"] - report["images"]
+    copies = f", {twice:,} of them copies of others" if twice else ""
+    lines = [
+        f"{report['seen']:,} files of {report['source']} = {report['rows']:,} indexed{copies} + "
+        f"{len(report['skipped']):,} skipped",
+        *(f"  skipped: {name}: {why}" for name, why in list(report["skipped"].items())[:SHOWN]),
+    ]
+    if len(report["skipped"]) > SHOWN:
+        lines.append(f"  and {len(report['skipped']) - SHOWN:,} more: see {Path(folder) / 'report.json'}")
+    captions = f" and {report['captions']:,} captions" if report["captions"] else ""
+    return "\n".join([*lines, f"{report['in_index']:,} images{captions} in {folder}"])

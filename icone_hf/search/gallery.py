@@ -1,0 +1,284 @@
+"""An index, open to be searched."""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from ..data.images import read_image
+from ..errors import InputError
+from ..modeling.modeling_icone import IConEModel
+from ..modeling.processing_icone import IConEProcessor, with_eight_bits
+from .cuts import CUTS, automatic_cut
+from .index_folder import IndexFolder, named, settings_of
+from .queries import Term, embed_terms, parse_query
+from .stores import EMBEDDING, SCORE, Store
+
+SAMPLE = 1_000  # random rows whose scores say what chance comes to
+SHORT = 12  # digits of an id that are shown
+KINDS = {"images": "pictures", "captions": "sentences"}
+
+Query = str | os.PathLike | Image.Image | Term | Sequence[Term] | Sequence[str]
+
+
+class Gallery:
+    """Search an index.
+
+    Make it by [`Gallery.open`].
+
+    Args:
+        folder: of the index.
+        settings: its index.json.
+        device: that the model runs on.
+        model, processor: that made it. Default: loaded when they are first needed.
+    """
+
+    def __init__(
+        self,
+        folder: IndexFolder,
+        settings: Mapping[str, Any],
+        device: str | torch.device | None = None,
+        model: IConEModel | None = None,
+        processor: IConEProcessor | None = None,
+    ):
+        self.folder = folder
+        self.settings = settings
+        self.device = device
+        self._loaded: tuple[IConEModel, IConEProcessor] | None = None
+        if model is not None and processor is not None:
+            self._loaded = self._checked(model, processor, "the model that was given")
+        self._stores: dict[str, Store] = {}
+
+    @classmethod
+    def open(
+        cls,
+        index: str | os.PathLike,
+        model: str | os.PathLike | IConEModel | None = None,
+        processor: IConEProcessor | None = None,
+        device: str | torch.device | None = None,
+    ) -> "Gallery":
+        """Open an index.
+
+        The model is loaded when it is first needed.
+
+        Args:
+            index: its folder.
+            model: the checkpoint that made it, if it lies elsewhere now; or the model itself, with
+            processor: its processor.
+            device: that the model runs on. Default: an accelerator if there is one.
+
+        Raises:
+            InputError: if there is no index, or one of another version.
+        """
+        folder = IndexFolder(Path(index))
+        settings = folder.settings()
+        if isinstance(model, IConEModel):
+            if processor is None:
+                raise InputError("A model needs its processor too: give processor=.")
+            return cls(folder, settings, device, model, processor)
+        if model is not None:
+            settings = {**settings, "model": os.fspath(model)}
+        return cls(folder, settings, device)
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return self.store("images").count()
+
+    def __repr__(self) -> str:
+        return f"Gallery({str(self.folder.path)!r}: {len(self):,} images, by {self.settings['model']})"
+
+    def store(self, kind: str = "images") -> Store:
+        """Return the store of `images` or `captions`."""
+        if kind not in KINDS:
+            raise InputError(f"kind={kind!r} must be one of {', '.join(KINDS)}.")
+        if kind not in self._stores:
+            self._stores[kind] = self.folder.store(KINDS[kind])
+        return self._stores[kind]
+
+    @property
+    def model(self) -> tuple[IConEModel, IConEProcessor]:
+        """Return the model and the processor, once loaded."""
+        if self._loaded is None:
+            name = self.settings["model"]
+            try:
+                model = IConEModel.from_pretrained(name, num_groups=0, dtype=torch.float32)
+                processor = IConEProcessor.from_pretrained(name)
+            except OSError as error:
+                raise InputError(
+                    f"{self.folder.path} was made by the model {name}, which can't be loaded ({error}). Say where it "
+                    "is by --model (model=)."
+                ) from error
+            processor.jpeg_draft = self.settings["jpeg_draft"]
+            self._loaded = self._checked(model, processor, name)
+        return self._loaded
+
+    def _checked(self, model: IConEModel, processor: IConEProcessor, name: str) -> tuple[IConEModel, IConEProcessor]:
+        """Refuse a model that has not made the index."""
+        autocast = self.settings["autocast"]
+        found = settings_of(model, processor, name, getattr(torch, autocast) if autocast else None, "")
+        if found["model_digest"] != self.settings["model_digest"]:
+            raise InputError(
+                f"{self.folder.path} was made by {named(self.settings)}, and {named(found)} is another model: "
+                "embeddings of two models can't be compared. Search with the first one."
+            )
+        device = self.device
+        if device is None and torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator()
+        model = cast(Any, model).to(device or "cpu")
+        return model.eval(), processor
+
+    def search(
+        self,
+        query: Query,
+        k: int = 10,
+        *,
+        where: str | None = None,
+        kind: str = "images",
+        cut: str | None = None,
+        min_score: float | None = None,
+    ) -> Dataset:
+        """Find what fits a query.
+
+        Args:
+            query: a sentence; the path of an image file, or an image; a sum as `'"red car" + ./like.jpg - "snow"'`; or
+                terms.
+            k: how many rows at most.
+            where: an SQL condition on columns, which applies before the ranking: `"year >= 2020"`.
+            kind: what is found, `images` or `captions`.
+            cut: `"auto"` leaves out what doesn't stand out from random rows; see [`automatic_cut`].
+            min_score: leave out what scores less.
+
+        Returns:
+            Rows of `rank`, `score`, `id`, `path`, `image`, `captions` and all other columns, best first.
+
+        Raises:
+            InputError: for a query or a condition that can't be read, and an index without images.
+        """
+        if not isinstance(k, int) or k < 1:
+            raise InputError(f"k={k!r} must be a number of 1 or more.")
+        if cut is not None and cut not in CUTS:
+            raise InputError(f"cut={cut!r} must be one of {', '.join(CUTS)}.")
+        store = self.store(kind)
+        if not store.count():
+            what = (
+                "holds no captions" if kind == "captions" and len(self) else "is empty, or its indexing was interrupted"
+            )
+            raise InputError(f"{self.folder.path} {what}: call icone index for it.")
+        if where is not None and not where.strip():
+            raise InputError("where is empty: write a condition, or leave it out.")
+        embedding = self.embed(query)
+        found = store.search(embedding, k, where)
+        scores = found[SCORE].to_numpy()
+        keep = len(found)
+        if cut == "auto":
+            sample = store.sample(SAMPLE, where) @ embedding
+            keep = automatic_cut(scores, sample, store.count(where))
+        if min_score is not None:
+            keep = min(keep, int(np.count_nonzero(scores >= min_score)))
+        return self._rows(found.slice(0, keep))
+
+    def embed(self, query: Query) -> np.ndarray:
+        """Embed a query: `(dim,)`, of length 1."""
+        terms = self._terms(query)
+        if all(term.like is not None for term in terms):  # no model is needed
+            parts = [term.weight * self.embedding_of(str(term.like)) for term in terms]
+            return (total := np.sum(parts, axis=0)) / np.linalg.norm(total)
+        return embed_terms(terms, *self.model, self.embedding_of)
+
+    def _terms(self, query: Query) -> Sequence[Term]:
+        if isinstance(query, Term):
+            return [query]
+        if isinstance(query, Image.Image):
+            return [Term(image=query)]
+        if isinstance(query, os.PathLike):
+            return [Term(image=query)]
+        if isinstance(query, str):
+            return parse_query(query)
+        if all(isinstance(term, Term) for term in query):
+            return [term for term in query if isinstance(term, Term)]
+        return parse_query([str(part) for part in query])
+
+    def embedding_of(self, one: str) -> np.ndarray:
+        """Return the embedding of an image of the index, by id."""
+        return np.asarray(self.row(one)[EMBEDDING], np.float32)
+
+    def row(self, one: str) -> dict[str, Any]:
+        """Return an image's row, by its id or the id's first digits.
+
+        Raises:
+            InputError: if there is none, or there are several.
+        """
+        store = self.store("images")
+        if not (4 <= len(one) <= 64 and set(one) <= set("0123456789abcdef")):
+            raise InputError(f"{one!r} is no id: ids are hexadecimal, as in a search's rows, or their first digits.")
+        ids = [one] if len(one) == 64 else self._ids_from(one)
+        rows = store.get(ids[:2]).to_pylist()
+        if not rows:
+            raise InputError(f"{self.folder.path} has no image with the id {one}.")
+        if len(rows) > 1:
+            raise InputError(f"Several images have ids that begin with {one}: give more of the digits.")
+        return rows[0]
+
+    def _ids_from(self, start: str) -> list[str]:
+        ids = self.store("images").listing()["id"]
+        return ids.filter(pc.starts_with(ids, start)).to_pylist()
+
+    def file(self, row: Mapping[str, Any]) -> Path | None:
+        """Find the file to show an image from.
+
+        `None` if neither its own nor a small copy is there.
+        """
+        for path in (row["file"] and Path(row["file"]), self.folder.small_copy(row["id"].partition(":")[0])):
+            if path and path.is_file():
+                return path
+        return None
+
+    def open_image(self, row: Mapping[str, Any], side: int | None = None) -> Image.Image:
+        """Decode an image of the index.
+
+        Args:
+            row: of a search.
+            side: pixels that are enough.
+
+        Raises:
+            InputError: if its file is gone or can't be decoded.
+        """
+        if (path := self.file(row)) is None:
+            raise InputError(f"The file of {row['path']} is gone: index again, with --prune.")
+        try:
+            return with_eight_bits(read_image(path, side))
+        except Exception as error:  # whatever a decoder raises
+            raise InputError(f"{path} can't be decoded: {error}") from error
+
+    def _rows(self, found: pa.Table) -> Dataset:
+        """Make rows of `datasets` of what a store has found."""
+        rows = found.to_pylist()
+        files = [self.file(row) for row in rows]
+        images = [None if path is None else {"path": str(path), "bytes": None} for path in files]
+        first = {
+            "rank": pa.array(range(1, len(rows) + 1), pa.int64()),
+            "score": found[SCORE].cast(pa.float32()),
+            "id": found["id"] if "id" in found.column_names else pa.array([], pa.string()),
+        }
+        others = {name: found[name] for name in found.column_names if name not in (*first, "digest")}
+        image = pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+        table = pa.table({**first, **others, "image": image})
+        return Dataset(table).cast_column("image", datasets.Image())
+
+
+def thumbnail(image: Image.Image, side: int) -> bytes:
+    """Write an image as a small JPEG."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=85)
+    return file.getvalue()
