@@ -135,13 +135,7 @@ class RecipeTrainer(TrialTrainer):
         self._prepare()
         updates, done, best_epoch = 0, 0.0, 0.0
         for index, stage in enumerate(self.stages):
-            args = self._stage_arguments(index)
-            args.output_dir, args.save_strategy, args.load_best_model_at_end = self.args.output_dir, "no", False
-            self._freeze(stage)
-            train_data, eval_data = self._stage_data(stage, args)
-            if self._is_first_with_classes(index) and self.args.class_vectors == "group_means":
-                self._start_class_vectors(train_data)
-            trainer = self._stage_trainer(stage, args, train_data, eval_data)
+            trainer = self._start_stage(index)
             best = BestEpoch(trainer)
             trainer.add_callback(best)
             trainer.train()
@@ -200,10 +194,10 @@ class RecipeTrials(Trials):
             replace(stage, num_train_epochs=epochs * share, **stage_values)
             for stage, share in zip(self.stages, self.shares, strict=True)
         ]
-        args = replace(self.args, seed=seed, report_to="none", **arguments)
         model = self.make_model(config)
+        args = self._arguments({"seed": seed, "report_to": "none", **arguments}, model.config)
         trainer = RecipeTrainer(model, args, *self.data, stages)
-        trainer.caches = self.caches
+        trainer.caches, trainer.teachers_found = self.caches, self._teachers
         best_epoch, updates = trainer.train_stages()
         found = measured(model.eval(), self.photographs.caches, updates, time.perf_counter() - began, is_tested)
         return {**found, "best_epoch": round(best_epoch, 2)}
