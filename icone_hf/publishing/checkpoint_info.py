@@ -74,7 +74,6 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
         parameters[part if part in PARTS else "other"] += math.prod(shape)
         size += math.prod(shape) * BYTES[dtype]
     recipe, metrics = _read(folder / "recipe.json"), _read(folder / "metrics.json")
-    merge = metrics.get("merge") or {}
     stages = recipe.get("decisive", {}).get("stages", [])
     # In an earlier version a stage could have the name of what is measured before them all.
     has_start = all(stage["name"] != "start" for stage in stages)
@@ -97,12 +96,23 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
         "data": recipe.get("data"),
         "batch_size": recipe.get("decisive", {}).get("global_train_batch_size"),
         "train_groups": recipe.get("decisive", {}).get("train_groups"),
-        "train_captions": recipe.get("decisive", {}).get("train_captions") or merge.get("train_captions"),
+        "train_captions": train_captions_of(recipe, metrics),
         "merge": metrics.get("merge"),
         "metrics": {name: metrics[name] for name in metrics if name not in ("stages", "evaluations", "merge")},
         "before_training": metrics.get("stages", {}).get("start") if has_start else None,
         "evaluations": metrics.get("evaluations", []),
     }
+
+
+def train_captions_of(recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> str | None:
+    """Return the digest of the captions trained on.
+
+    Args:
+        recipe: what recipe.json holds. A merged checkpoint has none.
+        metrics: what metrics.json holds, of a merged checkpoint the digest too.
+    """
+    of_merge = (metrics.get("merge") or {}).get("train_captions")
+    return recipe.get("decisive", {}).get("train_captions") or of_merge
 
 
 def as_text(info: Mapping[str, Any]) -> str:
