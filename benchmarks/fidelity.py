@@ -240,8 +240,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with FileLock(str(recipes.WORK / "features.lock")):
         recipes.prepare(GROUPS)
-    part, parts = map(int, options.part.split("/"))
-    for name in options.changes[part - 1 :: parts]:
+    for name in recipes.part_of(options.changes, options.part):
         run_change(name)
 
 

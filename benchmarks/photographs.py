@@ -26,6 +26,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as hf_logging
 
 from benchmarks import peers, photographs_report, recipes
+from benchmarks.recipes_report import TUNING_SEED
 from icone_hf import FeatureCache, IConEModel, IConEProcessor, IConETrainingArguments, Stage, load_groups
 from icone_hf.errors import DivergedError
 from icone_hf.paper.offline_towers import write_efficientnet_lite0, write_minilm
@@ -39,8 +40,6 @@ WORK = Path("outputs/photographs")
 PLAN = yaml.safe_load((HERE / "photographs.yaml").read_text())
 EPOCHS = 8
 ETA = 4  # a rung has a quarter of the candidates of the one before, for four times the epochs
-TUNING_SEED = photographs_report.TUNING_SEED
-SEEDS = (0, 1, 2)
 RESULTS = recipes.Results(
     HERE / "results" / "photographs.json",
     "python -m benchmarks.photographs",
@@ -136,13 +135,7 @@ class RecipeTrainer(TrialTrainer):
         self._prepare()
         updates, done, best_epoch = 0, 0.0, 0.0
         for index, stage in enumerate(self.stages):
-            args = self._stage_arguments(index)
-            args.output_dir, args.save_strategy, args.load_best_model_at_end = self.args.output_dir, "no", False
-            self._freeze(stage)
-            train_data, eval_data = self._stage_data(stage, args)
-            if self._is_first_with_classes(index) and self.args.class_vectors == "group_means":
-                self._start_class_vectors(train_data)
-            trainer = self._stage_trainer(stage, args, train_data, eval_data)
+            trainer = self._start_stage(index)
             best = BestEpoch(trainer)
             trainer.add_callback(best)
             trainer.train()
@@ -201,10 +194,10 @@ class RecipeTrials(Trials):
             replace(stage, num_train_epochs=epochs * share, **stage_values)
             for stage, share in zip(self.stages, self.shares, strict=True)
         ]
-        args = replace(self.args, seed=seed, report_to="none", **arguments)
         model = self.make_model(config)
+        args = self._arguments({"seed": seed, "report_to": "none", **arguments}, model.config)
         trainer = RecipeTrainer(model, args, *self.data, stages)
-        trainer.caches = self.caches
+        trainer.caches, trainer.teachers_found = self.caches, self._teachers
         best_epoch, updates = trainer.train_stages()
         found = measured(model.eval(), self.photographs.caches, updates, time.perf_counter() - began, is_tested)
         return {**found, "best_epoch": round(best_epoch, 2)}
@@ -276,15 +269,14 @@ def run_cell(name: str, of_cell: str, data: Photographs) -> None:
         key = {"decisive": {}, "eta": ETA}
         # What is done stands in the results, so the search's own folder may go.
         best = Search(Path(folder) / "search", key, candidates, rungs, TUNING_SEED, run).search().best
-        for seed in SEEDS:
+        for seed in recipes.SEEDS:
             run(candidates[best], epochs, seed)
 
 
 def run_once(settings: Mapping[str, Any], train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the run with these settings; train it if the results lack it."""
-    for run in RESULTS.read():
-        if all(run[key] == value for key, value in settings.items()):
-            return run
+    if (done := RESULTS.find(settings)) is not None:
+        return done
     try:
         found = train()
     except DivergedError as error:
@@ -301,27 +293,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flickr8k", type=Path, default=Path("../shared/flickr8k"), help="Folder of the data set.")
     parser.add_argument("--cells", nargs="+", default=list(PLAN["cells"]), choices=list(PLAN["cells"]))
-    parser.add_argument("--recipes", nargs="+", default=list(PLAN["recipes"]), choices=list(PLAN["recipes"]))
-    parser.add_argument("--part", default="1/1", help="i/n: every n-th recipe of a cell, from the i-th on.")
-    parser.add_argument("--report", action="store_true", help="Write the tables of docs/recipes.md, run nothing.")
-    options = parser.parse_args()
-    if options.report:
-        photographs_report.write()
+    options = recipes.parse_options(parser, PLAN["recipes"], "recipe of a cell", photographs_report.write)
+    if options is None:
         return
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     WORK.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    part, parts = map(int, options.part.split("/"))
     data: dict[int, Photographs] = {}
     for of_cell in options.cells:
         cell = PLAN["cells"][of_cell]
-        size = cell["size"]
+        chosen = [name for name in options.recipes if name in cell.get("recipes", options.recipes)]
+        names, size = recipes.part_of(chosen, options.part), cell["size"]
         if size not in data:
             data[size] = Photographs(options.flickr8k, size)
-        chosen = [name for name in options.recipes if name in cell.get("recipes", options.recipes)]
-        for name in chosen[part - 1 :: parts]:
+        for name in names:
             run_cell(name, of_cell, data[size])
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import yaml
 
-from benchmarks.recipes_report import marks, spread, write_between
+from benchmarks.recipes_report import HEAD, TUNING_SEED, marks, row_of, write_between
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "recipes.md"
-TUNING_SEED = 100
 # How a tuned value is written in short. What isn't here isn't shown.
 NAMES = {
     "learning_rate": "rate",
@@ -45,10 +44,10 @@ def final_runs(runs: list[dict[str, Any]], recipe: str, cell: str) -> list[dict[
     return [run for run in found if run["point"] == found[-1]["point"]]
 
 
-def describe(point: dict[str, Any]) -> str:
+def describe(point: dict[str, Any]) -> list[str]:
     """Write tuned values in short."""
     values = [f"{NAMES[name]} {value:g}" for name, value in point.items() if name in NAMES]
-    return ", ".join([*values, "both directions"] if point.get("symmetric") else values)
+    return [*values, "both directions"] if point.get("symmetric") else values
 
 
 def overview(plan: dict[str, Any], runs: list[dict[str, Any]]) -> str:
@@ -81,26 +80,13 @@ def tables(plan: dict[str, Any], runs: list[dict[str, Any]]) -> str:
         rows = []
         for name, recipe in plan["recipes"].items():
             found = final_runs(runs, name, cell)
-            if not found:
-                continue
-            tests = [run["test"] for run in found]
-            cells = [
-                recipe["label"],
-                describe(found[0]["point"]),
-                spread([run["validation"]["rsum"] for run in found]),
-                spread([test["rsum"] for test in tests]),
-                *(f"{mean(test[measure] for test in tests):.1f}" for measure in ("t2i_r1", "i2t_r1", "t2t_r1")),
-                str(len(found)),
-                f"{mean(run['seconds'] for run in found):.0f}",
-            ]
-            rows.append((mean(test["rsum"] for test in tests), "| " + " | ".join(cells) + " |"))
+            if found:
+                rows.append(row_of(recipe["label"], describe(found[0]["point"]), found))
         if rows:
             updates = max(run["updates"] for run in runs if run["cell"] == cell and run["seed"] != TUNING_SEED)
             blocks += [
                 f"### {cell.replace('/', ' pixels, batch ', 1)} ({updates:,} updates)\n",
-                "| recipe | chosen on validation | Rsum, validation | Rsum, test | t2i R@1 | i2t R@1 | caption to "
-                "caption R@1 | seeds | s |",
-                "|---|---|---|---|---|---|---|---|---|",
+                *HEAD,
                 *(row for _, row in sorted(rows, reverse=True)),
                 "",
             ]

@@ -17,7 +17,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler, set_seed
 
 from benchmarks import recipes_report
+from benchmarks.recipes_report import TUNING_SEED
 from icone_hf import (
     FeatureCache,
     GroupBatchSampler,
@@ -54,7 +55,6 @@ CONDITIONS: dict[str, dict[str, float]] = {  # what differs from the plain proto
     "long": {"epochs": 48},  # of 3,000 scenes and batches of 16: the seconds that the instance loss takes with 8
     "noisy": {"exchanged": 0.3},  # share of the training captions that get another group's image
 }
-TUNING_SEED = 100
 SEEDS = (0, 1, 2)
 NUM_VALIDATION, NUM_TEST = 500, 1000
 
@@ -264,6 +264,10 @@ class Results:
     def read(self) -> list[dict[str, Any]]:
         return json.loads(self.path.read_text())["runs"] if self.path.is_file() else []
 
+    def find(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the first run with these settings, if there is one."""
+        return next((run for run in self.read() if all(run[key] == value for key, value in settings.items())), None)
+
     def add(self, run: dict[str, Any]) -> None:
         # Several processes add runs (`--part`): one at a time reads, adds and replaces the file.
         self.work.mkdir(parents=True, exist_ok=True)
@@ -295,9 +299,8 @@ def run_once(
         results: where to look, and where the run is added.
     """
     # A run that is there already is not trained again.
-    for run in results.read():
-        if all(run[key] == value for key, value in settings.items()):
-            return run
+    if (done := results.find(settings)) is not None:
+        return done
     of_run = {name: value for name, value in settings.items() if name != "recipe"}
     run = {**settings, **train_one(recipe, **of_run)}
     if settings["seed"] == TUNING_SEED:
@@ -305,6 +308,36 @@ def run_once(
     results.add(run)
     print(f"{settings}: {run['validation']['rsum']:.1f} ({run['seconds']} s)", flush=True)
     return run
+
+
+def parse_options(
+    parser: argparse.ArgumentParser, recipes: Mapping[str, Any], unit: str, report: Callable[[], None]
+) -> argparse.Namespace | None:
+    """Parse the command line, or write the report.
+
+    Args:
+        parser: has the command's own arguments; it gets those that all comparisons of recipes have.
+        recipes: by name.
+        unit: what `--part` takes every n-th of.
+        report: writes the tables.
+
+    Returns:
+        What to run. `None` if the report was asked for.
+    """
+    parser.add_argument("--recipes", nargs="+", default=list(recipes), choices=list(recipes))
+    parser.add_argument("--part", default="1/1", help=f"i/n: every n-th {unit}, from the i-th on.")
+    parser.add_argument("--report", action="store_true", help="Write the tables of docs/recipes.md, run nothing.")
+    options = parser.parse_args()
+    if options.report:
+        report()
+        return None
+    return options
+
+
+def part_of(items: list[Any], part: str) -> list[Any]:
+    """Return every n-th item from the i-th on, for `i/n`."""
+    first, step = map(int, part.split("/"))
+    return items[first - 1 :: step]
 
 
 def run_command(
@@ -316,26 +349,21 @@ def run_command(
     """
     recipes = yaml.safe_load(recipes_file.read_text())
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=list(recipes), choices=list(recipes))
     parser.add_argument("--groups", nargs="+", type=int, default=[3000])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 128])
     parser.add_argument("--condition", default="plain", choices=list(CONDITIONS))
-    parser.add_argument("--part", default="1/1", help="i/n: every n-th cell, from the i-th on.")
-    parser.add_argument("--report", action="store_true", help="Write the tables of docs/recipes.md, run nothing.")
-    options = parser.parse_args()
-    if options.report:
-        recipes_report.write()
+    options = parse_options(parser, recipes, "cell", recipes_report.write)
+    if options is None:
         return
     WORK.mkdir(parents=True, exist_ok=True)  # for the lock of the features
-    part, parts = map(int, options.part.split("/"))
+    cells = part_of(list(itertools.product(options.groups, options.recipes, options.batches)), options.part)
     torch.set_num_threads(1)
     # The first process fills the caches, the others wait for it.
     for groups in options.groups:
         with FileLock(str(WORK / "features.lock")):
             prepare(groups)
     # Every cell of this part: tune with one seed, then train the best point with the others.
-    cells = list(itertools.product(options.groups, options.recipes, options.batches))
-    for groups, name, batch in cells[part - 1 :: parts]:
+    for groups, name, batch in cells:
 
         def run(point: dict[str, Any], seed: int, name: str = name, groups: int = groups, batch: int = batch) -> Any:
             settings = {"recipe": name, "groups": groups, "batch": batch, "condition": options.condition}

@@ -11,7 +11,7 @@ import yaml
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-TUNING_SEED = 100
+TUNING_SEED = 100  # of the runs by which values are chosen, and of nothing else
 CONDITIONS = {
     "plain": "",
     "few_updates": ", one epoch",
@@ -30,6 +30,11 @@ HEADLINE: dict[str, list[Any]] = {  # rows and columns of the page's first table
         ("noisy", 3000, 128),
     ],
 }
+HEAD = (  # of a cell's table, whose rows are by `row_of`
+    "| recipe | chosen on validation | Rsum, validation | Rsum, test | t2i R@1 | i2t R@1 | caption to caption R@1 | "
+    "seeds | s |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
 
 
 def read_all() -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -70,6 +75,31 @@ def describe(config: dict[str, Any]) -> list[str]:
     return [*values, "both directions"] if config.get("symmetric") else values
 
 
+def row_of(label: str, values: list[str], runs: list[dict[str, Any]]) -> tuple[float, str]:
+    """Write a recipe's row of a cell's table.
+
+    Args:
+        label: of the recipe.
+        values: that were chosen on validation.
+        runs: that were trained with them.
+
+    Returns:
+        The mean test Rsum, by which rows are sorted, and the row.
+    """
+    tests = [run["test"] for run in runs]
+    rsums = [test["rsum"] for test in tests]
+    cells = [
+        label,
+        ", ".join(values),
+        spread([run["validation"]["rsum"] for run in runs]),
+        spread(rsums),
+        *(f"{mean(test[measure] for test in tests):.1f}" for measure in ("t2i_r1", "i2t_r1", "t2t_r1")),
+        str(len(runs)),
+        f"{mean(run['seconds'] for run in runs):.0f}",
+    ]
+    return mean(rsums), "| " + " | ".join(cells) + " |"
+
+
 def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """Write one table for each cell, the best recipe first.
 
@@ -82,28 +112,15 @@ def tables(recipes: dict[str, Any], runs: list[dict[str, Any]]) -> str:
         rows = []
         for name, recipe in recipes.items():
             chosen = final_runs(runs, recipe=name, **cell)
-            if not chosen:
-                continue
-            tests = [run["test"]["rsum"] for run in chosen]
-            cells = [
-                recipe["label"],
-                ", ".join([f"rate {chosen[0]['point']['learning_rate']:g}", *describe(chosen[0]["point"]["config"])]),
-                spread([run["validation"]["rsum"] for run in chosen]),
-                spread(tests),
-                f"{mean(run['test']['t2i_r1'] for run in chosen):.1f}",
-                f"{mean(run['test']['i2t_r1'] for run in chosen):.1f}",
-                f"{mean(run['test']['t2t_r1'] for run in chosen):.1f}",
-                str(len(chosen)),
-                f"{mean(run['seconds'] for run in chosen):.0f}",
-            ]
-            rows.append((mean(tests), "| " + " | ".join(cells) + " |"))
+            if chosen:
+                point = chosen[0]["point"]
+                values = [f"rate {point['learning_rate']:g}", *describe(point["config"])]
+                rows.append(row_of(recipe["label"], values, chosen))
         if rows:
             updates = next(r["updates"] for r in runs if cell.items() <= r.items())
             blocks += [
                 f"### {groups:,} groups, batch {batch}{CONDITIONS[condition]} ({updates:,} updates)\n",
-                "| recipe | chosen on validation | Rsum, validation | Rsum, test | t2i R@1 | i2t R@1 | caption to "
-                "caption R@1 | seeds | s |",
-                "|---|---|---|---|---|---|---|---|---|",
+                *HEAD,
                 *(row for _, row in sorted(rows, reverse=True)),
                 "",
             ]

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..modeling.sharded_classifier import ShardedClassifier
+from ..publishing.checkpoint_info import train_captions_of
 from ..training.run_folder import METRICS_FILE, RECIPE_FILE
 from .arguments import ModelArguments, RecipeArguments
 
@@ -117,9 +118,8 @@ def _is_of_groups(checkpoint: str, groups: Dataset) -> bool:
     """
     if _read(checkpoint, "config.json").get("num_groups") != len(groups):
         return False
-    of_run = _read(checkpoint, RECIPE_FILE).get("decisive", {}).get("train_captions")
-    of_merge = (_read(checkpoint, METRICS_FILE).get("merge") or {}).get("train_captions")
-    return (of_run or of_merge) == Captions.read(groups).digest
+    of_checkpoint = train_captions_of(_read(checkpoint, RECIPE_FILE), _read(checkpoint, METRICS_FILE))
+    return of_checkpoint == Captions.read(groups).digest
 
 
 def _read(checkpoint: str, name: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ OF_ARGUMENTS = (
     *("augment_crop_scale", "augment_colour", "augment_flip", "mask_tokens", "cached_views"),
     *("neighbour_run", "pairs_per_group", "image_teacher", "text_teacher", "distillation_teacher"),
 )
-PROJECTIONS = {
+PROJECTION_TEXTS = {  # by kind
     "linear": "a linear layer without bias",
     "linear_bias": "a linear layer",
     "identity": "none, the tower ends in the common space",
@@ -74,7 +74,6 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
         parameters[part if part in PARTS else "other"] += math.prod(shape)
         size += math.prod(shape) * BYTES[dtype]
     recipe, metrics = _read(folder / "recipe.json"), _read(folder / "metrics.json")
-    merge = metrics.get("merge") or {}
     stages = recipe.get("decisive", {}).get("stages", [])
     # In an earlier version a stage could have the name of what is measured before them all.
     has_start = all(stage["name"] != "start" for stage in stages)
@@ -97,12 +96,23 @@ def describe(checkpoint: str | os.PathLike, revision: str | None = None) -> dict
         "data": recipe.get("data"),
         "batch_size": recipe.get("decisive", {}).get("global_train_batch_size"),
         "train_groups": recipe.get("decisive", {}).get("train_groups"),
-        "train_captions": recipe.get("decisive", {}).get("train_captions") or merge.get("train_captions"),
+        "train_captions": train_captions_of(recipe, metrics),
         "merge": metrics.get("merge"),
         "metrics": {name: metrics[name] for name in metrics if name not in ("stages", "evaluations", "merge")},
         "before_training": metrics.get("stages", {}).get("start") if has_start else None,
         "evaluations": metrics.get("evaluations", []),
     }
+
+
+def train_captions_of(recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> str | None:
+    """Return the digest of the captions trained on.
+
+    Args:
+        recipe: what recipe.json holds. A merged checkpoint has none.
+        metrics: what metrics.json holds, of a merged checkpoint the digest too.
+    """
+    of_merge = (metrics.get("merge") or {}).get("train_captions")
+    return recipe.get("decisive", {}).get("train_captions") or of_merge
 
 
 def as_text(info: Mapping[str, Any]) -> str:
@@ -127,7 +137,7 @@ def as_text(info: Mapping[str, Any]) -> str:
             f"{'trained' if stage['train_encoders'] else 'frozen'}" + "".join(f", {one}" for one in extras_of(stage))
         )
     if info["settings"]:
-        lines.append(f"  with {', '.join(f'{name} {_short(value)}' for name, value in info['settings'].items())}")
+        lines.append(f"  with {', '.join(settings_of(info))}")
     if info["merge"]:
         lines.append(f"  merged: {merge_formula(info['merge'])}")
     before = [(info["data"], BEFORE_TRAINING, info["before_training"])] if info["before_training"] else []
@@ -160,12 +170,17 @@ def extras_of(stage: Mapping[str, Any]) -> list[str]:
         stage: from recipe.json. An earlier version's has fewer fields.
     """
     rates = ("vision_learning_rate", "text_learning_rate")
-    return [f"{name} {_short(value)}" for name, value in _set(stage, (*rates, *OF_STAGES)).items()]
+    return _texts(_set(stage, (*rates, *OF_STAGES)))
+
+
+def settings_of(info: Mapping[str, Any]) -> list[str]:
+    """Say what a run's config and arguments set besides."""
+    return _texts(info["settings"])
 
 
 def describe_projections(info: Mapping[str, Any]) -> str:
     """Say what projects into the common space."""
-    kinds = {tower: PROJECTIONS[kind] for tower, kind in info["projections"].items()}
+    kinds = {tower: PROJECTION_TEXTS[kind] for tower, kind in info["projections"].items()}
     if len(set(kinds.values())) == 1:
         return f"for each tower {kinds['vision']}"
     return "; ".join(f"{tower}: {kind}" for tower, kind in kinds.items())
@@ -180,8 +195,9 @@ def _set(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _texts(values: Mapping[str, Any]) -> list[str]:
+    """Write each field with its value, numbers in short."""
+    return [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()]
 
 
 def merge_formula(merge: Mapping[str, Any]) -> str:

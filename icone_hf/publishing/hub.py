@@ -17,6 +17,7 @@ from .checkpoint_info import (
     measured,
     merge_formula,
     other_measures,
+    settings_of,
 )
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -100,6 +101,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
         merge_formula=merge_formula,
         projections=describe_projections(info),
         extras={stage["name"]: extras_of(stage) for stage in info["stages"]},
+        settings=settings_of(info),
         other_measures=other_measures(info),
     )
 

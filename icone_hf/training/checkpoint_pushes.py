@@ -52,11 +52,14 @@ class CheckpointPushes(TrainerCallback):
         shutil.rmtree(staging, ignore_errors=True)
         self.save_model(staging)
         shutil.copy(self.folder / RECIPE_FILE, staging)
+        metrics: dict[str, Any] = {}
         of_this = (entry for entry in state.log_history if "eval_rsum" in entry and entry["step"] == state.global_step)
         if measured := next(of_this, None):  # what SIGTERM has saved was not measured
-            write_metrics(staging, {"validation": validation_metrics(measured)})
+            metrics["validation"] = validation_metrics(measured)
         if (start := RunFolder(self.folder, ()).read_start()) is not None:
-            write_metrics(staging, {"stages": {START: start}})
+            metrics["stages"] = {START: start}
+        if metrics:
+            write_metrics(staging, metrics)
         # Of the checkpoints on disk the strategy may ask for the last or for all.
         deleted = None
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

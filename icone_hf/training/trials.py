@@ -21,7 +21,7 @@ from .checks import check_recipe
 from .feature_cache import FeatureCache
 from .progress import TrainingProgress
 from .search_space import TUNED_ARGUMENTS
-from .stage_trainer import validation_metrics
+from .stage_trainer import StageTrainer, validation_metrics
 from .stages import Stage
 from .teachers import PairTeachers
 from .trainer import IConETrainer
@@ -212,15 +212,17 @@ class Trials:
 
 
 class TrialTrainer(IConETrainer):
-    """Train one stage, and keep no checkpoint.
+    """Train stages, and keep no checkpoint.
 
     Attributes:
         caches: the towers' outputs, if they were computed before.
         teachers_found: by what a trial's losses need of them; trials share them.
     """
 
-    caches: tuple[FeatureCache, FeatureCache] | None = None
-    teachers_found: dict[tuple[bool, bool], PairTeachers | None]
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.caches: tuple[FeatureCache, FeatureCache] | None = None
+        self.teachers_found: dict[tuple[bool, bool], PairTeachers | None] = {}
 
     def cached_features(self) -> tuple[FeatureCache, FeatureCache]:
         """Return the towers' outputs of both splits."""
@@ -238,10 +240,20 @@ class TrialTrainer(IConETrainer):
         return self.caches[0].of_seed(args.seed), self.caches[1]
 
     def measure_epochs(self) -> list[dict[str, Any]]:
-        """Train the stage; return each epoch's validation."""
+        """Train the only stage; return each epoch's validation."""
+        assert len(self.stages) == 1
         self._prepare()
-        (stage,) = self.stages
-        args = self._stage_arguments(0)
+        trainer = self._start_stage(0)
+        trainer.pop_callback(TrainingProgress)  # a trial is one line of the search's
+        trainer.train()
+        return [entry for entry in trainer.state.log_history if "eval_rsum" in entry and entry["step"] > 0]
+
+    def _start_stage(self, index: int) -> StageTrainer:
+        """Build a stage's trainer, which keeps no checkpoint.
+
+        Class vectors start from the model as it is now.
+        """
+        stage, args = self.stages[index], self._stage_arguments(index)
         args.output_dir = self.args.output_dir
         args.save_strategy, args.load_best_model_at_end = SaveStrategy.NO, False
         config = self.model.config
@@ -252,9 +264,6 @@ class TrialTrainer(IConETrainer):
             self._teachers = self.teachers_found[needs]
         self._freeze(stage)
         train_data, eval_data = self._stage_data(stage, args)
-        if self._is_first_with_classes(0) and self.args.class_vectors == "group_means":
+        if self._is_first_with_classes(index) and self.args.class_vectors == "group_means":
             self._start_class_vectors(train_data)
-        trainer = self._stage_trainer(stage, args, train_data, eval_data)
-        trainer.pop_callback(TrainingProgress)  # a trial is one line of the search's
-        trainer.train()
-        return [entry for entry in trainer.state.log_history if "eval_rsum" in entry and entry["step"] > 0]
+        return self._stage_trainer(stage, args, train_data, eval_data)

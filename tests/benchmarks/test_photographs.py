@@ -35,14 +35,22 @@ def test_every_recipe_has_as_many_candidates_of_fields_that_a_search_may_vary(ce
         assert len(drawn) >= 9, name
 
 
-@pytest.mark.parametrize("average", [0.0, 0.9])
-def test_stages_in_memory_end_with_the_weights_of_a_run_with_checkpoints(make_model, processor, tmp_path, average):
+@pytest.mark.parametrize(("average", "taught"), [(0.0, False), (0.9, False), (0.0, True)])
+def test_stages_in_memory_end_with_the_weights_of_a_run_with_checkpoints(
+    make_model, processor, tmp_path, average, taught
+):
     groups = {"train": make_groups(12), "validation": make_groups(8, start=12)}
     stages = [
         Stage("stage0", 2, 1e-2, 0, 1, train_encoders=False, weight_average=average),
         Stage("stage1", 3, 1e-2, 1, 1, train_encoders=False, weight_average=average),
     ]
     config = {"num_groups": 12, "text_pooling": "mean", "instance_logits": "cosine", "vision_feature_dropout": 0.3}
+    teacher = {}
+    if taught:
+        teacher["distillation_teacher"] = str(tmp_path / "teacher")
+        config["distillation_weight"] = 2.0
+        make_model(num_groups=0, projection_dim=8).save_pretrained(tmp_path / "teacher")
+        processor.save_pretrained(tmp_path / "teacher")
     by_run, by_trial = make_model(**config), make_model(**config)
     args = IConETrainingArguments(
         str(tmp_path / "run"),
@@ -53,6 +61,7 @@ def test_stages_in_memory_end_with_the_weights_of_a_run_with_checkpoints(make_mo
         use_cpu=True,
         disable_tqdm=True,
         seed=3,
+        **teacher,
     )
     torch.manual_seed(3)
     IConETrainer(by_run, args, *groups.values(), processor, stages).train()

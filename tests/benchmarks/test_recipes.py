@@ -61,6 +61,13 @@ def test_the_pages_show_what_was_measured():
         assert text in figures.PAGE.read_text(encoding="utf-8"), f"{name}: python -m benchmarks.figures --report"
 
 
+def test_the_parts_of_a_list_are_the_list_each_item_once():
+    items = list("abcdefg")
+    assert recipes.part_of(items, "2/3") == ["b", "e"]
+    assert recipes.part_of(items, "1/1") == items
+    assert sorted(item for i in (1, 2, 3) for item in recipes.part_of(items, f"{i}/3")) == items
+
+
 def test_every_peer_has_a_trainer_and_no_larger_a_grid_than_infonce():
     largest = len(list(recipes.expand(RECIPES["infonce"])))
     for name, peer in PEERS.items():

@@ -7,6 +7,7 @@ import pytest
 from tiny import make_run
 
 from icone_hf import IConEConfig, IConETrainingArguments, Stage
+from icone_hf.modeling.projections import PROJECTIONS
 from icone_hf.publishing import checkpoint_info
 from icone_hf.publishing.checkpoint_info import OF_ARGUMENTS, OF_CONFIG, OF_STAGES, as_text, describe, extras_of
 from icone_hf.publishing.hub import model_card
@@ -30,6 +31,11 @@ def test_nothing_that_is_at_its_default_is_told_and_all_else_is():
     of_transformers = {field.name for field in fields(IConETrainingArguments.__mro__[1])}
     untold = {"class_vectors", "feature_cache_dtype", "early_stopping_patience", "shard_classifier"}
     assert set(DECISIVE_ARGUMENTS) - of_transformers - untold <= set(OF_ARGUMENTS)
+
+
+def test_every_kind_of_projection_is_told_in_words_of_its_own():
+    assert set(checkpoint_info.PROJECTION_TEXTS) == set(PROJECTIONS)
+    assert len(set(checkpoint_info.PROJECTION_TEXTS.values())) == len(PROJECTIONS)
 
 
 @pytest.fixture
