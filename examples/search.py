@@ -1,7 +1,7 @@
 """Answer sentences with images of an index, drawn on one sheet.
 
-    icone index CHECKPOINT SOURCE INDEX
-    python examples/search.py INDEX "a red car" "a dog left of a bicycle" --grid found.png
+icone index CHECKPOINT SOURCE INDEX
+python examples/search.py INDEX "a red car" "a dog left of a bicycle" --grid found.png
 """
 
 import argparse

@@ -208,7 +208,7 @@ class Gallery:
         return parse_query([str(part) for part in query])
 
     def embedding_of(self, one: str) -> np.ndarray:
-        """Return the embedding of an image of the index, by id."""
+        """Return an indexed image's embedding, by its id."""
         return np.asarray(self.row(one)[EMBEDDING], np.float32)
 
     def row(self, one: str) -> dict[str, Any]:

@@ -186,7 +186,10 @@ def _groups(source: Dataset, part: list[Row]) -> Dataset:
 
 
 def _captions_by_content(seen: pa.Table) -> dict[str, list[str]]:
-    """Collect captions; an image of several files has all of theirs."""
+    """Collect captions.
+
+    An image of several files has all of theirs.
+    """
     captions: dict[str, dict[str, None]] = defaultdict(dict)
     for content, texts in zip(seen["content"].to_pylist(), seen["captions"].to_pylist(), strict=True):
         captions[content] |= dict.fromkeys(texts or ())

@@ -111,7 +111,7 @@ class RowTable:
             return self._read(connection, PLACE, [int(place) for place in places])
 
     def rows_of(self, ids: Sequence[str]) -> pa.Table:
-        """Return rows by id, in this order, with their places."""
+        """Return rows by id, in order, with their places."""
         with self.reading() as connection:
             return self._read(connection, "id", list(ids))
 

@@ -110,7 +110,7 @@ def look_at_files(
 
 
 def _look_at(image: Mapping[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Say what an image's file holds, by its first bytes and its digest."""
+    """Say what an image's file is and holds."""
     path = image.get("path")
     is_file = image.get("bytes") is None and path is not None and not is_address(path)
     if not is_file:
