@@ -74,7 +74,7 @@ class ExactStore:
             self._close_gaps()
 
     def _close_gaps(self) -> None:
-        """Write the embeddings anew where many are of no row."""
+        """Write the embeddings anew where gaps are many."""
         places, meta = self.table.places(), self._meta()
         if meta["end"] - len(places) <= GAPS * meta["end"]:
             return

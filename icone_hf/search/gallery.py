@@ -212,7 +212,9 @@ class Gallery:
         return np.asarray(self.row(one)[EMBEDDING], np.float32)
 
     def row(self, one: str) -> dict[str, Any]:
-        """Return an image's row, by its id or the id's first digits.
+        """Return an image's row, by its id.
+
+        The first digits are enough where no other id has them.
 
         Raises:
             InputError: if there is none, or there are several.

@@ -146,7 +146,7 @@ class IndexFolder:
 def settings_of(
     model: IConEModel, processor: IConEProcessor, name: str | os.PathLike, autocast: torch.dtype | None, store: str
 ) -> dict[str, Any]:
-    """Say which model makes an index, and in which store."""
+    """Say which model makes an index, and the store."""
     parts = {**digest_vision(model, processor, autocast), **digest_projection(model, "vision")}
     parts |= {f"{key} (captions)": value for key, value in digest_text(model, processor, autocast).items()}
     parts |= digest_projection(model, "text")

@@ -197,7 +197,7 @@ def _captions_by_content(seen: pa.Table) -> dict[str, list[str]]:
 
 
 def _keep_small_copies(place: IndexFolder, groups: Dataset) -> None:
-    """Write small copies of images that lie in no file."""
+    """Copy images that lie in no file, in small."""
     stored = groups.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
     images = Images(groups, smallest_side=SMALL_SIDE)
     for row, content in enumerate(groups["image_id"]):

@@ -174,7 +174,10 @@ class RowTable:
         connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", pairs)
 
     def put(self, connection: sqlite3.Connection, rows: pa.Table, places: Sequence[int]) -> None:
-        """Add rows at these places; those of the same ids go."""
+        """Add rows at these places.
+
+        Those of the same ids go.
+        """
         present, lists = set(_columns(connection)), set(self.meta_of(connection).get(_LISTS, []))
         for field in rows.schema:
             if pa.types.is_list(field.type) or pa.types.is_large_list(field.type):

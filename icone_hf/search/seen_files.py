@@ -145,7 +145,7 @@ def _from_header(image: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_stored(image: Mapping[str, Any]) -> Image.Image:
-    """Open an image as `datasets` stores it, its header alone."""
+    """Open a stored image, its header alone."""
     content, path = image.get("bytes"), image.get("path")
     if content is None and is_address(path):
         content = read_member(str(path))
