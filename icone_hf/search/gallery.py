@@ -262,7 +262,7 @@ class Gallery:
             raise InputError(f"{path} can't be decoded: {error}") from error
 
     def _rows(self, found: pa.Table) -> Dataset:
-        """Make rows of `datasets` of what a store has found."""
+        """Make a data set of what was found."""
         rows = found.to_pylist()
         files = [self.file(row) for row in rows]
         images = [None if path is None else {"path": str(path), "bytes": None} for path in files]

@@ -219,7 +219,7 @@ def _keep_small_copies(place: IndexFolder, groups: Dataset) -> None:
 
 
 def _reason(why: str) -> str:
-    """Take the reason out of a message that names a row."""
+    """Take the reason out of a message."""
     return why.partition(" cannot be decoded: ")[2].partition(". Replace it or")[0] or why
 
 
@@ -286,7 +286,7 @@ def _bring_in_step(place: IndexFolder) -> None:
 
 
 def _step(store: Store, shards: Snapshot, places: dict[str, int], wanted: dict[str, dict[str, Any]]) -> None:
-    """Add what a store lacks, and delete what it has too much."""
+    """Add and delete until a store holds what is wanted."""
     there = dict(zip(*(store.listing()[name].to_pylist() for name in ("id", "digest")), strict=True))
     digests = {one: digest_all({"row": json.dumps(row, sort_keys=True)})[:16] for one, row in wanted.items()}
     store.delete([one for one in there if one not in wanted])
@@ -299,7 +299,10 @@ def _step(store: Store, shards: Snapshot, places: dict[str, int], wanted: dict[s
 
 
 def _schema(wanted: dict[str, dict[str, Any]], some: list[str]) -> pa.Schema:
-    """Say the columns of rows; those of several sources may differ."""
+    """Choose the types of columns.
+
+    Rows of several sources may have different ones.
+    """
     lists, integers = ("copies", "captions"), ("size", "width", "height", "year")
     kinds: dict[str, pa.DataType] = {"digest": pa.string()}
     for one in some:

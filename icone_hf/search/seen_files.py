@@ -153,7 +153,7 @@ def open_stored(image: Mapping[str, Any]) -> Image.Image:
 
 
 def _date(taken: Any) -> str | None:
-    """Write EXIF's date as ISO does, if it is one."""
+    """Write EXIF's date as ISO does."""
     try:
         return datetime.strptime(str(taken).strip("\0 ")[:19], "%Y:%m:%d %H:%M:%S").isoformat(" ")
     except ValueError:
@@ -161,7 +161,7 @@ def _date(taken: Any) -> str | None:
 
 
 def modified(modified_ns: int) -> str | None:
-    """Write a file's time of change as ISO does, in UTC."""
+    """Write a time of change as ISO does, in UTC."""
     if not modified_ns:
         return None
     return datetime.fromtimestamp(modified_ns // 10**9, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
