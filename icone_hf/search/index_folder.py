@@ -139,7 +139,7 @@ class IndexFolder:
         return ExactStore(self.path / "exact" / kind)
 
     def small_copy(self, content: str) -> Path:
-        """Name the small copy of an image without a file."""
+        """Name the small copy of an image."""
         return self.small_copies / content[:2] / f"{content}.jpg"
 
 

@@ -286,7 +286,7 @@ def _bring_in_step(place: IndexFolder) -> None:
 
 
 def _step(store: Store, shards: Snapshot, places: dict[str, int], wanted: dict[str, dict[str, Any]]) -> None:
-    """Add and delete until a store holds what is wanted."""
+    """Add and delete rows until all are right."""
     there = dict(zip(*(store.listing()[name].to_pylist() for name in ("id", "digest")), strict=True))
     digests = {one: digest_all({"row": json.dumps(row, sort_keys=True)})[:16] for one, row in wanted.items()}
     store.delete([one for one in there if one not in wanted])

@@ -161,7 +161,7 @@ def _date(taken: Any) -> str | None:
 
 
 def modified(modified_ns: int) -> str | None:
-    """Write a time of change as ISO does, in UTC."""
+    """Write a time of change, in UTC."""
     if not modified_ns:
         return None
     return datetime.fromtimestamp(modified_ns // 10**9, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
