@@ -203,7 +203,7 @@ def _nearest(stored: np.ndarray, query: np.ndarray, places: np.ndarray | None, k
 
 
 def _cosines(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """Compare rows with a query; float16 has rounded their length."""
+    """Compare rows with a query, as if of length 1."""
     return rows @ query / np.linalg.norm(rows, axis=1)
 
 
