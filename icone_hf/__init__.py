@@ -1,7 +1,7 @@
 """IConE: instance contrastive embedding for image-text retrieval, for the Hugging Face ecosystem.
 
 `import icone_hf` makes transformers' Auto classes know the model. All other names are imported on first use, from the
-folder that holds them: `modeling`, `data`, `embedding`, `evaluation`, `publishing`, `training`, `paper`.
+folder that holds them: `modeling`, `data`, `embedding`, `evaluation`, `search`, `publishing`, `training`, `paper`.
 """
 
 import importlib
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .modeling.modeling_icone import IConEModel
     from .modeling.processing_icone import IConEProcessor
     from .paper.word_vectors import recurrent_tower_from_bert, recurrent_tower_from_glove
+    from .search.gallery import Gallery
     from .training.arguments import IConETrainingArguments
     from .training.feature_cache import FeatureCache
     from .training.merging import merge_checkpoints
@@ -53,6 +54,7 @@ _public, __dir__, __all__ = lazy_names(
             *("EfficientNetLiteConfig", "EfficientNetLiteModel", "RecurrentTextConfig", "RecurrentTextModel"),
         ),
         "paper": ("recurrent_tower_from_bert", "recurrent_tower_from_glove"),
+        "search": ("Gallery",),
         "training": (
             *("IConETrainer", "IConETrainingArguments", "FeatureCache", "Stage"),
             *("PAPER_STAGES", "RECOMMENDED_CONFIG", "RECOMMENDED_STAGES", "merge_checkpoints"),

@@ -9,9 +9,25 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 30.0
+
+
+class _RateColumn(ProgressColumn):
+    """Show how many items a second are done."""
+
+    def render(self, task: Task) -> Text:
+        return Text(per_second(task.finished_speed or task.speed or 0.0))
 
 
 def is_terminal() -> bool:
@@ -31,6 +47,7 @@ def new_bars() -> Progress:
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
+        _RateColumn(),
         TimeRemainingColumn(),
         TextColumn("to go"),
         console=Console(stderr=True),
@@ -40,6 +57,14 @@ def new_bars() -> Progress:
 def say(line: str) -> None:
     """Print a line of a log."""
     print(line, file=sys.stderr, flush=True)
+
+
+def per_second(rate: float) -> str:
+    """Write a rate for people to read."""
+    if not rate:
+        return ""
+    digits = 0 if rate >= 10 else 1 if rate >= 1 else 2
+    return f"{rate:,.{digits}f}/s"
 
 
 def duration(seconds: float) -> str:
@@ -87,7 +112,8 @@ def progress(what: str, total: int, is_shown: bool = True) -> Iterator[Callable[
             now = time.monotonic()
             if now - said >= SECONDS_BETWEEN_LINES and 0 < done < total:
                 said = now
-                say(f"{what}: {done:,} of {total:,}, {remaining(now - began, done, total)} to go")
+                rate, left = per_second(done / (now - began)), remaining(now - began, done, total)
+                say(f"{what}: {done:,} of {total:,}, {rate}, {left} to go")
 
         yield advance
         if said > began:

@@ -12,7 +12,11 @@ DIM, ROWS = 6, 3  # of a rank
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-def plain_loss(features, class_vectors, groups, logits, temperature):
+def plain_loss(features, class_vectors, groups, logits, temperature, nested_dims=()):
+    if nested_dims:
+        sizes = (DIM, *nested_dims)
+        cuts = ((features[:, :size], class_vectors[:, :size]) for size in sizes)
+        return sum(plain_loss(*cut, groups, logits, temperature) for cut in cuts) / len(sizes)
     if logits == "cosine":
         features, class_vectors = F.normalize(features, dim=1), F.normalize(class_vectors, dim=1) / temperature
     return F.cross_entropy(features @ class_vectors.T, groups, ignore_index=-100)
@@ -29,17 +33,22 @@ def whole(num_groups, num_ranks, with_fillers):
 def check_losses(rank, num_ranks):
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
     for num_groups in (1, 3, 8, 11):  # fewer than ranks, even and uneven shares
-        for logits, temperature, with_fillers in (("dot", 1.0, False), ("cosine", 0.1, False), ("dot", 1.0, True)):
+        for logits, temperature, with_fillers, nested_dims in (
+            ("dot", 1.0, False, ()),
+            ("cosine", 0.1, False, ()),
+            ("dot", 1.0, True, ()),
+            ("cosine", 0.1, True, (4, 1)),
+        ):
             features, class_vectors, groups = whole(num_groups, num_ranks, with_fillers)
             classifier = ShardedClassifier(num_groups, DIM)
             rows = shard(num_groups, rank, num_ranks)
             classifier.weight.data.copy_(class_vectors[rows])
             own = features[mine].clone().requires_grad_()
-            loss = classifier(own, groups[mine], logits, temperature)
+            loss = classifier(own, groups[mine], logits, temperature, nested_dims=nested_dims)
             loss.backward()
             features.requires_grad_()
             class_vectors.requires_grad_()
-            expected = plain_loss(features, class_vectors, groups, logits, temperature)
+            expected = plain_loss(features, class_vectors, groups, logits, temperature, nested_dims)
             expected.backward()
             torch.testing.assert_close(loss, expected, **CLOSE)
             torch.testing.assert_close(classifier.weight.grad, class_vectors.grad[rows], **CLOSE)

@@ -2,6 +2,7 @@ import contextlib
 import io
 import os
 import pty
+import re
 import threading
 
 import children
@@ -50,6 +51,7 @@ def test_a_terminal_shows_bars_even_one_in_another():
     seen = on_a_terminal(COUNT)
     for said in ("Counting outside", "Counting inside", "50/50", "2/2", "━", "above the bars"):
         assert said in seen, said
+    assert re.search(r"2/2\S* [\d.,]+/s", seen)
 
 
 def test_a_log_has_lines_and_no_bars(capsys, monkeypatch):
@@ -61,8 +63,8 @@ def test_a_log_has_lines_and_no_bars(capsys, monkeypatch):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        "Encoding images: 1,500 of 4,000, 50 s to go",
-        "Encoding images: 3,000 of 4,000, 20 s to go",
+        "Encoding images: 1,500 of 4,000, 50/s, 50 s to go",
+        "Encoding images: 3,000 of 4,000, 50/s, 20 s to go",
         "Encoding images: 4,000 in 90 s",
     ]
 
@@ -74,6 +76,13 @@ def test_what_is_short_or_of_another_process_leaves_no_line(capsys, monkeypatch)
     with show("Encoding images", 2, is_shown=False) as advance:
         advance(1)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"), [(0, ""), (0.25, "0.25/s"), (3.21, "3.2/s"), (48.6, "49/s"), (1234, "1,234/s")]
+)
+def test_rates(rate, said):
+    assert progress.per_second(rate) == said
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,10 @@ class ModelArguments:
             "help": "Score the classes of the batch and this many sampled others, whatever num_groups is. 0: all."
         },
     )
+    nested_dims: list[int] | None = field(
+        default=None,
+        metadata={"help": "Sizes that embeddings can be cut to, from the largest down (Matryoshka): 256 128 64."},
+    )
     vision_pooling: str | None = field(
         default=None,
         metadata={"help": "Global image feature: cls, mean, last, pooler. Default: by the tower's type."},

@@ -109,7 +109,7 @@ def index(argv: Sequence[str]) -> None:
 
 
 def _load(data_args: DataArguments, split: str) -> tuple[Dataset, dict[str, str]]:
-    """Load what is to be indexed, and name what was left out."""
+    """Load the images, and name what was left out."""
     source = str(data_args.source)
     if split not in (ALL, *SPLITS):
         raise InputError(f"split={split!r} must be {ALL} or one of {', '.join(SPLITS)}.")

@@ -28,6 +28,7 @@ CHANGEABLE = (
     "instance_temperature",
     "instance_label_smoothing",
     "instance_samples",
+    "nested_dims",
     "vision_feature_dropout",
     "text_feature_dropout",
     "projection_dropout",

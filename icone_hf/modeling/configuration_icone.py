@@ -103,6 +103,9 @@ class IConEConfig(PreTrainedConfig):
             drawn anew at every step, which stand for all of them. Its cost then does not grow with `num_groups`. The
             classifier's gradient is sparse, which [`IConETrainer`] can handle. 0: every class is scored, as in the
             paper.
+        nested_dims: sizes that embeddings can be cut to, from the largest down, such as `[256, 128, 64]`. Every loss is
+            the mean over these and `projection_dim` of the loss on the first dimensions (Matryoshka; see
+            [`nested_mean`]). `None`: `projection_dim` alone. Embeddings stay whole; who uses them cuts them.
         vision_pooling: which output of the vision tower is "the global token". `"pooler"`: its `pooler_output` (CLIP's
             layer-normed class token, a convolutional network's global mean); `"cls"`: the last layer's first token;
             `"mean"`: the mean over positions; `"last"`: the last token. `None`: guessed from the tower's type, and
@@ -160,6 +163,7 @@ class IConEConfig(PreTrainedConfig):
     projection_dropout: float | int = 0.0
     vision_feature_dropout: float | int = 0.0
     text_feature_dropout: float | int = 0.0
+    nested_dims: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         try:
@@ -207,6 +211,15 @@ class IConEConfig(PreTrainedConfig):
         for name in ("vision_feature_dropout", "text_feature_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ModelError(f"{name}={getattr(self, name)} must be 0 (none) or more, and below 1.")
+
+        sizes = self.nested_dims
+        if sizes is not None:
+            is_descending = bool(sizes) and sizes == sorted(set(sizes), reverse=True)
+            if not is_descending or sizes[0] > self.projection_dim or sizes[-1] < 1:
+                raise ModelError(
+                    f"nested_dims={sizes} must list sizes from the largest down, each once, of at most "
+                    f"projection_dim={self.projection_dim} and at least 1; with None embeddings are compared whole."
+                )
 
         # Projections.
         for name in ("vision_projection", "text_projection"):

@@ -4,6 +4,8 @@ Rows whose `group_ids` equal [`IGNORED_GROUP`] are fillers: they complete the la
 process has equally many rows. Fillers are neither anchors nor negatives and don't count in any mean.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -209,6 +211,37 @@ def sigmoid_loss(
     positive, valid = _pair_masks(logits, group_ids, several_positives)
     signs = positive.float() * 2 - 1
     return -F.logsigmoid(signs * logits).masked_fill(~valid, 0.0).sum() / positive.any(dim=1).sum()
+
+
+def nested_mean(
+    loss: Callable[..., torch.Tensor],
+    nested_dims: Sequence[int] | None,
+    *rows: torch.Tensor,
+    normalize: bool = False,
+) -> torch.Tensor:
+    """Average a loss over nested sizes of its rows.
+
+    These are Matryoshka representations (Kusupati et al. 2022, equation 1) with equal weights:
+    `L = 1/|M| sum_{m in M} loss(x[:, :m] for x in rows)`, where `M` are `nested_dims` and the rows' whole width. Where
+    class vectors are among the rows they are cut likewise, so that all sizes share them (MRL-E, section 3).
+
+    Args:
+        loss: takes as many tensors as there are rows.
+        nested_dims: sizes, none above the whole width. `None`: that alone.
+        rows: `(rows, dim)` each, cut to the same size.
+        normalize: whether to L2-normalise cut rows again; whole ones are left as they are.
+
+    Returns:
+        A scalar.
+    """
+    width = rows[0].shape[1]
+    total, count = loss(*rows), 1
+    for size in nested_dims or ():
+        if size != width:
+            cut = [one[:, :size] for one in rows]
+            total = total + loss(*([F.normalize(one.float(), dim=-1) for one in cut] if normalize else cut))
+            count += 1
+    return total / count
 
 
 def float_products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Both terms of equation (9), and teachers' terms, for a batch that may be spread over processes."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -8,7 +9,7 @@ import torch.distributed
 from .class_sampling import sample_classes, scored_rows
 from .configuration_icone import IConEConfig
 from .errors import ModelError
-from .losses import IGNORED_GROUP, contrastive_loss, hinge_loss, instance_loss, sigmoid_loss
+from .losses import IGNORED_GROUP, contrastive_loss, hinge_loss, instance_loss, nested_mean, sigmoid_loss
 from .taught_losses import distillation_loss, soft_target_loss, uni_modal_loss
 
 # The losses that have teachers, and the fields of the config that hold their weights.
@@ -135,6 +136,9 @@ def instance_objective(
     Dividing by the rows of all ranks, and multiplying by the number of ranks whose gradients are averaged, makes an
     uneven last batch exact too.
 
+    With `config.nested_dims` it is the mean over these sizes m of the loss on `f[:, :m]` and `W_share[:, :m]` (see
+    [`nested_mean`]). Sampled classes are the same at every size.
+
     Args:
         config: of the model.
         image_features, text_features: `(batch, dim)`, projected, not normalised.
@@ -155,18 +159,14 @@ def instance_objective(
         class_vectors = scored_rows(class_vectors, scored.class_ids, num_ranks)
         group_ids, log_counts = scored.positions(group_ids), scored.log_counts
 
-    temperature = config.instance_temperature or config.temperature
+    temperature, smoothing = config.instance_temperature or config.temperature, config.instance_label_smoothing
+    options = config.instance_logits, temperature, "sum", log_counts, smoothing
+
+    def of_size(features: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        return instance_loss(features, vectors, group_ids, *options)
+
     image_loss, text_loss = (
-        instance_loss(
-            features,
-            class_vectors,
-            group_ids,
-            config.instance_logits,
-            temperature,
-            "sum",
-            log_counts,
-            config.instance_label_smoothing,
-        )
+        nested_mean(of_size, config.nested_dims, features, class_vectors)
         for features in (image_features, text_features)
     )
     return (image_loss + text_loss) * num_ranks / num_items_in_batch
@@ -184,7 +184,8 @@ def contrastive_objective(
     """Compute equation (8), or the loss chosen instead.
 
     `config.contrastive_loss` chooses it. The loss, a scalar, is that of the batch over all ranks, whose rows are
-    gathered with their gradient.
+    gathered with their gradient. With `config.nested_dims` it is the mean over these sizes m of the loss on
+    `e[:, :m] / |e[:, :m]|` (see [`nested_mean`]), by the same temperature and bias.
 
     Args:
         config: of the model.
@@ -196,12 +197,20 @@ def contrastive_objective(
     """
     embeds, group_ids = _gather_pairs(image_embeds, text_embeds, group_ids, num_ranks)
     if config.contrastive_loss == "infonce":
-        return contrastive_loss(*embeds, temperature, group_ids, config.several_positives, config.hard_negative_beta)
+        options = temperature, group_ids, config.several_positives, config.hard_negative_beta
+        return _nested(config, contrastive_loss, embeds, *options)
     if config.contrastive_loss == "sigmoid":
         assert bias is not None
-        return sigmoid_loss(*embeds, temperature, bias, group_ids, config.several_positives)
+        return _nested(config, sigmoid_loss, embeds, temperature, bias, group_ids, config.several_positives)
     hardest = config.contrastive_loss == "max_hinge"
-    return hinge_loss(*embeds, config.margin, group_ids, hardest)
+    return _nested(config, hinge_loss, embeds, config.margin, group_ids, hardest)
+
+
+def _nested(
+    config: IConEConfig, loss: Callable[..., torch.Tensor], embeds: tuple[torch.Tensor, torch.Tensor], *options: Any
+) -> torch.Tensor:
+    """Average a loss of embeddings over the config's sizes."""
+    return nested_mean(lambda *cut: loss(*cut, *options), config.nested_dims, *embeds, normalize=True)
 
 
 def taught_objectives(
@@ -214,7 +223,8 @@ def taught_objectives(
 ) -> dict[str, torch.Tensor]:
     """Compute the losses whose targets come from teachers.
 
-    The arguments are those of [`contrastive_objective`], and the teachers' features of this rank's pairs.
+    The arguments are those of [`contrastive_objective`], and the teachers' features of this rank's pairs. The model's
+    embeddings are cut to `config.nested_dims` as there, the teachers' never.
 
     Returns:
         Those whose weight isn't 0, scalars by the names of `TAUGHT_LOSSES`.
@@ -233,12 +243,12 @@ def taught_objectives(
             features = _gather_taught(*what, teachers.image, teachers.text, len(image_embeds), num_ranks)
             temperatures = config.soft_temperature or config.soft_target_temperature, config.soft_target_temperature
             loss = soft_target_loss if name == "soft_target_loss" else uni_modal_loss
-            losses[name] = loss(*embeds, *features, *temperatures, ids)
+            losses[name] = _nested(config, loss, embeds, *features, *temperatures, ids)
     if weights["distillation_loss"]:
         what = f"distillation_weight={config.distillation_weight}", "teacher_image_embeds and teacher_text_embeds"
         theirs = _gather_taught(*what, teachers.image_embeds, teachers.text_embeds, len(image_embeds), num_ranks)
         temperature = config.distillation_temperature or config.temperature
-        losses["distillation_loss"] = distillation_loss(*embeds, *theirs, temperature, ids)
+        losses["distillation_loss"] = _nested(config, distillation_loss, embeds, *theirs, temperature, ids)
     return losses
 
 

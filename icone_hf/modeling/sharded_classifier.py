@@ -7,7 +7,7 @@ weights, of their gradients and moments, and of the logits. It is the vocabulary
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from .configuration_icone import IConEConfig
 from .errors import ModelError
-from .losses import IGNORED_GROUP, instance_scores
+from .losses import IGNORED_GROUP, instance_scores, nested_mean
 from .objective import GatherRows, check_group_ids, count_ranks, gather_rows, rank_index
 
 NAME = "classifier.weight"  # of the class vectors in a checkpoint of IConEModel
@@ -81,6 +81,7 @@ class ShardedClassifier(nn.Module):
         temperature: float = 0.05,
         num_items_in_batch: torch.Tensor | int | None = None,
         label_smoothing: float = 0.0,
+        nested_dims: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Compute the instance loss of one modality.
 
@@ -93,6 +94,7 @@ class ShardedClassifier(nn.Module):
             logits, temperature: as in [`instance_loss`].
             num_items_in_batch: rows that the mean is taken over, if these are a chunk of a larger batch. `None`: these.
             label_smoothing: as in [`instance_loss`].
+            nested_dims: sizes that features and class vectors are cut to; see [`nested_mean`].
 
         Returns:
             A scalar, in float32: the mean over the rows of all ranks, the same on every rank.
@@ -103,9 +105,14 @@ class ShardedClassifier(nn.Module):
         check_group_ids(group_ids, self.num_groups)
         # Each rank scores the rows of all ranks against its own classes.
         features, group_ids = GatherRows.apply(features, count_ranks()), gather_rows(group_ids, count_ranks())
-        scores = instance_scores(features, self.weight, logits, temperature)
-        losses = _ShardedCrossEntropy.apply(scores, group_ids, self.rows.start, self.num_groups, label_smoothing)
-        return losses.sum() / ((group_ids != IGNORED_GROUP).sum() if num_items_in_batch is None else num_items_in_batch)
+
+        def of_size(features: torch.Tensor, class_vectors: torch.Tensor) -> torch.Tensor:
+            scores = instance_scores(features, class_vectors, logits, temperature)
+            place = self.rows.start, self.num_groups
+            return _ShardedCrossEntropy.apply(scores, group_ids, *place, label_smoothing).sum()
+
+        total = nested_mean(of_size, nested_dims, features, self.weight)
+        return total / ((group_ids != IGNORED_GROUP).sum() if num_items_in_batch is None else num_items_in_batch)
 
     def objective(
         self,
@@ -116,10 +123,10 @@ class ShardedClassifier(nn.Module):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Compute equation (5), as [`instance_objective`] does."""
-        temperature, smoothing = config.instance_temperature or config.temperature, config.instance_label_smoothing
+        temperature = config.instance_temperature or config.temperature
+        options = config.instance_logits, temperature, num_items_in_batch, config.instance_label_smoothing
         return sum(
-            self(features, group_ids, config.instance_logits, temperature, num_items_in_batch, smoothing)
-            for features in (image_features, text_features)
+            self(features, group_ids, *options, config.nested_dims) for features in (image_features, text_features)
         )
 
     @classmethod

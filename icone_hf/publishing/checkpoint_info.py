@@ -30,7 +30,7 @@ OF_STAGES = (
 OF_CONFIG = (
     *("learn_temperature", "several_positives", "hard_negative_beta", "instance_label_smoothing", "instance_samples"),
     *("vision_feature_dropout", "text_feature_dropout", "projection_dropout"),
-    *("soft_target_weight", "uni_modal_weight", "distillation_weight"),
+    *("soft_target_weight", "uni_modal_weight", "distillation_weight", "nested_dims"),
 )
 OF_ARGUMENTS = (
     *("augment_crop_scale", "augment_colour", "augment_flip", "mask_tokens", "cached_views"),

@@ -74,7 +74,7 @@ class ExactStore:
             self._close_gaps()
 
     def _close_gaps(self) -> None:
-        """Write the embeddings anew where many are of no row."""
+        """Write the embeddings anew where gaps are many."""
         places, meta = self.table.places(), self._meta()
         if meta["end"] - len(places) <= GAPS * meta["end"]:
             return
@@ -203,7 +203,10 @@ def _nearest(stored: np.ndarray, query: np.ndarray, places: np.ndarray | None, k
 
 
 def _cosines(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """Compare rows with a query, as if of length 1."""
+    """Compare rows with a query.
+
+    float16 has rounded their length.
+    """
     return rows @ query / np.linalg.norm(rows, axis=1)
 
 

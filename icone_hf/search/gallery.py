@@ -211,11 +211,13 @@ class Gallery:
         raise InputError("A query of several parts is a list of terms, or one of texts: write Term(image=...).")
 
     def embedding_of(self, one: str) -> np.ndarray:
-        """Return the embedding of an image, by id."""
+        """Return an indexed image's embedding, by its id."""
         return np.asarray(self.row(one)[EMBEDDING], np.float32)
 
     def row(self, one: str) -> dict[str, Any]:
-        """Return an image's row, by its id or the id's first digits.
+        """Return an image's row, by its id.
+
+        The first digits are enough where no other id has them.
 
         Raises:
             InputError: if there is none, or there are several.
@@ -263,7 +265,7 @@ class Gallery:
             raise InputError(f"{path} can't be decoded: {error}") from error
 
     def _rows(self, found: pa.Table) -> Dataset:
-        """Make rows of `datasets` of what a store has found."""
+        """Make a data set of what was found."""
         rows = found.to_pylist()
         files = [self.file(row) for row in rows]
         images = [None if path is None else {"path": str(path), "bytes": None} for path in files]

@@ -61,7 +61,7 @@ def draw_grid(queries: Sequence[tuple[str, Sequence[Found]]], columns: int = COL
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """Cut a line to a width, with dots."""
+    """Cut a line to a width, with dots behind."""
     line = " ".join(text.split())
     if font.getlength(line) <= width:
         return line

@@ -139,14 +139,14 @@ class IndexFolder:
         return ExactStore(self.path / "exact" / kind)
 
     def small_copy(self, content: str) -> Path:
-        """Name the small copy of an image that lies in no file."""
+        """Name the small copy of an image."""
         return self.small_copies / content[:2] / f"{content}.jpg"
 
 
 def settings_of(
     model: IConEModel, processor: IConEProcessor, name: str | os.PathLike, autocast: torch.dtype | None, store: str
 ) -> dict[str, Any]:
-    """Say which model makes an index, and how it is stored."""
+    """Say which model makes an index, and the store."""
     parts = {**digest_vision(model, processor, autocast), **digest_projection(model, "vision")}
     parts |= {f"{key} (captions)": value for key, value in digest_text(model, processor, autocast).items()}
     parts |= digest_projection(model, "text")

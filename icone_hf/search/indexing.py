@@ -186,7 +186,10 @@ def _groups(source: Dataset, part: list[Row]) -> Dataset:
 
 
 def _captions_by_content(seen: pa.Table) -> dict[str, list[str]]:
-    """Collect captions; an image of several files has all of theirs."""
+    """Collect captions.
+
+    An image of several files has all of theirs.
+    """
     captions: dict[str, dict[str, None]] = defaultdict(dict)
     for content, texts in zip(seen["content"].to_pylist(), seen["captions"].to_pylist(), strict=True):
         captions[content] |= dict.fromkeys(texts or ())
@@ -194,7 +197,7 @@ def _captions_by_content(seen: pa.Table) -> dict[str, list[str]]:
 
 
 def _keep_small_copies(place: IndexFolder, groups: Dataset) -> None:
-    """Write small copies of images that lie in no file."""
+    """Copy images that lie in no file, in small."""
     stored = groups.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
     images = Images(groups, smallest_side=SMALL_SIDE)
     for row, content in enumerate(groups["image_id"]):
@@ -216,7 +219,7 @@ def _keep_small_copies(place: IndexFolder, groups: Dataset) -> None:
 
 
 def _reason(why: str) -> str:
-    """Take the reason out of a message that names a row."""
+    """Take the reason out of a message."""
     return why.partition(" cannot be decoded: ")[2].partition(". Replace it or")[0] or why
 
 
@@ -283,7 +286,7 @@ def _bring_in_step(place: IndexFolder) -> None:
 
 
 def _step(store: Store, shards: Snapshot, places: dict[str, int], wanted: dict[str, dict[str, Any]]) -> None:
-    """Add what a store lacks, and delete what it has too much."""
+    """Add and delete rows until all are right."""
     there = dict(zip(*(store.listing()[name].to_pylist() for name in ("id", "digest")), strict=True))
     digests = {one: digest_all({"row": json.dumps(row, sort_keys=True)})[:16] for one, row in wanted.items()}
     store.delete([one for one in there if one not in wanted])
@@ -296,7 +299,10 @@ def _step(store: Store, shards: Snapshot, places: dict[str, int], wanted: dict[s
 
 
 def _schema(wanted: dict[str, dict[str, Any]], some: list[str]) -> pa.Schema:
-    """Say the columns of rows; those of several sources may differ."""
+    """Choose the types of columns.
+
+    Rows of several sources may have different ones.
+    """
     lists, integers = ("copies", "captions"), ("size", "width", "height", "year")
     kinds: dict[str, pa.DataType] = {"digest": pa.string()}
     for one in some:

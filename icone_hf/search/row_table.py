@@ -118,7 +118,7 @@ class RowTable:
             return self._read(connection, PLACE, [int(place) for place in places])
 
     def rows_of(self, ids: Sequence[str]) -> pa.Table:
-        """Return rows by id, in this order, with their places."""
+        """Return rows by id, in order, with their places."""
         with self.reading() as connection:
             return self._read(connection, "id", list(ids))
 
@@ -181,7 +181,10 @@ class RowTable:
         connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", pairs)
 
     def put(self, connection: sqlite3.Connection, rows: pa.Table, places: Sequence[int]) -> None:
-        """Add rows at these places; those of the same ids go."""
+        """Add rows at these places.
+
+        Those of the same ids go.
+        """
         present, lists = set(_columns(connection)), set(self.meta_of(connection).get(_LISTS, []))
         for field in rows.schema:
             if pa.types.is_list(field.type) or pa.types.is_large_list(field.type):
@@ -226,7 +229,7 @@ def check_condition(where: str, columns: Sequence[str]) -> None:
 
 
 def _misread(where: str, columns: Sequence[str]) -> str | None:
-    """Say what is more than a condition, or another one."""
+    """Say why a text is no plain condition."""
     if len(where) > LONGEST_CONDITION:
         return f"it has {len(where):,} characters, and the limit is {LONGEST_CONDITION:,}"
     names, open_brackets = set(map(str.lower, columns)), 0

@@ -110,7 +110,7 @@ def look_at_files(
 
 
 def _look_at(image: Mapping[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Say what an image's file holds, by its first bytes and its digest."""
+    """Say what an image's file is and holds."""
     path = image.get("path")
     is_file = image.get("bytes") is None and path is not None and not is_address(path)
     if not is_file:
@@ -145,7 +145,7 @@ def _from_header(image: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_stored(image: Mapping[str, Any]) -> Image.Image:
-    """Open an image as `datasets` stores it, its header alone."""
+    """Open a stored image, its header alone."""
     content, path = image.get("bytes"), image.get("path")
     if content is None and is_address(path):
         content = read_member(str(path))
@@ -153,7 +153,7 @@ def open_stored(image: Mapping[str, Any]) -> Image.Image:
 
 
 def _date(taken: Any) -> str | None:
-    """Write EXIF's date as ISO does, if it is one."""
+    """Write EXIF's date as ISO does."""
     try:
         return datetime.strptime(str(taken).strip("\0 ")[:19], "%Y:%m:%d %H:%M:%S").isoformat(" ")
     except ValueError:
@@ -161,7 +161,7 @@ def _date(taken: Any) -> str | None:
 
 
 def modified(modified_ns: int) -> str | None:
-    """Write a file's time of change as ISO does, in UTC."""
+    """Write a time of change, in UTC."""
     if not modified_ns:
         return None
     return datetime.fromtimestamp(modified_ns // 10**9, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")

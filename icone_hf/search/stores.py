@@ -46,9 +46,9 @@ class Store(Protocol):
         """
 
     def get(self, ids: Sequence[str]) -> pa.Table:
-        """Return rows by id, in the given order, with `embedding`.
+        """Return rows by id, with `embedding`.
 
-        Ids that aren't there are left out.
+        They are in the given order. Ids that aren't there are left out.
         """
 
     def sample(self, count: int, where: str | None = None, seed: int = 0) -> np.ndarray:

@@ -53,6 +53,7 @@ UNTUNABLE = {
     "train_encoders": "the towers stay frozen: trained ones would take nights",
     "seed": "the best of several seeds is luck: final_seeds measures it",
     "global_batch_size": "on one process it is per_device_train_batch_size: vary that",
+    "nested_dims": "the search compares whole embeddings, and not how well they can be cut: give it as an argument",
     **dict.fromkeys(("vision_pooling", "text_pooling", "vision_lora", "text_lora", "lora_rank", "jpeg_draft"), _SHARED),
     **dict.fromkeys(("bf16", "fp16", "feature_cache_dtype"), _SHARED),
 }

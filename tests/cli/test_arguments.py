@@ -130,6 +130,15 @@ def test_a_list_of_a_file_is_a_list(tmp_path):
     assert args.seeds == [3, 4]
 
 
+def test_nested_sizes_are_a_list_on_the_command_line_and_in_a_file(tmp_path):
+    assert parse_arguments((ModelArguments,), [])[0].nested_dims is None
+    for argv in (["--nested_dims", "256", "64"], [write_values(tmp_path, nested_dims=[256, 64])]):
+        (model,) = parse_arguments((ModelArguments,), argv)
+        assert model.config()["nested_dims"] == [256, 64]
+    with pytest.raises(SystemExit):
+        parse_arguments((ModelArguments,), ["--nested_dims", "256", "small"])
+
+
 def write_values(tmp_path, **values):
     path = tmp_path / "values.yaml"
     path.write_text(yaml.safe_dump(values))

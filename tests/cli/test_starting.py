@@ -78,6 +78,16 @@ def test_losses_may_change(run):
     assert model.config.instance_logits == "cosine"
 
 
+def test_a_checkpoint_may_get_nested_sizes_keep_them_and_lose_them(run, tmp_path):
+    model = start(run, make_groups(16), nested_dims=[8, 4])
+    assert model.config.nested_dims == [8, 4]
+    model.save_pretrained(tmp_path)
+    assert start(str(tmp_path), make_groups(16)).config.nested_dims == [8, 4]
+    assert start(str(tmp_path), make_groups(16), nested_dims=[16]).config.nested_dims == [16]  # whole embeddings alone
+    with pytest.raises(ValueError, match=r"nested_dims=\[32\] .* projection_dim=16"):
+        start(run, make_groups(16), nested_dims=[32]).config.validate_architecture()  # as a run does first
+
+
 def test_what_was_given_counts_though_it_is_the_default(run, tmp_path):
     """A checkpoint's own value stands otherwise."""
     changed = {"hard_negative_beta": 0.5, "learn_temperature": False, "margin": 0.4, "vision_feature_dropout": 0.1}

@@ -21,13 +21,13 @@ from transformers import HfArgumentParser
 
 import icone_hf
 from icone_hf import IConEModel, IConEProcessor, IConETrainingArguments, Stage, load_groups
-from icone_hf.cli import COMMANDS
+from icone_hf.cli import COMMANDS, main
 from icone_hf.cli.arguments import RECIPES
 from icone_hf.compat import actions_of
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-GUIDES = ("quickstart", "data", "training", "evaluation", "embedding", "publishing", "paper")
+GUIDES = ("quickstart", "data", "training", "evaluation", "embedding", "search", "publishing", "paper")
 TESTED_HERE = (README, *(ROOT / "docs" / f"{name}.md" for name in GUIDES))
 # Programs of others that pages call.
 OTHER_PROGRAMS = {"pip", "npm", "node", "hf"}
@@ -89,13 +89,15 @@ def my_model(make_model, processor, tmp_path):
 
 
 def test_training_and_searching_in_ten_lines(folder, capsys):
-    train, search = block(README, "trainer.train()"), block(README, "logits_per_text")
+    train, search = block(README, "trainer.train()"), block(README, "Gallery")
     assert all(len([line for line in code.splitlines() if line]) <= 10 for code in (train, search))
     metrics = folder(train)["metrics"]
     assert float(capsys.readouterr().out.split("\n")[-2]) == metrics["validation"]["rsum"]
     assert set(metrics["stages"]) == {"start", "heads", "joint"}  # the recommended stages
     config = IConEModel.from_pretrained("my-model").config
     assert (config.projection_dim, config.instance_logits) == (512, "cosine")
+    assert main(["index", "my-model", "photos/validation", "album"]) == 0
+    capsys.readouterr()
     folder(search)
     ranked = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len(ranked) == 5
@@ -129,6 +131,16 @@ def test_measuring(folder):
     assert folder(block(guide("evaluation"), "retrieval_metrics("), **embeds)["metrics"]["rsum"] == 600
 
 
+def test_searching(folder, my_model, capsys):
+    assert main(["index", "my-model", "photos/train", "album"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"12 files of {Path('photos/train').resolve()} = 12 indexed + 0 skipped",
+        "12 images in album",
+    ]
+    folder(block(guide("search"), "Gallery.open"))
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
 def test_embedding(folder, my_model):
     Path("photos").rename("album")
     assert len(folder(block(guide("embedding"), "encode("))["shards"]) == 18
@@ -144,7 +156,7 @@ def test_reading_by_other_tools(my_model, tmp_path):
 def test_no_block_goes_untested():
     assert {page.stem: len(blocks(page)) for page in TESTED_HERE if blocks(page)} == {
         "README": 2,
-        **dict.fromkeys(("data", "training", "evaluation", "embedding", "publishing"), 1),
+        **dict.fromkeys(("data", "training", "evaluation", "embedding", "search", "publishing"), 1),
     }
 
 
@@ -203,7 +215,7 @@ def check(words, options):
         if arguments[0] in ("--help", "--version", "COMMAND"):
             return
         assert arguments[0] in options, f"{arguments[0]} is no command"
-        given = {word.partition("=")[0] for word in arguments[1:] if word.startswith("-")}
+        given = {word.partition("=")[0] for word in arguments[1:] if word.startswith("-") and word != "-"}
         assert given <= options[arguments[0]] | {"--help"}
     elif words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -1,6 +1,7 @@
 """Configs, stages, arguments and processors with random fields: the valid ones run, the others are refused by name."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -63,6 +64,8 @@ def valid_fields(draw):
     fields |= {"vision_projection": draw(kinds), "text_projection": draw(kinds)}
     if "mlp" in fields.values():
         fields["projection_dropout"] = draw(st.floats(0, 0.9))
+    sizes = st.sets(st.integers(1, fields.get("projection_dim", 2048)), min_size=1, max_size=4)
+    fields["nested_dims"] = draw(st.none() | sizes.map(lambda found: sorted(found, reverse=True)))
     fields["vision_pooling"] = draw(st.none() | st.sampled_from(POOLINGS))
     without = {"pooler"} if text in TOWERS_WITHOUT_POOLER else set()
     fields["text_pooling"] = draw(st.none() | st.sampled_from(sorted(set(POOLINGS) - without)))
@@ -136,6 +139,12 @@ def is_positive(value):
     return is_number(value) and 0 < value < math.inf
 
 
+def is_nested(sizes):
+    if not isinstance(sizes, list) or not sizes or not all(is_whole(size, 1) for size in sizes):
+        return False
+    return sizes[0] <= 2048 and all(one > other for one, other in itertools.pairwise(sizes))
+
+
 CONFIG_FIELDS = {
     "projection_dim": lambda value: is_whole(value, 1),
     "num_groups": lambda value: is_whole(value, 0),
@@ -152,6 +161,7 @@ CONFIG_FIELDS = {
     "distillation_temperature": lambda value: value is None or is_positive(value),
     "instance_temperature": lambda value: value is None or is_positive(value),
     "initializer_range": lambda value: isinstance(value, float) and 0 <= value < math.inf,
+    "nested_dims": lambda value: value is None or is_nested(value),
     "learn_temperature": lambda value: isinstance(value, bool),
     "several_positives": lambda value: isinstance(value, bool),
     "instance_logits": lambda value: value in INSTANCE_LOGITS,
@@ -184,6 +194,9 @@ def refused_by_name(make, kind, field, is_valid):
 @example("temperature", math.inf)
 @example("margin", math.inf)
 @example("projection_dim", "8")
+@example("nested_dims", [64, 8])
+@example("nested_dims", [8, 64])
+@example("nested_dims", [True])
 def test_a_config_takes_what_it_can_use_and_refuses_the_rest_by_name(field, value):
     towers = {"vision_config": VISION["clip"].config(), "text_config": TEXT["bert"].config()}
     is_valid = CONFIG_FIELDS[field](value)

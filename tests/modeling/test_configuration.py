@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from tiny import tiny_text_config, tiny_vision_config
@@ -6,6 +7,7 @@ from transformers import AutoConfig, ConvNextConfig, PreTrainedConfig, ResNetCon
 
 from icone_hf import IConEConfig
 from icone_hf.modeling.configuration_icone import tower_width
+from icone_hf.modeling.errors import ModelError
 
 
 def test_defaults_are_the_papers():
@@ -32,7 +34,11 @@ def test_poolings_are_guessed_once_and_then_kept(tmp_path):
 
 def test_round_trip_through_a_folder(tmp_path):
     config = IConEConfig(
-        vision_config=tiny_vision_config(), text_config=tiny_text_config(), num_groups=5, temperature=0.1
+        vision_config=tiny_vision_config(),
+        text_config=tiny_text_config(),
+        num_groups=5,
+        temperature=0.1,
+        nested_dims=[512, 64],
     )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
@@ -57,18 +63,32 @@ def test_sub_configs_may_be_dicts():
         ("num_groups", -1),
         ("instance_logits", "cosin"),
         ("instance_samples", -1),
+        ("nested_dims", [4, 8]),
+        ("nested_dims", [8, 8]),
+        ("nested_dims", [4096, 8]),
+        ("nested_dims", [8, 0]),
+        ("nested_dims", []),
         ("vision_pooling", "max"),
         ("text_pooling", ""),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=f"{field}={value!r}"):
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}")):
         IConEConfig(**{field: value})
 
 
-def test_wrong_types_are_refused():
-    with pytest.raises(Exception, match="projection_dim"):
-        IConEConfig(projection_dim="wide")
+@pytest.mark.parametrize(("field", "value"), [("projection_dim", "wide"), ("nested_dims", 8), ("nested_dims", [8.0])])
+def test_wrong_types_are_refused(field, value):
+    with pytest.raises(ModelError, match=field):
+        IConEConfig(**{field: value})
+
+
+def test_nested_sizes_that_do_not_fit_are_refused_with_the_way_out():
+    for sizes in ([16, 8], [8, 4, 1]):
+        assert IConEConfig(projection_dim=16, nested_dims=sizes).nested_dims == sizes
+    said = "sizes from the largest down, each once, of at most projection_dim=16 and at least 1; with None"
+    with pytest.raises(ModelError, match=rf"nested_dims=\[17, 8\] must list {said}"):
+        IConEConfig(projection_dim=16, nested_dims=[17, 8])
 
 
 def test_width_of_convolutional_towers_is_their_last_stage():

@@ -41,6 +41,7 @@ def test_every_kind_of_projection_is_told_in_words_of_its_own():
 @pytest.fixture
 def run(make_model, processor, tmp_path):
     losses = {"hard_negative_beta": 0.5, "vision_feature_dropout": 0.25, "text_projection": "mlp"}
+    losses["nested_dims"] = [8, 4]
     model = make_model(num_groups=0, text_pooling="mean", **losses)
     make_run(tmp_path, model, processor, stages=(STAGE,), mask_tokens=0.125).train()
     return tmp_path
@@ -52,6 +53,7 @@ def test_a_card_tells_rates_averages_and_regularisation(run):
             assert said in text, said
         for said in ("hard_negative_beta 0.5", "vision_feature_dropout 0.25", "mask_tokens 0.125"):
             assert said in text, said
+        assert "nested_dims [8, 4]" in text
         assert "text_feature_dropout" not in text
     projections = "vision: a linear layer without bias; text: two linear layers with GELU between"
     assert f"| projections | {projections} |" in model_card(run).text

@@ -27,6 +27,7 @@ CONFIGS = {
     "max_hinge": {"contrastive_loss": "max_hinge"},
     "sum_hinge": {"contrastive_loss": "sum_hinge"},
     "cosine": {"instance_logits": "cosine", "instance_temperature": 0.1},
+    "nested": {"nested_dims": [8, 3], "instance_logits": "cosine", "contrastive_loss": "sigmoid"},
 }
 
 

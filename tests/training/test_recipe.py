@@ -33,6 +33,10 @@ def test_what_an_earlier_version_did_not_have_counts_as_its_default(tmp_path):
     assert "neighbour_run was 0, is 4" in difference
     (difference,) = differences(earlier, decisive(tmp_path, config=IConEConfig(margin=0.3)))
     assert difference == "model.margin was 0.2, is 0.3"
+    del earlier["model"]["nested_dims"]
+    assert differences(earlier, saved) == []
+    (difference,) = differences(earlier, decisive(tmp_path, config=IConEConfig(nested_dims=[64])))
+    assert difference == "model.nested_dims was None, is [64]"
 
 
 def test_a_run_goes_on_from_the_towers_that_it_started_from(make_model, processor, tmp_path):

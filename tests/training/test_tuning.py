@@ -156,6 +156,7 @@ def test_numbers_of_a_range_are_even_in_their_logarithm():
         ({"vision_pooling": ["cls"]}, "can't vary vision_pooling: all trials share"),
         ({"num_train_epochs": [3]}, "max_epochs"),
         ({"seed": [1, 2]}, "final_seeds"),
+        ({"nested_dims": [[8, 4], None]}, "can't vary nested_dims: the search compares whole embeddings"),
         ({"temperature": 0.1}, "must be a list"),
         ({"temperature": []}, "must be a list"),
         ({"temperature": {"min": 0.1}}, "min and max"),

@@ -1,0 +1,132 @@
+"""A million vectors of 512 dimensions in each store: to build, to open, to search, in memory and on disk.
+
+The vectors are synthetic, in clusters. The bare run reads the bytes of the exact store's file once, from the system's
+cache, and does nothing with them.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks import harness
+from icone_hf.search.exact_store import ExactStore
+from icone_hf.search.index_folder import STORES, IndexFolder
+from icone_hf.search.stores import Store
+
+PAGE = harness.HERE.parent / "docs" / "search.md"
+ROWS, DIM, CLUSTERS, SPREAD = 1_000_000, 512, 10_000, 0.7
+QUERIES, ROUNDS, K = 1_000, 25, 10
+ROWS_AT_A_TIME = 50_000
+YEARS = 20  # values of the column that a filter asks for
+FILTERS = {"": None, " of a twentieth": "year = 2010"}
+
+
+def vectors(rows: int, dim: int = DIM, seed: int = 0) -> Iterator[np.ndarray]:
+    """Draw unit vectors around centres, a part at a time."""
+    centres = np.random.default_rng(0).standard_normal((CLUSTERS, dim), np.float32)
+    rng = np.random.default_rng([1, seed])
+    for start in range(0, rows, ROWS_AT_A_TIME):
+        count = min(ROWS_AT_A_TIME, rows - start)
+        drawn = centres[rng.integers(CLUSTERS, size=count)]
+        drawn += SPREAD * rng.standard_normal((count, dim), np.float32)
+        yield drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+def rows_of(start: int, count: int) -> pa.Table:
+    numbers = range(start, start + count)
+    return pa.table(
+        {
+            "id": [f"{number:064x}" for number in numbers],
+            "digest": ["0"] * count,
+            "path": [f"album/{number:07d}.jpg" for number in numbers],
+            "year": [2000 + number % YEARS for number in numbers],
+        }
+    )
+
+
+def build(store: Store, rows: int) -> float:
+    """Fill a store; return the seconds, without drawing."""
+    seconds, start = 0.0, 0
+    for part in vectors(rows):
+        table = rows_of(start, len(part))
+        began = time.perf_counter()
+        store.add(table, part)
+        seconds += time.perf_counter() - began
+        start += len(part)
+    began = time.perf_counter()
+    finish = getattr(store, "finish", None)  # of stores that make an index of all rows
+    if finish is not None:
+        finish()
+    return seconds + time.perf_counter() - began
+
+
+def open_and_search(folder: str, name: str, query: np.ndarray) -> None:
+    """Search once, as a new process does."""
+    IndexFolder(Path(folder)).store("pictures", name).search(query, K)
+
+
+def measure_store(folder: Path, name: str, rows: int, queries: np.ndarray, exact: ExactStore) -> dict[str, Any]:
+    """Measure one store."""
+    store = exact if name == "exact" else IndexFolder(folder).store("pictures", name)
+    seconds = 0.0 if name == "exact" else build(store, rows)
+    began = time.perf_counter()
+    IndexFolder(folder).store("pictures", name).search(queries[0], K)
+    opened = time.perf_counter() - began
+    figures: dict[str, Any] = {"build": seconds, "open": opened, "bytes": store.info()["bytes"]}
+    for label, where in FILTERS.items():
+        times, hits = [], 0
+        for number, query in enumerate(queries):
+            began = time.perf_counter()
+            found = store.search(query, K, where)
+            times.append(time.perf_counter() - began)
+            if name != "exact" and number < 100:
+                hits += len({*found["id"].to_pylist()} & {*exact.search(query, K, where)["id"].to_pylist()})
+        p50, p99 = (float(np.percentile(times, q)) for q in (50, 99))
+        recall = 1.0 if name == "exact" else hits / (100 * K)
+        figures |= {f"p50{label}": p50, f"p99{label}": p99, f"recall{label}": recall}
+    figures["memory"] = harness.peak_memory(open_and_search, str(folder), name, queries[0])
+    return figures
+
+
+def measure(rows: int = ROWS, queries: int = QUERIES) -> dict[str, Any]:
+    wanted = next(vectors(queries, seed=1))[:queries]
+    # Clusters are shared with the rows, so a query has neighbours.
+    with tempfile.TemporaryDirectory() as folder:
+        exact = IndexFolder(Path(folder)).store("pictures", "exact")
+        assert isinstance(exact, ExactStore)
+        seconds = build(exact, rows)
+        stored = exact._embeddings()
+
+        def read() -> None:
+            stored.view(np.int64).sum()
+
+        number = iter(range(10**9))
+        runs = {"read": read, "exact": lambda: exact.search(wanted[next(number) % queries], K)}
+        times = harness.interleaved(runs, ROUNDS)
+        stores = {name: measure_store(Path(folder), name, rows, wanted, exact) for name in STORES}
+        stores["exact"]["build"] = seconds
+    return {"rows": rows, "dim": DIM, "queries": queries, "cores": os.cpu_count(), "seconds": times, "stores": stores}
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = []
+    for name, figures in results["stores"].items():
+        cells = [f"`{name}`", f"{figures['build']:,.0f} s", f"{1000 * figures['open']:,.0f} ms"]
+        for label in FILTERS:
+            cells.append(f"{1000 * figures[f'p50{label}']:,.1f} / {1000 * figures[f'p99{label}']:,.1f} ms")
+            cells.append(f"{figures[f'recall{label}']:.3f}")
+        memory = figures["memory"]
+        cells += [f"{memory['peak'] - memory['before']:,.0f} MiB", f"{figures['bytes'] / 2**20:,.0f} MiB"]
+        rows.append(cells)
+    heads = ("store", "to build", "to open, and the first search", "p50 / p99", "recall@10")
+    heads += ("of a twentieth", "recall@10", "memory of a new process, its file cache included", "on disk")
+    times = f"{harness.ratio(results['seconds'], 'exact', to='read'):.2f}"
+    note = f"An exact search takes {times} times what reading its bytes once takes, in turns with it."
+    shown = f"{results['rows']:,} vectors of {results['dim']} dimensions, {results['queries']:,} queries."
+    return f"{shown} {note}\n\n{harness.markdown(heads, rows)}"
