@@ -24,6 +24,7 @@ from .queries import Term, embed_terms, parse_query
 from .stores import EMBEDDING, SCORE, Store
 
 SAMPLE = 1_000  # random rows whose scores say what chance comes to
+SAME = 0.999  # a score from which on a row is the query itself
 SHORT = 12  # digits of an id that are shown
 KINDS = {"images": "pictures", "captions": "sentences"}
 
@@ -180,19 +181,17 @@ class Gallery:
         scores = found[SCORE].to_numpy()
         keep = len(found)
         if cut == "auto":
-            sample = store.sample(SAMPLE, where) @ embedding
-            keep = automatic_cut(scores, sample, store.count(where))
+            chance = store.sample(SAMPLE) @ embedding
+            sample = chance if where is None else store.sample(SAMPLE, where) @ embedding
+            same = int(np.count_nonzero(scores > SAME))  # they say nothing of others
+            keep = same + automatic_cut(scores[same:], chance, sample, store.count(where))
         if min_score is not None:
             keep = min(keep, int(np.count_nonzero(scores >= min_score)))
         return self._rows(found.slice(0, keep))
 
     def embed(self, query: Query) -> np.ndarray:
         """Embed a query: `(dim,)`, of length 1."""
-        terms = self._terms(query)
-        if all(term.like is not None for term in terms):  # no model is needed
-            parts = [term.weight * self.embedding_of(str(term.like)) for term in terms]
-            return (total := np.sum(parts, axis=0)) / np.linalg.norm(total)
-        return embed_terms(terms, *self.model, self.embedding_of)
+        return embed_terms(self._terms(query), lambda: self.model, self.embedding_of)
 
     def _terms(self, query: Query) -> Sequence[Term]:
         if isinstance(query, Term):
@@ -203,9 +202,13 @@ class Gallery:
             return [Term(image=query)]
         if isinstance(query, str):
             return parse_query(query)
-        if all(isinstance(term, Term) for term in query):
-            return [term for term in query if isinstance(term, Term)]
-        return parse_query([str(part) for part in query])
+        terms = [term for term in query if isinstance(term, Term)]
+        texts = [part for part in query if isinstance(part, str)]
+        if len(terms) == len(query):
+            return terms
+        if len(texts) == len(query):
+            return parse_query(texts)
+        raise InputError("A query of several parts is a list of terms, or one of texts: write Term(image=...).")
 
     def embedding_of(self, one: str) -> np.ndarray:
         """Return an indexed image's embedding, by its id."""

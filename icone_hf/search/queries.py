@@ -6,7 +6,7 @@ image file; a number and a colon before it are its weight.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,16 @@ from ..forms.image_names import is_image_name
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor, with_eight_bits
 
-# A term, its sign before it and its weight: in double quotes, or up to the next blank.
+_NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"
+# A term, its sign before it: in double quotes, perhaps with a weight, or up to the next blank.
 _TERM = re.compile(
-    r'\s*(?P<sign>[+-]?)\s*(?:(?P<weight>\d+(?:\.\d+)?|\.\d+):)?(?:"(?P<quoted>[^"]*)"|(?P<bare>[^\s"]+))'
+    rf'\s*(?:(?P<sign>[+-])\s*)?(?:(?:(?P<weight>{_NUMBER}):)?"(?P<quoted>[^"]*)"|(?P<bare>[^\s"+-][^\s"]*))'
 )
-_WEIGHT = re.compile(r"(?P<weight>\d+(?:\.\d+)?|\.\d+):(?P<rest>.+)", re.DOTALL)
+# What makes a text a sum: it begins with a quoted term, or a sign stands beside one.
+_SUM = re.compile(rf'^\s*(?:{_NUMBER}:)?"|"\s*[+-]|[+-]\s*(?:{_NUMBER}:)?"')
+# A weight is no time of day: what follows it is no digit.
+_WEIGHT = re.compile(rf"(?P<weight>{_NUMBER}):(?P<rest>[^\d\s].*)", re.DOTALL)
+_SIGNS = ("+", "-")
 LONGEST = 10_000  # characters of a query
 
 
@@ -58,7 +63,8 @@ class Term:
 def parse_query(parts: str | Sequence[str]) -> list[Term]:
     """Read a query's terms.
 
-    A sentence without double quotes is one term, whatever signs are in it.
+    A sentence is one term, whatever signs and quotes are in it, unless it begins with a double quote or has a sign
+    beside one.
 
     Args:
         parts: a sentence, the path of an image file, or a sum as one text; or what a shell has taken apart, each sign
@@ -71,24 +77,27 @@ def parse_query(parts: str | Sequence[str]) -> list[Term]:
         parts = [parts]
     if sum(map(len, parts)) > LONGEST:
         raise InputError(f"The query has {sum(map(len, parts)):,} characters, and the limit is {LONGEST:,}.")
-    if len(parts) == 1:
-        return _parse_sum(parts[0]) if '"' in parts[0] else [_term(parts[0], 1.0)]
+    if len(parts) == 1 and _SUM.search(parts[0]):
+        return _parse_sum(parts[0])
+    query = " ".join(parts)
     terms: list[Term] = []
-    sign: str | None = "+"
+    sign: str | None = None
     for part in parts:
-        if part in ("+", "-"):
-            if sign is not None and (terms or sign == "-"):
-                raise InputError(f"The query {' '.join(parts)} has two signs in a row: write a term between them.")
-            sign = part
+        if part.strip() in _SIGNS:
+            if sign is not None:
+                raise InputError(f"The query {query!r} has two signs in a row: write a term between them.")
+            sign = part.strip()
             continue
-        if sign is None:
+        if terms and sign is None:
             raise InputError(
-                f"The query {' '.join(parts)} has no sign before {part!r}: write + or -, or one sentence in quotes."
+                f"The query {query!r} has no sign before {part!r}: write + or -, or one sentence in quotes."
             )
         terms.append(_term(part, -1.0 if sign == "-" else 1.0))
         sign = None
+    if not parts:
+        raise InputError("The query is empty: write a sentence, or name an image file.")
     if sign is not None:
-        raise InputError(f"The query {' '.join(parts)} ends with a sign: write a term behind it.")
+        raise InputError(f"The query {query!r} ends with a sign: write a term behind it.")
     return terms
 
 
@@ -97,15 +106,16 @@ def _parse_sum(query: str) -> list[Term]:
     place = 0
     while query[place:].strip():
         match = _TERM.match(query, place)
-        if match is None or (terms and not match["sign"]) or match["bare"] in ("+", "-"):
+        if match is None or (terms and not match["sign"]):
             raise InputError(
                 f"The query {query!r} can't be read from {query[place:].strip()!r} on: write terms with + or - between "
                 'them, sentences in double quotes, as in "red car" + ./like.jpg - 0.5:"snow".'
             )
-        weight = float(match["weight"] or 1) * (-1 if match["sign"] == "-" else 1)
-        terms.append(
-            Term(text=match["quoted"], weight=weight) if match["bare"] is None else _term(match["bare"], weight)
-        )
+        sign = -1.0 if match["sign"] == "-" else 1.0
+        if match["bare"] is None:
+            terms.append(Term(text=match["quoted"], weight=sign * float(match["weight"] or 1)))
+        else:
+            terms.append(_term(match["bare"], sign))
         place = match.end()
     return terms
 
@@ -115,26 +125,31 @@ def _term(text: str, sign: float) -> Term:
 
     A sentence that ends like a file's name is one if no such file is there and it has blanks.
     """
+    if (match := _TERM.fullmatch(text)) and match["quoted"] is not None and not match["sign"]:
+        return Term(text=match["quoted"], weight=sign * float(match["weight"] or 1))
     weight = 1.0
     if match := _WEIGHT.fullmatch(text):
         weight, text = float(match["weight"]), match["rest"]
-    is_like_a_path = text.startswith(("./", "../", "/", "~/")) or is_image_name(text)
-    if is_like_a_path and "\0" not in text and len(text) < 1000:
-        path = Path(text).expanduser()
-        if path.is_file():
-            return Term(image=path, weight=sign * weight)
-        if " " not in text:
+    if text.startswith(("./", "../", "/", "~/")) or is_image_name(text):
+        path = os.path.expanduser(text)
+        if os.path.isfile(path):
+            return Term(image=Path(path), weight=sign * weight)
+        if not any(map(str.isspace, text)):
             raise InputError(f"The query names {text}, and no such file is there.")
     return Term(text=text, weight=sign * weight)
 
 
 @torch.no_grad()
-def embed_terms(terms: Sequence[Term], model: IConEModel, processor: IConEProcessor, like: Any = None) -> np.ndarray:
+def embed_terms(
+    terms: Sequence[Term],
+    load: Callable[[], tuple[IConEModel, IConEProcessor]],
+    like: Callable[[str], np.ndarray],
+) -> np.ndarray:
     """Embed a query: the weighted sum of its terms, at length 1.
 
     Args:
         terms: of the query.
-        model, processor: of the index.
+        load: returns the index's model and processor. It is called if a term is a sentence or an image.
         like: returns the embedding of a row, by id.
 
     Returns:
@@ -143,19 +158,20 @@ def embed_terms(terms: Sequence[Term], model: IConEModel, processor: IConEProces
     Raises:
         InputError: for an image that can't be decoded, and for terms that add up to nothing.
     """
-    total: np.ndarray | None = None
+    if not terms:
+        raise InputError("The query is empty: write a sentence, or name an image file.")
+    embeddings = []
     for term in terms:
         if term.like is not None:
-            embedding = np.asarray(like(term.like), np.float32)
+            embeddings.append(like(term.like))
         elif term.text is not None:
-            embedding = _embed(model, processor, text=[term.text])
+            embeddings.append(_embed(*load(), text=[term.text]))
         else:
-            embedding = _embed(model, processor, images=[_open(term.image)])
-        total = term.weight * embedding if total is None else total + term.weight * embedding
-    if total is None:
-        raise InputError("The query is empty: write a sentence, or name an image file.")
-    length = float(np.linalg.norm(total))
-    if not length > 1e-6:
+            embeddings.append(_embed(*load(), images=[_open(term.image)]))
+    weights = np.array([term.weight for term in terms])
+    total = weights / np.abs(weights).max() @ np.array(embeddings, np.float64)
+    length = np.linalg.norm(total)
+    if not length > 1e-3:  # what rounding leaves of terms that cancel, embeddings in float16 included
         raise InputError("The query's terms add up to nothing: leave one out, or change its weight.")
     return (total / length).astype(np.float32)
 

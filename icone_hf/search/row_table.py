@@ -1,7 +1,7 @@
 """The rows of an exact store, without their embeddings, in a table of SQLite.
 
 Filters are SQL conditions. SQLite reads them; an authorizer lets a condition read this one table's columns and call
-functions, and nothing else.
+a few functions, and nothing else.
 """
 
 import contextlib
@@ -24,9 +24,16 @@ SECONDS_OF_A_FILTER = 30.0
 _LISTS = "lists"  # names of columns that hold lists, which SQLite keeps as JSON
 _AT_A_TIME = 500  # ids in a statement; SQLite has a limit
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
-# Functions that read or write files, or make a string of any size.
-_REFUSED = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "zeroblob", "randomblob", "printf"}
-_REFUSED |= {"format", "replace", "group_concat", "string_agg", "char", "quote"}
+# Functions of one row that make no long texts. Lists are JSON.
+_FUNCTIONS = {"abs", "ceil", "ceiling", "coalesce", "date", "datetime", "floor", "glob", "ifnull", "iif", "instr"}
+_FUNCTIONS |= {"json_array_length", "julianday", "length", "like", "lower", "ltrim", "max", "min", "nullif", "round"}
+_FUNCTIONS |= {"rtrim", "sign", "strftime", "substr", "substring", "time", "trim", "typeof", "unixepoch", "upper"}
+LONGEST_CONDITION, SHOWN_CHARACTERS = 10_000, 200  # of a condition, and of it in a message
+# SQL's tokens, as SQLite reads them: texts, names in quotes, comments, words, and single characters.
+_TOKEN = re.compile(
+    r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`(?:[^`]|``)*`|\[[^\]]*\]|--[^\n]*|/\*.*?(?:\*/|\Z)|[^\W\d]\w*|.""", re.DOTALL
+)
+_QUERIES = {"select", "values", "with"}  # words that begin a query of its own
 _TYPES = {pa.types.is_boolean: "INTEGER", pa.types.is_integer: "INTEGER", pa.types.is_floating: "REAL"}
 
 
@@ -209,10 +216,8 @@ def check_condition(where: str, columns: Sequence[str]) -> None:
     Raises:
         InputError: naming the columns that there are.
     """
-    # SQLite takes a name in double quotes for a text where there is no such column.
-    for name in re.findall(r'"([^"]*)"', re.sub(r"'[^']*'", "", where)):
-        if name.lower() not in map(str.lower, columns):
-            raise _no_condition(where, f"no such column: {name} (texts stand in single quotes)", columns)
+    if why := _misread(where, columns):
+        raise _no_condition(where, why, columns)
     with contextlib.closing(sqlite3.connect(":memory:")) as connection:
         connection.execute(f"CREATE TABLE {TABLE} ({', '.join(map(_quoted, (PLACE, *columns)))})")
         connection.set_authorizer(_authorize)
@@ -223,18 +228,37 @@ def check_condition(where: str, columns: Sequence[str]) -> None:
             raise _no_condition(where, str(error), columns) from error
 
 
+def _misread(where: str, columns: Sequence[str]) -> str | None:
+    """Say why a text is no plain condition."""
+    if len(where) > LONGEST_CONDITION:
+        return f"it has {len(where):,} characters, and the limit is {LONGEST_CONDITION:,}"
+    names, open_brackets = set(map(str.lower, columns)), 0
+    for token in _TOKEN.findall(where):
+        open_brackets += {"(": 1, ")": -1}.get(token, 0)
+        if open_brackets < 0:
+            return "a bracket is closed that none has opened"
+        if token.lower() in _QUERIES:
+            return f"{token.upper()} begins a query of its own"
+        # SQLite takes a name in double quotes for a text where there is no such column.
+        name = token[1:-1].replace('""', '"')
+        if token[0] == '"' and len(token) > 1 and name.lower() not in names:
+            return f"no such column: {name} (texts stand in single quotes)"
+    return None
+
+
 def _no_condition(where: str, why: str, columns: Sequence[str]) -> InputError:
     names = ", ".join(name for name in columns if name not in ("id", "digest"))
+    shown = where if len(where) <= SHOWN_CHARACTERS else f"{where[:SHOWN_CHARACTERS]}..."
     return InputError(
-        f"where={where!r} is no condition: {why}. Write SQL, like \"year >= 2020 and folder = 'holiday'\". The columns "
+        f"where={shown!r} is no condition: {why}. Write SQL, like \"year >= 2020 and folder = 'holiday'\". The columns "
         f"are {names}."
     )
 
 
 def _authorize(action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:
-    is_file_function = action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _REFUSED
+    is_other_function = action == sqlite3.SQLITE_FUNCTION and (second or "").lower() not in _FUNCTIONS
     is_other_table = action == sqlite3.SQLITE_READ and first != TABLE
-    is_allowed = action in _ALLOWED and not is_file_function and not is_other_table
+    is_allowed = action in _ALLOWED and not is_other_function and not is_other_table
     return sqlite3.SQLITE_OK if is_allowed else sqlite3.SQLITE_DENY
 
 
