@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..search.index_folder import STORES
 from ..search.indexing import index as build_index
 from ..search.indexing import rebuild
+from ..search.seen_files import names_of
 from . import COMMANDS
 from .arguments import CHECKPOINT, DataArguments, EncodeArguments, OutputArguments
 from .loading import autocast_of, join_processes, load_checkpoint, load_splits
@@ -87,7 +88,9 @@ def index(argv: Sequence[str]) -> None:
     if data_args.streaming:
         raise InputError("--streaming has no meaning for an index, which knows files by number: leave it out.")
     join_processes()
-    source, left_out = _load(data_args, encode_args.split)
+    source, left_out, is_whole = _load(data_args, encode_args.split)
+    if index_args.prune and not is_whole:
+        logger.warning("Nothing is dropped: what lies in a folder that can't be opened may still be there.")
     model, processor = load_checkpoint(positional.checkpoint, encode_args)
     report = build_index(
         model,
@@ -102,29 +105,33 @@ def index(argv: Sequence[str]) -> None:
         batch_size=encode_args.per_device_eval_batch_size,
         num_workers=encode_args.dataloader_num_workers,
         autocast=autocast_of(encode_args),
-        prune=index_args.prune,
+        prune=index_args.prune and is_whole,
     )
     if PartialState().is_main_process:
         output.print({"index": positional.index, **report}, as_text(positional.index, report))
 
 
-def _load(data_args: DataArguments, split: str) -> tuple[Dataset, dict[str, str]]:
-    """Load the images, and name what was left out."""
+def _load(data_args: DataArguments, split: str) -> tuple[Dataset, dict[str, str], bool]:
+    """Load the images, and name what was left out.
+
+    Returns:
+        The rows, why files are in none, and whether all folders could be looked into.
+    """
     source = str(data_args.source)
     if split not in (ALL, *SPLITS):
         raise InputError(f"split={split!r} must be {ALL} or one of {', '.join(SPLITS)}.")
-    if os.path.isdir(source) and split == ALL:
-        found = find_pictures(source)
+    # A folder that holds no image file may hold tables or tars, or be one of save_to_disk.
+    if os.path.isdir(source) and split == ALL and len(found := find_pictures(source)):
         left_out = {**dict.fromkeys(found.hidden, "hidden, or a thumbnail"), **found.unread}
         for folder in found.closed:
             logger.warning(f"The folder {folder} can't be opened, and nobody knows what is in it.")
-        return found.rows(), left_out
+        return found.rows(), left_out, not found.closed
     if source == OPENMOJI_SCENES and split == ALL:
         raise InputError(f"{source} is drawn for one split: give --split train, validation or test.")
     splits, missing = load_splits(data_args, names=SPLITS if split == ALL else (split,))
     if not splits:
         raise next(iter(missing.values()))
-    return joined(splits), {}
+    return joined(splits), {}, True
 
 
 def joined(splits: dict[str, Dataset]) -> Dataset:
@@ -132,10 +139,11 @@ def joined(splits: dict[str, Dataset]) -> Dataset:
 
     Ids that stand in two splits get the split's name before them.
     """
-    ids = Counter(one for groups in splits.values() for one in groups["image_id"])
+    names = {name: names_of(groups) for name, groups in splits.items()}
+    ids = Counter(one for of_split in names.values() for one in of_split)
     parts = []
     for name, groups in splits.items():
-        own = [f"{name}/{one}" if ids[one] > 1 else one for one in groups["image_id"]]
+        own = [f"{name}/{one}" if ids[one] > 1 else one for one in names[name]]
         columns: dict[str, Any] = {"split": [name] * len(groups), "image_id": own}
         groups = groups.remove_columns([column for column in columns if column in groups.column_names])
         for column, values in columns.items():
@@ -155,5 +163,7 @@ def as_text(folder: str, report: dict[str, Any]) -> str:
     ]
     if len(report["skipped"]) > SHOWN:
         lines.append(f"  and {len(report['skipped']) - SHOWN:,} more: see {Path(folder) / 'report.json'}")
+    if report["gone"]:
+        lines.append(f"{report['gone']:,} files are gone and stay in the index: --prune drops them")
     captions = f" and {report['captions']:,} captions" if report["captions"] else ""
     return "\n".join([*lines, f"{report['in_index']:,} images{captions} in {folder}"])

@@ -115,7 +115,8 @@ class StoredRows:
         }
         columns["model"] = pa.array([digest_all(self.parts)] * len(rows))
         columns["embedding"] = pa.FixedSizeListArray.from_arrays(values.reshape(-1), values.shape[1])
-        self._write(number, pa.table(columns))
+        table = pa.table(columns).replace_schema_metadata({_PARTS_KEY: json.dumps(dict(self.parts))})
+        self._write(number, table)
 
     def _write(self, number: int, table: pa.Table) -> None:
         digest = hashlib.sha256("\n".join(self.keys(table).to_pylist()).encode())
@@ -124,8 +125,7 @@ class StoredRows:
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             with open(unfinished, "xb") as file:
-                metadata = {_PARTS_KEY: json.dumps(dict(self.parts))}
-                pq.write_table(table.replace_schema_metadata(metadata), file, use_dictionary=["model"])
+                pq.write_table(table, file, use_dictionary=["model"])
                 file.flush()
                 os.fsync(file.fileno())  # before it gets the name that says that it is whole
             unfinished.replace(path)
@@ -180,7 +180,8 @@ class Snapshot:
     def remove(self, places: np.ndarray) -> None:
         """Remove rows.
 
-        A shard that loses some is first written anew: a killed run leaves rows twice, and loses none.
+        A shard that loses some is first written anew, as what made it has made it: a killed run leaves rows twice, and
+        loses none.
         """
         for shard, chosen in self._by_shard(places):
             path = self._paths[shard]

@@ -9,6 +9,7 @@ bytes that the next one overwrites. What is deleted leaves a gap; when gaps are 
 """
 
 import os
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ import pyarrow as pa
 import torch
 
 from ..errors import InputError, StorageError
-from .row_table import PLACE, RowTable
+from .row_table import PLACE, REBUILD, RowTable
 from .stores import EMBEDDING, SCORE, bytes_of
 
 BLOCK_ROWS = 2**16  # copied into memory at a time
 # More than twice what a score of float16 may be off: half a step of 2^-10 below 1, for the score and for the query.
 MARGIN = 4e-3
+TOLERANCE = 0.1  # of a row's length: what is further from 1 is no embedding, but what a broken disk holds
 GAPS = 1 / 3  # of the file, before it is written anew
 _HALF = np.dtype("<f2")
 _NO_ROWS: dict[str, Any] = {"file": None, "end": 0, "dim": None, "rows": 0, "version": 0}
@@ -54,9 +56,11 @@ class ExactStore:
             if meta["dim"] not in (None, values.shape[1]):
                 raise InputError(f"{self.folder} holds {meta['dim']} dimensions, and these are {values.shape[1]}.")
             name, end = meta["file"] or "embeddings-0.f16", meta["end"]
-            # What stands behind the end is of a process that was killed.
             with open(self.folder / name, "r+b" if (self.folder / name).exists() else "w+b") as file:
-                file.truncate(end * values.shape[1] * _HALF.itemsize)
+                expected = end * values.shape[1] * _HALF.itemsize
+                if (size := file.seek(0, os.SEEK_END)) < expected:
+                    raise _broken(self.folder / name, f"{size:,} bytes of {expected:,}")
+                file.truncate(expected)  # what stands behind it is of a process that was killed
                 file.seek(0, os.SEEK_END)
                 file.write(values.data)
                 file.flush()
@@ -75,12 +79,12 @@ class ExactStore:
 
     def _close_gaps(self) -> None:
         """Write the embeddings anew where gaps are many."""
-        places, meta = self.table.places(), self._meta()
-        if meta["end"] - len(places) <= GAPS * meta["end"]:
-            return
-        old = meta["file"]
-        name = f"embeddings-{1 + int(old.removeprefix('embeddings-').removesuffix('.f16'))}.f16"
-        stored = self._embeddings()
+        with self.table.reading() as connection:
+            places, meta = self.table.places(connection=connection), self._meta(connection)
+            if meta["end"] - len(places) <= GAPS * meta["end"]:
+                return
+            stored = self._embeddings(connection)
+        name = f"embeddings-{1 + int(meta['file'].removeprefix('embeddings-').removesuffix('.f16'))}.f16"
         with open(self.folder / name, "wb") as file:
             for start in range(0, len(places), 2**16):
                 file.write(np.ascontiguousarray(stored[places[start : start + 2**16]]).data)
@@ -91,8 +95,9 @@ class ExactStore:
             moved = [(new, int(old)) for new, old in enumerate(places)]
             connection.executemany(f"UPDATE rows SET {PLACE} = ? WHERE {PLACE} = ?", moved)
             self.table.set_meta(connection, {"file": name, "end": len(places)})
-        self._mapped = None
-        (self.folder / old).unlink(missing_ok=True)  # whoever has it open goes on reading it
+        for path in self.folder.glob("embeddings-*.f16"):
+            if path.name != name:
+                path.unlink()  # whoever has it open goes on reading it
 
     # --- reading ---
 
@@ -100,30 +105,37 @@ class ExactStore:
         """Find the rows nearest to a query; see [`Store.search`]."""
         if not self.table.is_there():
             return pa.table({"id": pa.array([], pa.string()), SCORE: pa.array([], pa.float32())})
-        places = self._places(where)
-        stored = self._embeddings()
-        count = len(stored) if places is None else len(places)
-        best, scores = _nearest(stored, np.ascontiguousarray(query, np.float32), places, min(k, count))
-        rows = self.table.rows(best.tolist())
+        with self.table.reading() as connection:
+            places = self._places(connection, where)
+            stored = self._embeddings(connection)
+            count = len(stored) if places is None else len(places)
+            best, scores = _nearest(stored, np.ascontiguousarray(query, np.float32), places, min(k, count))
+            if np.isnan(scores).any():
+                raise _broken(self.folder / self._meta(connection)["file"], "some embeddings are not of length 1")
+            rows = self.table.rows(best.tolist(), connection)
         return rows.drop_columns([PLACE]).append_column(SCORE, pa.array(scores, pa.float32()))
 
     def get(self, ids: Sequence[str]) -> pa.Table:
         """Return rows by id; see [`Store.get`]."""
-        rows = self.table.rows_of(ids)
-        values = self._embeddings()[rows[PLACE].to_numpy()].astype(np.float32)
+        with self.table.reading() as connection:
+            rows = self.table.rows_of(ids, connection)
+            values = self._embeddings(connection)[rows[PLACE].to_numpy()].astype(np.float32)
         return rows.drop_columns([PLACE]).append_column(EMBEDDING, pa.array(list(values), pa.list_(pa.float32())))
 
     def sample(self, count: int, where: str | None = None, seed: int = 0) -> np.ndarray:
         """Return embeddings of rows taken at random."""
-        places = self._places(where)
-        places = np.arange(self._meta()["end"]) if places is None else places
-        if len(places) > count:
-            places = np.sort(np.random.default_rng(seed).choice(places, count, replace=False))
-        return self._embeddings()[places].astype(np.float32)
+        with self.table.reading() as connection:
+            stored, places = self._embeddings(connection), self._places(connection, where)
+            places = np.arange(len(stored)) if places is None else places
+            if len(places) > count:
+                places = np.sort(np.random.default_rng(seed).choice(places, count, replace=False))
+            return stored[places].astype(np.float32)
 
     def count(self, where: str | None = None) -> int:
         """Count the rows."""
-        return self._meta()["rows"] if where is None else len(self.table.places(where))
+        if where is not None:
+            return len(self.table.places(where))
+        return self._meta()["rows"] if self.table.is_there() else 0
 
     def listing(self) -> pa.Table:
         """Return all rows' `id` and `digest`."""
@@ -137,44 +149,48 @@ class ExactStore:
 
     def info(self) -> dict[str, Any]:
         """Say what the store is."""
-        return {"store": "exact", "rows": self.count(), "dim": self._meta()["dim"], "bytes": bytes_of(self.folder)}
+        dim = self._meta()["dim"] if self.table.is_there() else None
+        return {"store": "exact", "rows": self.count(), "dim": dim, "bytes": bytes_of(self.folder)}
 
-    def _places(self, where: str | None) -> np.ndarray | None:
+    def _places(self, connection: sqlite3.Connection, where: str | None) -> np.ndarray | None:
         """Find the places to compare; `None` means all."""
-        meta = self._meta()
+        meta = self._meta(connection)
         if where is not None:
-            return self.table.places(where)
+            return self.table.places(where, connection)
         if meta["rows"] == meta["end"]:
             return None
         if self._known is None or self._known[0] != meta["version"]:
-            self._known = meta["version"], self.table.places()
+            self._known = meta["version"], self.table.places(connection=connection)
         return self._known[1]
 
-    def _meta(self) -> dict[str, Any]:
-        return {**_NO_ROWS, **(self.table.meta() if self.table.is_there() else {})}
+    def _meta(self, connection: sqlite3.Connection | None = None) -> dict[str, Any]:
+        return {**_NO_ROWS, **self.table.meta(connection)}
 
-    def _embeddings(self) -> np.ndarray:
+    def _embeddings(self, connection: sqlite3.Connection) -> np.ndarray:
         """Map the embeddings that count into memory: `(end, dim)`."""
-        meta = self._meta()
+        meta = self._meta(connection)
         if not meta["end"]:
             return np.empty((0, meta["dim"] or 0), _HALF)
-        key = f"{meta['file']} {meta['end']}"
-        if self._mapped is None or self._mapped[0] != key:
-            path, shape = self.folder / meta["file"], (meta["end"], meta["dim"])
-            try:
+        path, shape = self.folder / meta["file"], (meta["end"], meta["dim"])
+        try:
+            key = f"{meta['file']} {meta['end']} {path.stat().st_ino}"  # a store that was made anew has another file
+            if self._mapped is None or self._mapped[0] != key:
+                self._known = None
                 self._mapped = key, np.memmap(path, _HALF, "c", shape=shape)  # torch takes no array that is read-only
-            except (OSError, ValueError) as error:
-                raise StorageError(
-                    f"{path} is missing or cut ({error}): `icone index --rebuild INDEX` makes it anew from the shards."
-                ) from error
-        return self._mapped[1]
+            return self._mapped[1]
+        except (OSError, ValueError) as error:
+            raise _broken(path, str(error)) from error
+
+
+def _broken(path: Path, why: str) -> StorageError:
+    return StorageError(f"{path} is missing or not whole ({why}): {REBUILD}.")
 
 
 def _nearest(stored: np.ndarray, query: np.ndarray, places: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Find the k best places, and their scores.
 
     All rows are compared in float16, as fast as memory is read; then those near the k-th score, again in float32. So
-    the ranking is that of float32. Of equal scores the first place comes first.
+    the ranking is that of float32. Of equal scores the first place comes first. What is no embedding scores NaN.
 
     Args:
         stored: `(rows, dim)` of float16.
@@ -193,6 +209,8 @@ def _nearest(stored: np.ndarray, query: np.ndarray, places: np.ndarray | None, k
         scores = np.concatenate([_rough(stored[part], rounded) for part in parts])
     else:
         scores = _rough(stored, rounded)
+    if np.isnan(scores).any():
+        return np.flatnonzero(np.isnan(scores))[:1], np.full(1, np.nan, np.float32)
     kth = np.partition(scores, count - k)[count - k]
     near = np.flatnonzero(scores >= kth - MARGIN)
     best = near if places is None else places[near]
@@ -207,7 +225,8 @@ def _cosines(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
 
     float16 has rounded their length.
     """
-    return rows @ query / np.linalg.norm(rows, axis=1)
+    lengths = np.linalg.norm(rows, axis=1)
+    return np.where(abs(lengths - 1) < TOLERANCE, rows @ query / lengths, np.nan)
 
 
 def _rough(rows: np.ndarray, query: torch.Tensor) -> np.ndarray:

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..embedding.digests import digest_all, digest_projection, digest_text, digest_vision
-from ..embedding.stored_rows import StoredRows
+from ..embedding.stored_rows import StoredRows, refuse_mismatches
 from ..errors import InputError, MissingFileError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
@@ -32,6 +32,8 @@ from .stores import Store
 VERSION = 1
 DTYPE = "float16"
 STORES = ("exact",)
+_SETTINGS = ("model", "model_digest", "dim", "autocast", "jpeg_draft", "store")
+_BEGUN = (".lock", ".index.json.new")  # all that a run leaves which was killed at once
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,6 @@ class IndexFolder:
         return self.path / "seen.parquet"
 
     @property
-    def report_file(self) -> Path:
-        return self.path / "report.json"
-
-    @property
     def small_copies(self) -> Path:
         return self.path / "images"
 
@@ -67,7 +65,9 @@ class IndexFolder:
             raise MissingFileError(f"{self.path} is no index: `icone index CHECKPOINT SOURCE {self.path}` makes one.")
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
-            version = settings["version"]
+            version = int(settings["version"])
+            if version == VERSION and (lacking := [name for name in _SETTINGS if name not in settings]):
+                raise KeyError(*lacking)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{file} can't be read: {error!r}. Delete it, and index again: no embedding is lost."
@@ -98,15 +98,19 @@ class IndexFolder:
                     "choose another folder."
                 )
             settings = {**of_index, **settings}
-        elif any(path.name != ".lock" for path in self.path.iterdir()) and not (self.path / "pictures").is_dir():
+        elif not self.seen_file.is_file() and any(path.name not in _BEGUN for path in self.path.iterdir()):
             raise InputError(f"{self.path} is no index, and not empty: choose another folder.")
+        refuse_mismatches(self.path, [self.stored("pictures"), self.stored("sentences")])  # that can't be read
         self.write("index.json", {"version": VERSION, **settings})
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file in one step."""
         unfinished = self.path / f".{name}.new"
         try:
-            unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            with open(unfinished, "w", encoding="utf-8") as file:
+                file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             unfinished.replace(self.path / name)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -150,9 +154,9 @@ def settings_of(
     parts = {**digest_vision(model, processor, autocast), **digest_projection(model, "vision")}
     parts |= {f"{key} (captions)": value for key, value in digest_text(model, processor, autocast).items()}
     parts |= digest_projection(model, "text")
-    path = Path(name)
+    shown = os.fspath(name) or str(model.name_or_path or "")
     return {
-        "model": str(path.resolve() if path.is_dir() else name),
+        "model": str(Path(shown).resolve()) if os.path.isdir(shown) else shown,
         "model_digest": digest_all(parts),
         "dim": model.config.projection_dim,
         "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
@@ -163,4 +167,4 @@ def settings_of(
 
 def named(settings: Mapping[str, Any]) -> str:
     """Name a model for a message."""
-    return f"{settings['model']} (digest {settings['model_digest'][:12]})"
+    return f"{settings['model'] or 'a model without a name'} (digest {settings['model_digest'][:12]})"

@@ -6,6 +6,7 @@ a few functions, and nothing else.
 
 import contextlib
 import json
+import os
 import re
 import sqlite3
 import time
@@ -21,6 +22,8 @@ from ..errors import InputError, StorageError
 TABLE = "rows"
 PLACE = "place"  # column: a row's number in the file of embeddings
 SECONDS_OF_A_FILTER = 30.0
+SECONDS_OF_A_LOCK = 60.0  # that a process waits for another, which filters or writes
+REBUILD = "`icone index INDEX --rebuild` makes it anew from the shards"
 _LISTS = "lists"  # names of columns that hold lists, which SQLite keeps as JSON
 _AT_A_TIME = 500  # ids in a statement; SQLite has a limit
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
@@ -60,38 +63,57 @@ class RowTable:
             return bool(_columns(connection))
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """Open the file for reading.
+    def reading(self, connection: sqlite3.Connection | None = None) -> Iterator[sqlite3.Connection]:
+        """Read within the block, all of it as of one moment.
 
-        It is opened each time: any thread may read, while another process writes.
+        The file is opened each time: any thread may read, while another process writes.
+
+        Args:
+            connection: of a block around this one, to read as of its moment.
         """
+        if connection is not None:
+            yield connection
+            return
         if not self.path.is_file():
-            raise InputError(f"{self.path} is missing: `icone index --rebuild INDEX` makes it anew from the shards.")
-        with contextlib.closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            try:
-                yield connection
-            except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError | sqlite3.ProgrammingError):
-                    raise
-                raise InputError(
-                    f"{self.path} can't be read ({error}): `icone index --rebuild INDEX` makes it anew from the shards."
-                ) from error
+            raise StorageError(f"{self.path} is missing: {REBUILD}.")
+        try:
+            with contextlib.closing(self._opened()) as opened:
+                opened.execute("BEGIN")
+                yield opened
+        except sqlite3.ProgrammingError:  # a fault of ours
+            raise
+        except sqlite3.DatabaseError as error:
+            raise self._unreadable(error) from error
+
+    def _opened(self) -> sqlite3.Connection:
+        """Open the file to be read."""
+        # What a killed process has left half done is undone first, for which the file must be opened for writing.
+        journal = self.path.with_name(f"{self.path.name}-journal")
+        mode = "rw" if journal.is_file() and os.access(self.path.parent, os.W_OK) else "ro"
+        address = f"{self.path.absolute().as_uri()}?mode={mode}"
+        return sqlite3.connect(address, uri=True, isolation_level=None, timeout=SECONDS_OF_A_LOCK)
+
+    def _unreadable(self, error: sqlite3.DatabaseError) -> InputError:
+        if "locked" in str(error):
+            return StorageError(f"Another process is writing {self.path}: try again in a minute.")
+        return StorageError(f"{self.path} can't be read ({error}): {REBUILD}.")
 
     def columns(self) -> list[str]:
         """List the rows' columns, without their place."""
         with self.reading() as connection:
             return _columns(connection)
 
-    def places(self, where: str | None = None) -> np.ndarray:
+    def places(self, where: str | None = None, connection: sqlite3.Connection | None = None) -> np.ndarray:
         """Find the places of rows, in ascending order.
 
         Args:
             where: an SQL condition. Default: all rows.
+            connection: see [`RowTable.reading`].
 
         Raises:
             InputError: for what is no condition on these columns, or takes too long.
         """
-        with self.reading() as connection:
+        with self.reading(connection) as connection:
             if where is None:
                 found = connection.execute(f"SELECT {PLACE} FROM {TABLE} ORDER BY {PLACE}").fetchall()
             else:
@@ -112,14 +134,14 @@ class RowTable:
             connection.set_progress_handler(None, 0)
             connection.set_authorizer(None)
 
-    def rows(self, places: Sequence[int]) -> pa.Table:
+    def rows(self, places: Sequence[int], connection: sqlite3.Connection | None = None) -> pa.Table:
         """Return rows by their places, in this order."""
-        with self.reading() as connection:
+        with self.reading(connection) as connection:
             return self._read(connection, PLACE, [int(place) for place in places])
 
-    def rows_of(self, ids: Sequence[str]) -> pa.Table:
+    def rows_of(self, ids: Sequence[str], connection: sqlite3.Connection | None = None) -> pa.Table:
         """Return rows by id, in order, with their places."""
-        with self.reading() as connection:
+        with self.reading(connection) as connection:
             return self._read(connection, "id", list(ids))
 
     def _read(self, connection: sqlite3.Connection, key: str, values: Sequence[Any]) -> pa.Table:
@@ -135,8 +157,14 @@ class RowTable:
         table = {}
         for name, column in zip(names, columns, strict=True):
             is_list = name in lists
-            of_list = [None if value is None else json.loads(value) for value in column] if is_list else list(column)
-            table[name] = pa.array(of_list, pa.list_(pa.string()) if is_list else None)
+            if is_list:
+                of_list = [None if value is None else json.loads(value) for value in column]
+                table[name] = pa.array(of_list, pa.list_(pa.string()))
+                continue
+            try:
+                table[name] = pa.array(column)
+            except pa.ArrowException:  # SQLite keeps numbers among the texts of a column that once held numbers
+                table[name] = pa.array([None if value is None else str(value) for value in column])
         return pa.table(table)
 
     def listing(self) -> pa.Table:
@@ -145,9 +173,9 @@ class RowTable:
             found = connection.execute(f"SELECT id, digest FROM {TABLE}").fetchall()
         return pa.table({"id": [one for one, _ in found], "digest": [digest for _, digest in found]})
 
-    def meta(self) -> dict[str, Any]:
+    def meta(self, connection: sqlite3.Connection | None = None) -> dict[str, Any]:
         """Return what else is kept: of the file of embeddings."""
-        with self.reading() as connection:
+        with self.reading(connection) as connection:
             return self.meta_of(connection)
 
     def meta_of(self, connection: sqlite3.Connection) -> dict[str, Any]:
@@ -161,7 +189,9 @@ class RowTable:
         """Change rows in one transaction: all of it or nothing."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with contextlib.closing(sqlite3.connect(self.path, isolation_level=None, timeout=60)) as connection:
+            with contextlib.closing(
+                sqlite3.connect(self.path, isolation_level=None, timeout=SECONDS_OF_A_LOCK)
+            ) as connection:
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute(f"CREATE TABLE IF NOT EXISTS {TABLE} ({PLACE} INTEGER, id TEXT PRIMARY KEY)")
@@ -172,8 +202,10 @@ class RowTable:
                 version = 1 + self.meta_of(connection).get("version", 0)
                 self.set_meta(connection, {"rows": rows, "version": version})
                 connection.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            raise StorageError(f"{self.path} can't be written: {error}") from error
+        except sqlite3.OperationalError as error:  # a full disk, say
+            raise StorageError(f"{self.path} can't be written: {error}. What it held before is still there.") from error
+        except sqlite3.DatabaseError as error:
+            raise self._unreadable(error) from error
 
     def set_meta(self, connection: sqlite3.Connection, values: dict[str, Any]) -> None:
         """Keep values beside the rows."""

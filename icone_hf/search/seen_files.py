@@ -4,6 +4,7 @@ A file is known by its content. One whose size and time of change are those of t
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -82,7 +83,7 @@ def look_at_files(
     names = names_of(groups)
     of_rows = groups.remove_columns(["image"])
     extras = _extra_columns(groups)
-    known = {row["path"]: row for row in before.to_pylist() if row["source"] == source and row["modified_ns"]}
+    known = {row["path"]: row for row in before.to_pylist() if row["source"] == source and row["file"] is not None}
 
     def look_at(name: str, image: Mapping[str, Any] | None) -> dict[str, Any] | str:
         try:
@@ -118,10 +119,18 @@ def _look_at(image: Mapping[str, Any], known: Mapping[str, Any] | None) -> dict[
         size = 0 if content is None else len(content)
         return {"content": digest_image(image), "file": None, "size": size, "modified_ns": 0, **_from_header(image)}
     status = os.stat(str(path))
-    if known is not None and (known["size"], known["modified_ns"]) == (status.st_size, status.st_mtime_ns):
+    folder, name = os.path.split(str(path))
+    file = os.path.join(_real(os.path.abspath(folder)), name)
+    state = {"file": file, "size": status.st_size, "modified_ns": status.st_mtime_ns}
+    if known is not None and {name: known[name] for name in state} == state:
         return dict(known)
-    state = {"file": os.path.abspath(str(path)), "size": status.st_size, "modified_ns": status.st_mtime_ns}
     return {"content": digest_image(image), **state, **_from_header(image)}
+
+
+@functools.lru_cache(maxsize=10_000)
+def _real(folder: str) -> str:
+    """Follow a folder's links: a source is known by its real path."""
+    return os.path.realpath(folder)
 
 
 def _from_header(image: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,17 +177,26 @@ def modified(modified_ns: int) -> str | None:
 
 
 def names_of(groups: Dataset) -> list[str]:
-    """Name images: by their id, or by their row."""
+    """Name images: by their id, or by their row.
+
+    An id that stands twice gets its row behind it, so that no two images have one name.
+    """
     ids: Sequence[Any] = groups["image_id"][:] if "image_id" in groups.column_names else [None] * len(groups)
-    return [f"row {row}" if name is None else str(name) for row, name in enumerate(ids)]
+    names: dict[str, None] = {}
+    for row, one in enumerate(ids):
+        name = f"row {row}" if one is None else str(one)
+        names[f"{name} (row {row})" if name in names else name] = None
+    return list(names)
 
 
 def _extra_columns(groups: Dataset) -> dict[str, str]:
     """Choose the source's own columns to filter by: names there, and here."""
     taken = {"image", "captions", "image_id"}
-    ours = {*SCHEMA.names, "id", "digest", "copies", "folder", "name", "modified", "year", "place", "score"}
-    chosen = {}
+    ours = {*SCHEMA.names, "id", "digest", "copies", "folder", "name", "modified", "year", "place", "text"}
+    ours |= {"score", "rank", "embedding", "image"}  # which answers have
+    chosen: dict[str, str] = {}
     for name, feature in groups.features.items():
         if name not in taken and getattr(feature, "dtype", None) in (*_PLAIN, *_FLOATS):
-            chosen[name] = f"source_{name}" if name.lower() in ours else name
+            is_taken = name.lower() in ours or name.lower() in map(str.lower, chosen.values())
+            chosen[name] = f"source_{name}" if is_taken else name
     return chosen
