@@ -23,15 +23,21 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
+from search.albums import contents
 from tiny import STAGES, WORDS, free_port, make_groups, tiny_text_config, tiny_vision_config
 from transformers import BertModel, BertTokenizer, CLIPImageProcessorPil, CLIPVisionModel, TrainerCallback
 
 import icone_hf.embedding.shards as shards
 import icone_hf.training.feature_cache as feature_cache
 import icone_hf.training.stage_trainer as stage_trainer
-from icone_hf import IConEModel, IConEProcessor, IConETrainer, IConETrainingArguments, encode
+from icone_hf import IConEModel, IConEProcessor, IConETrainer, IConETrainingArguments, encode, load_pictures
+from icone_hf.processes import join_processes
+from icone_hf.search import index as index_source
+from icone_hf.search.index_folder import IndexFolder
+from icone_hf.search.row_table import RowTable
 from icone_hf.training.whole_files import last_whole_checkpoint, step_of
 
 NUM_GROUPS = 16
@@ -234,7 +240,54 @@ def check_stopped_export(folder, moment):
         assert export_result(folder)[str(path.relative_to(folder))] == whole[str(path.relative_to(folder))], path
 
 
+def index_images(root, folder, events, arguments):
+    """Indexes a folder of images, and captioned ones that lie in no file; then drops some of the folder's."""
+    join_processes()
+    model, processor = load(root)
+    photos = root / "photos"
+    if not photos.is_dir():  # before any run is killed
+        photos.mkdir()
+        for number, content in enumerate(contents(12)):
+            (photos / f"{number:02}.png").write_bytes(content)
+    files = load_pictures(photos)
+    embedded = make_groups(8, start=10)  # the first two are the folder's too
+    events.after(shards, "pool_images", "batch")
+    events.after(shards, "pool_texts", "batch")
+    events.after(shards.StoredRows, "write", "shard")
+    events.after(RowTable, "put", "store")
+    events.after(RowTable, "remove", "store")
+    options = {"shard_size": 3, "batch_size": 1, **arguments}  # one by one, so that embeddings are equal to the bit
+    index_source(model, processor, files, folder, source_name="photos", **options)
+    index_source(model, processor, embedded, folder, source_name="embedded", **options)
+    index_source(model, processor, files.select(range(3, 12)), folder, source_name="photos", prune=True, **options)
+
+
+def index_result(folder):
+    """All that an index answers with, and what it holds on the disk."""
+    result = {"report": json.loads((folder / "report.json").read_text())}
+    result["copies"] = sorted(path.name for path in folder.glob("images/**/*.jpg"))
+    result["hidden"] = sorted(str(path.relative_to(folder)) for path in folder.glob("**/.*") if path.is_file())
+    result["files"] = len(list(folder.glob("exact/*/*")))
+    result |= {f"shards of {kind}": rows for kind, rows in encode_result(folder).items()}
+    for kind in ("pictures", "sentences"):
+        store = IndexFolder(folder).store(kind)
+        rows = store.get(store.listing()["id"].to_pylist()).to_pylist()
+        result[kind] = sorted(json.dumps(row, sort_keys=True) for row in rows)
+    return result
+
+
+def check_stopped_index(folder, moment):
+    """What is there can be searched, whole."""
+    check_stopped_encoding(folder, moment)
+    for kind in ("pictures", "sentences"):
+        store = IndexFolder(folder).store(kind)
+        if count := store.count():
+            found = store.search(np.eye(16)[0], count)
+            assert len(found) == len(set(found["id"].to_pylist())) == count
+
+
 WORKS = {
+    "index": (index_images, index_result, check_stopped_index),
     "train": (train, train_result, check_stopped_training),
     "encode": (encode_groups, encode_result, check_stopped_encoding),
     "export": (export, export_result, check_stopped_export),
@@ -249,10 +302,11 @@ class Driver:
         work: a name in `WORKS`.
         processes: of each run.
         arguments: of the work.
+        signals: to kill it by, in turn.
     """
 
-    def __init__(self, root, work, processes=1, arguments=None):
-        self.root, self.processes, self.arguments = root, processes, arguments or {}
+    def __init__(self, root, work, processes=1, arguments=None, signals=("SIGKILL", "SIGTERM")):
+        self.root, self.processes, self.arguments, self.signals = root, processes, arguments or {}, signals
         self.work, self.result, self.check = WORKS[work]
 
     def run(self, folder, moment=None):
@@ -323,7 +377,7 @@ class Driver:
         return self.result(reference), [Counter(of_rank) for of_rank in events]
 
     def draw(self, counts, rng, index, alone):
-        """Draws a moment: each kind of event in turn, both signals, at once or up to 30 ms later."""
+        """Draws a moment: each kind of event in turn, all signals, at once or up to 30 ms later."""
         rank = rng.randrange(self.processes)
         kinds = sorted(counts[rank])
         kind = kinds[index % len(kinds)]
@@ -332,7 +386,7 @@ class Driver:
             "kind": kind,
             "number": rng.randint(1, counts[rank][kind]),
             "delay": rng.choice([0.0, round(rng.uniform(0.0005, 0.03), 4)]),
-            "signal": ("SIGKILL", "SIGTERM")[(index + index // len(kinds)) % 2],
+            "signal": self.signals[(index + index // len(kinds)) % len(self.signals)],
             "alone": alone,
         }
 
@@ -371,12 +425,13 @@ def main():
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--alone", action="store_true", help="Kill one of the processes; the others must end by it.")
     parser.add_argument("--arguments", type=json.loads, default={}, help="Of the run, as JSON.")
+    parser.add_argument("--signals", nargs="+", default=["SIGKILL", "SIGTERM"], help="To kill it by, in turn.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="Draw no further moment after these.")
     args = parser.parse_args()
     if args.folder.is_dir() and any(args.folder.iterdir()):
         parser.error(f"{args.folder} isn't empty.")
-    driver = Driver(args.folder.resolve(), args.work, args.processes, args.arguments)
+    driver = Driver(args.folder.resolve(), args.work, args.processes, args.arguments, args.signals)
     begun = time.monotonic()
     expected, counts = driver.prepare()
     print(f"{args.work}, {args.processes} processes, seed {args.seed}; events of a run: {dict(counts[0])}", flush=True)

@@ -23,7 +23,7 @@ _LARGEST = 2**63 - 1  # that a column of whole numbers holds
 def captions_by_content(seen: pa.Table) -> dict[str, list[str]]:
     """Collect captions.
 
-    An image of several files has all of theirs. Their order is that of sources and paths, whichever source was indexed last.
+    An image of several files has all of theirs, in the order of sources and paths, whichever source was indexed last.
     """
     captions: dict[str, dict[str, None]] = defaultdict(dict)
     ordered = seen.select(["source", "path", "content", "captions"]).sort_by(
@@ -73,8 +73,8 @@ def rows_of(seen: pa.Table) -> dict[str, dict[str, Any]]:
 def _of_one_kind(extras: Iterable[str | None]) -> list[dict[str, Any]]:
     """Read the sources' own columns.
 
-    Each gets one name and one kind. SQL knows no capitals, so the first spelling counts. Where sources differ in a column's kind, it holds texts. A
-    column without a value is left out: its kind is not known yet.
+    Each gets one name and one kind. SQL knows no capitals, so the first spelling counts. Where sources differ in a
+    column's kind, it holds texts. A column without a value is left out: its kind is not known yet.
     """
     read: list[dict[str, Any]] = [json.loads(extra or "{}") for extra in extras]
     spelling: dict[str, str] = {}
@@ -104,7 +104,10 @@ def _maker(kinds: set[type]) -> type:
 
 
 def schema_of(rows: Mapping[str, Mapping[str, Any]]) -> pa.Schema:
-    """Say the columns of rows; those of several sources may differ."""
+    """Choose the types of columns.
+
+    Rows of several sources may have different ones.
+    """
     kinds: dict[str, pa.DataType] = {}
     for row in rows.values():
         for name, value in row.items():

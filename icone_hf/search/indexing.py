@@ -323,7 +323,7 @@ def _finish(
 
 
 def _prune(place: IndexFolder) -> None:
-    """Remove embeddings and small copies of what no source has."""
+    """Remove what is kept of images that are gone."""
     captions = captions_by_content(read_seen(place.seen_file))
     pictures, sentences = Snapshot(place.stored("pictures")), Snapshot(place.stored("sentences"))
     images = [number for one, number in _places(pictures).items() if one in captions]

@@ -36,6 +36,10 @@ def test_encoding(tmp_path):
     assert kill(tmp_path, 4, "--work", "encode")["lost"] == 0
 
 
+def test_indexing(tmp_path):
+    assert kill(tmp_path, 5, "--work", "index", "--signals", "SIGKILL")["lost"] == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kills", "options"),
@@ -47,8 +51,11 @@ def test_encoding(tmp_path):
         (15, ["--seed", "1", "--processes", "2", "--alone"]),
         (15, ["--seed", "1", "--work", "encode"]),
         (8, ["--seed", "1", "--work", "export"]),
+        (20, ["--seed", "1", "--work", "index", "--signals", "SIGKILL"]),
+        (10, ["--seed", "1", "--work", "index", "--processes", "2", "--alone"]),
     ],
-    ids=["one process", "neighbours", "two processes", "one of two", "encoding", "exporting"],
+    ids=["one process", "neighbours", "two processes", "one of two", "encoding", "exporting", "indexing",
+         "indexing by two"],
 )  # fmt: skip
 def test_many_moments(tmp_path, kills, options):
     assert kill(tmp_path, kills, *options)["lost"] == 0
