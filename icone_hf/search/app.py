@@ -7,6 +7,7 @@ from a route of our own (see `app_server.py`).
 import threading
 import time
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,10 @@ class Page:
         wanted = [term.text for term in terms_of(sentence, [Mark(OWN, "")]) if term.text and term.weight > 0]
         if not wanted:
             return [], "With a sentence in the query, you could see here where the image answers to its words."
-        image = self.gallery.open_image(row, MAP_SIDE)
+        try:
+            image = self.gallery.open_image(row, MAP_SIDE)
+        except InputError:  # whose message says where it lies
+            return [], "The file can't be read any more."
         image.thumbnail((MAP_SIDE, MAP_SIDE))
         try:
             with self._model:
@@ -189,35 +193,33 @@ def build_app(gallery: Gallery, page: Page | None = None) -> Any:
         return answer(sentence, where, count, cut, kept, lambda marks: marks)
 
     def search_with(sentence: Any, where: Any, count: Any, cut: Any, kept: Any, event: gr.EventData) -> Any:
-        mark = Mark(str(event._data.get("kind")), str(event._data.get("id")))
+        mark = Mark(str(_said(event, "kind")), str(_said(event, "id")))
         return answer(sentence, where, count, cut, kept, lambda marks: with_mark(marks, mark))
 
     def search_without(sentence: Any, where: Any, count: Any, cut: Any, kept: Any, event: gr.EventData) -> Any:
-        one = event._data.get("id")
+        one = _said(event, "id")
         return answer(sentence, where, count, cut, kept, lambda marks: [mark for mark in marks if mark.one != one])
 
     def show(sentence: Any, event: gr.EventData) -> str:
         try:
-            shown = page.details(event._data.get("id"), sentence)
+            shown = page.details(_said(event, "id"), sentence)
         except Exception as error:
             shown = f"{html.trouble(page.told(error))}<button type='button' class='close'>Close</button>"
         # The browser hears of a value that has changed, so none is like the last.
         return f"<!-- {time.monotonic_ns()} -->{shown}"
 
-    names = ", ".join(page.columns())
+    names = ", ".join(f"`{escape(name)}`" for name in page.columns())  # Gradio takes it for Markdown
     with gr.Blocks(title="Image search", analytics_enabled=False) as blocks:
         gr.HTML("<h1>Image search</h1>", elem_id="top", js_on_load=None)
-        with gr.Row(elem_id="bar"):
-            sentence = gr.Textbox(
-                label="What you want to see",
-                placeholder='a dog left of a bicycle, or a sum: "red car" - "snow"',
-                max_lines=1,
-                max_length=LONGEST,
-                autofocus=True,
-                scale=4,
-                elem_id="sentence",
-            )
-            button = gr.Button("Search", variant="primary", scale=0, min_width=110, elem_id="go")
+        sentence = gr.Textbox(
+            label="What you want to see",
+            placeholder='a dog left of a bicycle, or a sum: "red car" - "snow"',
+            max_lines=1,
+            max_length=LONGEST,
+            autofocus=True,
+            submit_btn="Search",
+            elem_id="sentence",
+        )
         picker = view("picker", _PICKER)
         with gr.Accordion("Filter and number of results", open=False, elem_id="options"):
             where = gr.Textbox(
@@ -228,26 +230,29 @@ def build_app(gallery: Gallery, page: Page | None = None) -> Any:
                 max_length=LONGEST_CONDITION,
                 elem_id="where",
             )
-            with gr.Row():
-                count = gr.Slider(1, MOST_RESULTS, 20, step=1, label="Results at most", elem_id="count")
-                cut = gr.Checkbox(label="Leave out what stands out no more than random images do", elem_id="cut")
+            count = gr.Slider(1, MOST_RESULTS, 20, step=1, label="Results at most", elem_id="count")
+            cut = gr.Checkbox(label="Leave out what stands out no more than random images do", elem_id="cut")
         kept = gr.Textbox("[]", visible="hidden", elem_id="marks")
         chips = view("chips")
         results = view("results", html.note(page.summary()))
-        dialog = gr.HTML(
-            "", html_template="", js_on_load=f"{script}\ndetails(element, trigger, props, watch);", elem_id="dialog"
-        )
+        details = view("details", template="")
 
         query, outputs = [sentence, where, count, cut, kept], [results, kept, chips]
         common: dict[str, Any] = {"inputs": query, "outputs": outputs, "api_visibility": "private"}
         common |= {"concurrency_limit": AT_A_TIME, "concurrency_id": "search", "show_progress": "minimal"}
+        common["trigger_mode"] = "always_last"  # a second Enter counts, while the first is being answered
         common["show_progress_on"] = results
-        gr.on([sentence.submit, button.click, where.submit, count.release, cut.input], search, **common)
-        gr.on([picker.upload, dialog.like], search_with, **common)
+        gr.on([sentence.submit, where.submit, count.release, cut.input], search, **common)
+        gr.on([picker.upload, details.like], search_with, **common)
         chips.delete(search_without, **common)
-        results.select(show, **{**common, "inputs": [sentence], "outputs": [dialog], "show_progress": "hidden"})
+        results.select(show, **{**common, "inputs": [sentence], "outputs": [details], "show_progress": "hidden"})
     blocks.queue(max_size=WAITING, default_concurrency_limit=AT_A_TIME, api_open=False)
     return blocks
+
+
+def _said(event: Any, name: str) -> Any:
+    """Read what a browser said with an event."""
+    return event._data.get(name) if isinstance(event._data, dict) else None
 
 
 _PICKER = (

@@ -111,7 +111,8 @@ def details(
     parts.append(_facts(row))
     return (
         f'<header><h2>{escape(row["name"])}</h2><button type="button" class="close" aria-label="Close">&times;</button>'
-        f'</header><div class="two"><div><figure{shape}>{image}{layers}</figure>{_choice(overlays, why_no_overlays)}</div>'
+        f'</header><div class="two"><div><figure{shape}>{image}{layers}</figure>'
+        f"{_choice(overlays, why_no_overlays)}</div>"
         f"<div>{''.join(parts)}</div></div>"
     )
 

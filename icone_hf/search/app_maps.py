@@ -20,20 +20,20 @@ DENSEST = 0.75  # how much of the image it hides where it is highest
 
 def phrases_of(sentence: str) -> list[str]:
     """Choose what to look for: the sentence, and its words."""
-    words = dict.fromkeys(word for word in re.findall(r"\w+", sentence.lower()) if len(word) >= SHORTEST)
-    others = [word for word in words if word != sentence.lower()]
-    return [sentence, *others[:MOST_WORDS]]
+    words = {word.lower(): word for word in re.findall(r"\w+", sentence) if len(word) >= SHORTEST}
+    return [sentence, *(word for word in list(words.values())[:MOST_WORDS] if word != sentence)]
 
 
 def overlays_of(model: IConEModel, processor: IConEProcessor, image: Image.Image, sentence: str) -> list[Overlay]:
-    """Draw an overlay for each of the sentence's words.
+    """Draw an overlay for the sentence, and for its words.
 
     Raises:
         ValueError: if the vision tower has no maps.
     """
     phrases = phrases_of(sentence)
     maps = heat_maps(model, processor, image.convert("RGB"), sentence, phrases)
-    return [Overlay(phrase, _draw(one)) for phrase, one in zip(phrases, maps, strict=True)]
+    names = ["the whole sentence" if phrase == sentence else phrase for phrase in phrases]
+    return [Overlay(name, _draw(one)) for name, one in zip(names, maps, strict=True)]
 
 
 def _draw(heat: np.ndarray) -> str | None:

@@ -8,6 +8,8 @@ are closed, so that no path and no address in a request has an effect.
 """
 
 import asyncio
+import contextlib
+import json
 import re
 import socket
 import threading
@@ -26,7 +28,7 @@ SMALL, LARGE = 384, 1280  # pixels of an image's longer side
 KEPT_BYTES = 64_000_000  # of JPEG images that were made
 DECODED_AT_A_TIME = 2  # images of the index
 SENT_AT_A_TIME = 4  # a visitor's images, whose bytes are in memory
-SECONDS_TO_SEND = 60.0
+SECONDS_TO_SEND, SECONDS_TO_DROP = 60.0, 10.0
 MOST_BYTES_OF_AN_EVENT = 200_000
 MOST_CONNECTIONS = 800
 _WORD = r"[\w.@-]+"
@@ -38,6 +40,7 @@ OPEN = {
     "POST": re.compile(r"/upload|/gradio_api/(queue/join/?|cancel|reset/?)"),
 }
 OPEN["HEAD"] = OPEN["GET"]
+_PLAIN = (str, int, float, bool, type(None))
 LOCAL = ("localhost", "127.0.0.1", "::1")
 # Nothing is loaded from elsewhere. Gradio runs templates as functions ('unsafe-eval').
 _POLICY = (
@@ -77,7 +80,7 @@ class Gate:
             return
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if refusal := self._refusal(scope, headers):
-            await _answer(send, *refusal)
+            await _answer(receive, send, *refusal)
             return
 
         async def send_with_headers(message: Message) -> None:
@@ -86,6 +89,14 @@ class Gate:
                 message["headers"] = [*message.get("headers", ()), *more]
             await send(message)
 
+        if scope["path"].startswith("/gradio_api/queue/join"):
+            event = await _event(receive)
+            if event is None:
+                await _answer(None, send, 400, "The event can't be read: load the page again.")
+                return
+            scope["headers"] = [pair for pair in scope["headers"] if pair[0].lower() != b"content-length"]
+            scope["headers"].append((b"content-length", str(len(event)).encode()))
+            receive = _once(event, receive)
         await self.app(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Message, headers: dict[bytes, str]) -> tuple[int, str] | None:
@@ -109,9 +120,58 @@ def _name_of(host: str) -> str:
     return re.sub(r":\d*$", "", host).strip("[]").lower()
 
 
-async def _answer(send: Send, status: int, message: str) -> None:
+async def _event(receive: Receive) -> bytes | None:
+    """Read an event of the page.
+
+    All that it says is texts and numbers. To Gradio a mapping may stand for a file or an address, and a server that
+    another application mounts would copy what is there.
+
+    Returns:
+        It, written anew; `None` for what the page doesn't send.
+    """
+    body, more = b"", True
+    while more:
+        part = await receive()
+        if part["type"] == "http.disconnect":
+            return None
+        body, more = body + part.get("body", b""), part.get("more_body", False)
+    try:
+        event = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("data"), list):
+        return None
+    said = event.get("event_data")
+    values = [*event["data"], *(said.values() if isinstance(said, dict) else [said])]
+    values += [value for name, value in event.items() if name not in ("data", "event_data")]
+    return json.dumps(event).encode() if all(isinstance(value, _PLAIN) for value in values) else None
+
+
+def _once(body: bytes, receive: Receive) -> Receive:
+    """Give a body that was read already, then what follows."""
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def next_part() -> Message:
+        return parts.pop() if parts else await receive()
+
+    return next_part
+
+
+async def _answer(receive: Receive | None, send: Send, status: int, message: str) -> None:
+    """Refuse a request.
+
+    A browser that is still sending would never read why, so what it sends is read first, and dropped.
+    """
     from fastapi.responses import JSONResponse
 
+    async def drop() -> None:
+        dropped, more = 0, receive is not None
+        while more and dropped < 2 * MOST_BYTES:
+            part = await receive()  # type: ignore[misc]
+            dropped, more = dropped + len(part.get("body", b"")), part.get("more_body", False)
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(drop(), SECONDS_TO_DROP)
     body = JSONResponse({"error": message}).body
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]})
@@ -178,8 +238,8 @@ def make_server(gallery: Gallery, is_local: bool = False) -> Any:
             return JSONResponse({"error": "There is no such image."}, 404)
         try:
             made = await run_sync(thumbnails.get, one, side, limiter=decoding)
-        except InputError as error:
-            return JSONResponse({"error": page.told(error)}, 404)
+        except InputError:  # whose message says where it lies
+            return JSONResponse({"error": "There is no such image, or its file can't be read any more."}, 404)
         # An id stands for the content, which never changes.
         return Response(made, media_type="image/jpeg", headers={"cache-control": "private, max-age=86400, immutable"})
 
@@ -215,7 +275,9 @@ def make_server(gallery: Gallery, is_local: bool = False) -> Any:
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=gr.themes.Default(font=gr.themes.Font("sans-serif"), font_mono=gr.themes.Font("monospace")),
+        theme=gr.themes.Default(
+            primary_hue="blue", font=gr.themes.Font("sans-serif"), font_mono=gr.themes.Font("monospace")
+        ),
         # As `css`, Gradio would write selectors anew, and forget those within media queries.
         head=f"<style>{(Path(__file__).parent / 'app.css').read_text(encoding='utf-8')}</style>",
     )
