@@ -18,6 +18,8 @@ WEIGHTS = {MORE: 0.75, LESS: -0.25, OWN: 1.0}
 MOST_MARKS = 20
 ROW = re.compile(r"[0-9a-f]{64}")  # an image of the index
 TOKEN = re.compile(r"[0-9a-f]{32}")  # an image of the visitor's own
+# What makes a text a sum, as for `parse_query`: it begins with a quoted term, or a sign stands beside one.
+_SUM = re.compile(r'^(?:[\d.]+:)?"|"\s*[+-]|[+-]\s*(?:[\d.]+:)?"')
 _PART = re.compile(r'\s*(?P<sign>[+-]?)\s*(?:(?P<weight>\d+(?:\.\d+)?|\.\d+):)?"(?P<text>[^"]*)"\s*')
 
 
@@ -78,15 +80,13 @@ def read_sentence(sentence: Any) -> list[Term]:
         raise InputError(f"The query has {len(text):,} characters, and the limit is {LONGEST:,}.")
     if not text:
         return []
-    if not text.startswith(('"', "+", "-")) and not re.match(r"[\d.]+:\"", text):
+    if not _SUM.search(text):
         return [Term(text=text)]
     terms: list[Term] = []
     place = 0
     while place < len(text):
         part = _PART.match(text, place)
         if part is None or (terms and not part["sign"]):
-            if '"' not in text:
-                return [Term(text=text)]
             raise InputError(
                 f"The query can't be read from {text[place:].strip()!r} on: write + or - between sentences in double "
                 'quotes, as in "red car" - "snow", or one sentence without quotes.'

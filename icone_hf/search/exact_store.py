@@ -110,7 +110,7 @@ class ExactStore:
     def get(self, ids: Sequence[str]) -> pa.Table:
         """Return rows by id; see [`Store.get`]."""
         rows = self.table.rows_of(ids)
-        values = self._embeddings()[rows[PLACE].to_numpy()].astype(np.float32)
+        values = self._embeddings()[rows[PLACE].cast(pa.int64()).to_numpy()].astype(np.float32)
         return rows.drop_columns([PLACE]).append_column(EMBEDDING, pa.array(list(values), pa.list_(pa.float32())))
 
     def sample(self, count: int, where: str | None = None, seed: int = 0) -> np.ndarray:
