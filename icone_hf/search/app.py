@@ -176,7 +176,7 @@ def build_app(gallery: Gallery, page: Page | None = None) -> Any:
         return gr.HTML(value, html_template=template, js_on_load=call, elem_id=name, apply_default_css=False)
 
     def answer(sentence: Any, where: Any, count: Any, cut: Any, kept: Any, change: Callable[..., list[Mark]]) -> Any:
-        """Change the query's images, search, and show what is found."""
+        """Change the query's images, then search."""
         try:
             marks = checked(change(read_marks(kept)))
             shown = page.chips(marks)

@@ -87,7 +87,7 @@ def details(
     why_no_overlays: str,
     nearest: Sequence[tuple[str, float]],
 ) -> str:
-    """Show one image, larger, with all that is known of it.
+    """Show one image, with all that is known.
 
     Args:
         row: of the image.

@@ -25,7 +25,7 @@ def phrases_of(sentence: str) -> list[str]:
 
 
 def overlays_of(model: IConEModel, processor: IConEProcessor, image: Image.Image, sentence: str) -> list[Overlay]:
-    """Draw an overlay for the sentence, and for its words.
+    """Draw overlays for a sentence and its words.
 
     Raises:
         ValueError: if the vision tower has no maps.
@@ -37,7 +37,10 @@ def overlays_of(model: IConEModel, processor: IConEProcessor, image: Image.Image
 
 
 def _draw(heat: np.ndarray) -> str | None:
-    """Draw a map from clear to yellow to red, as a data URL."""
+    """Draw a map as a data URL.
+
+    It goes from clear by yellow to red.
+    """
     height, width = heat.shape
     step = max(1, max(height, width) // SIDE)
     values = np.nan_to_num(heat[step // 2 :: step, step // 2 :: step])

@@ -148,7 +148,7 @@ async def _event(receive: Receive) -> bytes | None:
 
 
 def _once(body: bytes, receive: Receive) -> Receive:
-    """Give a body that was read already, then what follows."""
+    """Give a body that was read already."""
     parts = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def next_part() -> Message:
@@ -179,7 +179,9 @@ async def _answer(receive: Receive | None, send: Send, status: int, message: str
 
 
 class Thumbnails:
-    """Make images of an index small; keep the last ones.
+    """Make images of an index small.
+
+    The last ones are kept.
 
     Args:
         gallery: whose images they are.

@@ -64,13 +64,18 @@ def write_marks(marks: Sequence[Mark]) -> str:
 
 
 def with_mark(marks: Sequence[Mark], mark: Mark) -> list[Mark]:
-    """Add a mark; an image has one, and the visitor one image."""
+    """Add a mark.
+
+    An image has one, and the visitor one image.
+    """
     others = [old for old in marks if old.one != mark.one and not mark.kind == old.kind == OWN]
     return [*others, mark]
 
 
 def read_sentence(sentence: Any) -> list[Term]:
-    """Read a sentence, or a sum as `"red car" - 0.5:"snow"`.
+    """Read a sentence, or a sum.
+
+    A sum is `"red car" - 0.5:"snow"`.
 
     Raises:
         InputError: for a sum that can't be read, and for a text that is too long.

@@ -7,8 +7,10 @@ import io
 import json
 import os
 import re
+import runpy
 import socket
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -26,6 +28,7 @@ from search.fixtures import write_images
 from tiny import draw, make_groups
 
 from icone_hf import IConEModel, IConEProcessor
+from icone_hf.cli import main
 from icone_hf.data.pictures import find_pictures
 from icone_hf.search import Gallery, index
 from icone_hf.search.queries import Term
@@ -464,3 +467,52 @@ def test_memory_stays_where_it_is(server, made):
 def test_the_servers_log_has_no_traceback_of_the_users_making(server, visitor):
     visitor.search(QUERY, where="nothing")
     assert "no such column" not in server.log.read_text()
+
+
+# --- the command, and the Space ---
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Have `icone app` say what it would serve."""
+    from icone_hf.cli import app
+
+    calls = []
+    monkeypatch.setattr(app, "serve", lambda gallery, host, port, said: calls.append((len(gallery), host, port)))
+    return calls
+
+
+def test_the_command_refuses_what_it_cannot_serve(made, tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        index_and_model = [str(made.folder / "index"), "--model", str(made.model)]
+        for arguments, said in [
+            ([*index_and_model, "--port", str(port)], f"--host 127.0.0.1 --port {port} can't be had"),
+            ([*index_and_model, "--host", "203.0.113.1"], "--host 203.0.113.1 --port 7860 can't be had"),
+            ([*index_and_model, "--port", "65536"], "port=65536 must be from 0 to 65535"),
+            ([str(tmp_path)], "is no index"),
+            ([str(made.folder / "index"), "--model", str(tmp_path / "none")], "--model"),
+        ]:
+            with contextlib.suppress(SystemExit):
+                assert main(["app", *arguments]) == 2
+            assert said in capsys.readouterr().err
+
+
+def test_without_gradio_it_says_what_to_install(made, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["app", str(made.folder / "index"), "--model", str(made.model)]) == 2
+    assert "pip install 'icone_hf[app]'" in capsys.readouterr().err
+
+
+def test_the_space_serves_the_index_beside_it(made, served, tmp_path, monkeypatch):
+    space = Path(__file__).parents[2] / "examples" / "space" / "app.py"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(made.model)
+    (tmp_path / "index").symlink_to(made.folder / "index")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(space), run_name="__main__")
+    (tmp_path / "index").unlink()  # now it makes one of the images that lie there
+    (tmp_path / "pictures").symlink_to(made.files)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(space), run_name="__main__")
+    assert served == [(21, "0.0.0.0", 7860), (1, "0.0.0.0", 7860)]
