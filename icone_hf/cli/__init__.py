@@ -20,6 +20,7 @@ COMMANDS = {
     "encode": "embed images and captions into a folder of Parquet shards, or into a file",
     "index": "embed images into an index, or bring one in step with its source",
     "search": "find images of an index by a sentence, by an image, or by a sum of both",
+    "app": "search an index on a page in the browser",
     "data": "write groups, images included, as Parquet files that are ready for the Hub",
     "check": "say all that is wrong with a source, and whether training could start",
     "merge": "merge checkpoints: what was tuned with its base (WiSE-FT), or several into their mean",

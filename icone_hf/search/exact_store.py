@@ -119,7 +119,7 @@ class ExactStore:
         """Return rows by id; see [`Store.get`]."""
         with self.table.reading() as connection:
             rows = self.table.rows_of(ids, connection)
-            values = self._embeddings(connection)[rows[PLACE].to_numpy()].astype(np.float32)
+            values = self._embeddings(connection)[rows[PLACE].cast(pa.int64()).to_numpy()].astype(np.float32)
         return rows.drop_columns([PLACE]).append_column(EMBEDDING, pa.array(list(values), pa.list_(pa.float32())))
 
     def sample(self, count: int, where: str | None = None, seed: int = 0) -> np.ndarray:
@@ -159,9 +159,10 @@ class ExactStore:
             return self.table.places(where, connection)
         if meta["rows"] == meta["end"]:
             return None
-        if self._known is None or self._known[0] != meta["version"]:
-            self._known = meta["version"], self.table.places(connection=connection)
-        return self._known[1]
+        known = self._known  # another thread may put another in its place
+        if known is None or known[0] != meta["version"]:
+            known = self._known = meta["version"], self.table.places(connection=connection)
+        return known[1]
 
     def _meta(self, connection: sqlite3.Connection | None = None) -> dict[str, Any]:
         return {**_NO_ROWS, **self.table.meta(connection)}

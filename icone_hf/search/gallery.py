@@ -28,7 +28,7 @@ SAME = 0.999  # a score from which on a row is the query itself
 SHORT = 12  # digits of an id that are shown
 KINDS = {"images": "pictures", "captions": "sentences"}
 
-Query = str | os.PathLike | Image.Image | Term | Sequence[Term] | Sequence[str]
+Query = str | os.PathLike | Image.Image | np.ndarray | Term | Sequence[Term] | Sequence[str]
 
 
 class Gallery:
@@ -150,8 +150,8 @@ class Gallery:
         """Find what fits a query.
 
         Args:
-            query: a sentence; the path of an image file, or an image; a sum as `'"red car" + ./like.jpg - "snow"'`; or
-                terms.
+            query: a sentence; the path of an image file, or an image; a sum as `'"red car" + ./like.jpg - "snow"'`;
+                terms; or an embedding.
             k: how many rows at most.
             where: an SQL condition on columns, which applies before the ranking: `"year >= 2020"`.
             kind: what is found, `images` or `captions`.
@@ -191,6 +191,14 @@ class Gallery:
 
     def embed(self, query: Query) -> np.ndarray:
         """Embed a query: `(dim,)`, of length 1."""
+        if isinstance(query, np.ndarray):
+            length = np.linalg.norm(query)
+            if query.shape != (self.settings["dim"],) or not 0 < length < np.inf:
+                raise InputError(
+                    f"An embedding of this index is a vector of {self.settings['dim']} numbers, and this is of shape "
+                    f"{query.shape} and length {length:.3g}."
+                )
+            return (query / length).astype(np.float32)
         return embed_terms(self._terms(query), lambda: self.model, self.embedding_of)
 
     def _terms(self, query: Query) -> Sequence[Term]:

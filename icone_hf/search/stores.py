@@ -60,6 +60,9 @@ class Store(Protocol):
     def listing(self) -> pa.Table:
         """Return all rows' `id` and `digest`."""
 
+    def columns(self) -> list[str]:
+        """List the columns that rows have."""
+
     def info(self) -> dict[str, Any]:
         """Say what the store is: kind, rows, dimensions, bytes on disk."""
 

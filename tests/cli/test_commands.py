@@ -61,7 +61,10 @@ def test_every_command_explains_itself(name, capsys):
     assert f"usage: icone {name}" in shown
     assert any(
         argument in shown
-        for argument in ("--output_dir", "--split", "--revision", "--hub_revision", "--push", "--int8", "--out OUT")
+        for argument in (
+            *("--output_dir", "--split", "--revision", "--hub_revision", "--push", "--int8", "--out OUT"),
+            *("--where", "--port"),
+        )
     )
     assert not any(clutter in shown for clutter in ("--output-dir", "--output_dir OUTPUT_DIR", "default: None)"))
 
