@@ -110,7 +110,7 @@ class ExactStore:
     def get(self, ids: Sequence[str]) -> pa.Table:
         """Return rows by id; see [`Store.get`]."""
         rows = self.table.rows_of(ids)
-        values = self._embeddings()[rows[PLACE].to_numpy()].astype(np.float32)
+        values = self._embeddings()[rows[PLACE].cast(pa.int64()).to_numpy()].astype(np.float32)
         return rows.drop_columns([PLACE]).append_column(EMBEDDING, pa.array(list(values), pa.list_(pa.float32())))
 
     def sample(self, count: int, where: str | None = None, seed: int = 0) -> np.ndarray:
@@ -146,9 +146,10 @@ class ExactStore:
             return self.table.places(where)
         if meta["rows"] == meta["end"]:
             return None
-        if self._known is None or self._known[0] != meta["version"]:
-            self._known = meta["version"], self.table.places()
-        return self._known[1]
+        known = self._known  # another thread may put another in its place
+        if known is None or known[0] != meta["version"]:
+            known = self._known = meta["version"], self.table.places()
+        return known[1]
 
     def _meta(self) -> dict[str, Any]:
         return {**_NO_ROWS, **(self.table.meta() if self.table.is_there() else {})}
@@ -159,15 +160,19 @@ class ExactStore:
         if not meta["end"]:
             return np.empty((0, meta["dim"] or 0), _HALF)
         key = f"{meta['file']} {meta['end']}"
-        if self._mapped is None or self._mapped[0] != key:
+        mapped = self._mapped  # another thread may put another in its place
+        if mapped is None or mapped[0] != key:
             path, shape = self.folder / meta["file"], (meta["end"], meta["dim"])
             try:
-                self._mapped = key, np.memmap(path, _HALF, "c", shape=shape)  # torch takes no array that is read-only
+                mapped = self._mapped = (
+                    key,
+                    np.memmap(path, _HALF, "c", shape=shape),
+                )  # torch takes no array that is read-only
             except (OSError, ValueError) as error:
                 raise StorageError(
                     f"{path} is missing or cut ({error}): `icone index --rebuild INDEX` makes it anew from the shards."
                 ) from error
-        return self._mapped[1]
+        return mapped[1]
 
 
 def _nearest(stored: np.ndarray, query: np.ndarray, places: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
