@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
@@ -86,7 +87,7 @@ def parse_arguments(
                 values[name] = str(value)
         parser.set_defaults(**values)
     # Refuse what is unknown before anything is converted.
-    argv = _with_flags_set(parser, argv)
+    argv = _with_positionals_first(parser, _with_flags_set(parser, argv))
     _, unknown = parser.parse_known_args(argv)
     for name in unknown:
         options = [option for action in actions_of(parser) for option in action.option_strings]
@@ -163,3 +164,27 @@ def _with_flags_set(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
         if argument in options and following.lower() not in TRUTH_VALUES:
             result.append("true")
     return result
+
+
+def _with_positionals_first(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Put positional arguments before all options.
+
+    argparse would give each that takes any number what stands before the first option, and refuse the others.
+    """
+    takes = {option: action.nargs for action in actions_of(parser) for option in action.option_strings}
+    first: list[str] = []
+    others: list[str] = []
+    values: int | float = 0  # that the last option takes yet
+    for place, argument in enumerate(argv):
+        if argument == "--":
+            return [*others, "--", *first, *argv[place + 1 :]]
+        if argument.startswith("-") and argument.partition("=")[0] in takes:
+            nargs = takes[argument.partition("=")[0]]
+            values = 0 if "=" in argument else math.inf if nargs in ("*", "+") else 1 if nargs in (None, "?") else 0
+            others.append(argument)
+        elif values:
+            values -= 1
+            others.append(argument)
+        else:
+            first.append(argument)
+    return [*first, *others]

@@ -106,8 +106,7 @@ class ExactStore:
         if not self.table.is_there():
             return pa.table({"id": pa.array([], pa.string()), SCORE: pa.array([], pa.float32())})
         with self.table.reading() as connection:
-            places = self._places(connection, where)
-            stored = self._embeddings(connection)
+            stored, places = self._embeddings(connection), self._places(connection, where)
             count = len(stored) if places is None else len(places)
             best, scores = _nearest(stored, np.ascontiguousarray(query, np.float32), places, min(k, count))
             if np.isnan(scores).any():
@@ -175,10 +174,11 @@ class ExactStore:
         path, shape = self.folder / meta["file"], (meta["end"], meta["dim"])
         try:
             key = f"{meta['file']} {meta['end']} {path.stat().st_ino}"  # a store that was made anew has another file
-            if self._mapped is None or self._mapped[0] != key:
+            mapped = self._mapped  # another thread may put another in its place
+            if mapped is None or mapped[0] != key:
                 self._known = None
-                self._mapped = key, np.memmap(path, _HALF, "c", shape=shape)  # torch takes no array that is read-only
-            return self._mapped[1]
+                mapped = self._mapped = key, np.memmap(path, _HALF, "c", shape=shape)  # torch takes none to read only
+            return mapped[1]
         except (OSError, ValueError) as error:
             raise _broken(path, str(error)) from error
 

@@ -40,7 +40,8 @@ class Gallery:
         folder: of the index.
         settings: its index.json.
         device: that the model runs on.
-        model, processor: that made it. Default: loaded when they are first needed.
+        model: that made it, or where it lies now. Default: where it lay then. It is loaded when it is first needed.
+        processor: of the model, if it is one.
     """
 
     def __init__(
@@ -48,15 +49,20 @@ class Gallery:
         folder: IndexFolder,
         settings: Mapping[str, Any],
         device: str | torch.device | None = None,
-        model: IConEModel | None = None,
+        model: str | os.PathLike | IConEModel | None = None,
         processor: IConEProcessor | None = None,
     ):
         self.folder = folder
         self.settings = settings
         self.device = device
         self._loaded: tuple[IConEModel, IConEProcessor] | None = None
-        if model is not None and processor is not None:
+        self._model_name = settings["model"]
+        if isinstance(model, IConEModel):
+            if processor is None:
+                raise InputError("A model needs its processor too: give processor=.")
             self._loaded = self._checked(model, processor, "the model that was given")
+        elif model is not None:
+            self._model_name = os.fspath(model)
         self._stores: dict[str, Store] = {}
 
     @classmethod
@@ -81,14 +87,7 @@ class Gallery:
             InputError: if there is no index, or one of another version.
         """
         folder = IndexFolder(Path(index))
-        settings = folder.settings()
-        if isinstance(model, IConEModel):
-            if processor is None:
-                raise InputError("A model needs its processor too: give processor=.")
-            return cls(folder, settings, device, model, processor)
-        if model is not None:
-            settings = {**settings, "model": os.fspath(model)}
-        return cls(folder, settings, device)
+        return cls(folder, folder.settings(), device, model, processor)
 
     def __len__(self) -> int:
         """Count the images."""
@@ -109,14 +108,14 @@ class Gallery:
     def model(self) -> tuple[IConEModel, IConEProcessor]:
         """Return the model and the processor, once loaded."""
         if self._loaded is None:
-            name = self.settings["model"]
+            name = self._model_name
             try:
                 model = IConEModel.from_pretrained(name, num_groups=0, dtype=torch.float32)
                 processor = IConEProcessor.from_pretrained(name)
             except OSError as error:
                 raise InputError(
-                    f"{self.folder.path} was made by the model {name}, which can't be loaded ({error}). Say where it "
-                    "is by --model (model=)."
+                    f"{self.folder.path} was made by {named(self.settings)}. {name} can't be loaded ({error}): say "
+                    "where that model is by --model (model=)."
                 ) from error
             processor.jpeg_draft = self.settings["jpeg_draft"]
             self._loaded = self._checked(model, processor, name)
