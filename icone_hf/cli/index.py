@@ -118,6 +118,8 @@ def _load(data_args: DataArguments, split: str) -> tuple[Dataset, dict[str, str]
         The rows, why files are in none, and whether all folders could be looked into.
     """
     source = str(data_args.source)
+    if (shown := os.fsencode(source).decode(errors="replace")) != source:
+        raise InputError(f"{shown} is no UTF-8, and such a name can't be stored: rename it.")
     if split not in (ALL, *SPLITS):
         raise InputError(f"split={split!r} must be {ALL} or one of {', '.join(SPLITS)}.")
     # A folder that holds no image file may hold tables or tars, or be one of save_to_disk.

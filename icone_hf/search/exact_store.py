@@ -227,7 +227,8 @@ def _cosines(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
     float16 has rounded their length.
     """
     lengths = np.linalg.norm(rows, axis=1)
-    return np.where(abs(lengths - 1) < TOLERANCE, rows @ query / lengths, np.nan)
+    lengths[abs(lengths - 1) > TOLERANCE] = np.nan
+    return rows @ query / lengths
 
 
 def _rough(rows: np.ndarray, query: torch.Tensor) -> np.ndarray:

@@ -169,6 +169,11 @@ class Gallery:
             raise InputError(f"cut={cut!r} must be one of {', '.join(CUTS)}.")
         store = self.store(kind)
         if not store.count():
+            if self.folder.stored(KINDS[kind]).paths():
+                raise InputError(
+                    f"{self.folder.path} has embeddings, and lacks the store that answers: `icone index INDEX "
+                    "--rebuild` makes it anew from the shards."
+                )
             what = (
                 "holds no captions" if kind == "captions" and len(self) else "is empty, or its indexing was interrupted"
             )

@@ -100,11 +100,19 @@ class IndexFolder:
             settings = {**of_index, **settings}
         elif not self.seen_file.is_file() and any(path.name not in _BEGUN for path in self.path.iterdir()):
             raise InputError(f"{self.path} is no index, and not empty: choose another folder.")
-        refuse_mismatches(self.path, [self.stored("pictures"), self.stored("sentences")])  # that can't be read
+        self.refuse_damaged_shards()
         for kind in ("pictures", "sentences"):
             for path in (self.path / kind).glob(".*.parquet.*"):
                 path.unlink()  # half a shard, of a run that was killed
         self.write("index.json", {"version": VERSION, **settings})
+
+    def refuse_damaged_shards(self) -> None:
+        """Look whether all shards can be read.
+
+        Raises:
+            InputError: naming those that can't.
+        """
+        refuse_mismatches(self.path, [self.stored("pictures"), self.stored("sentences")])
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file in one step."""

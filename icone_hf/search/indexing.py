@@ -25,7 +25,7 @@ from ..data.images import Images
 from ..embedding.digests import digest_all
 from ..embedding.shards import encode
 from ..embedding.stored_rows import Snapshot
-from ..errors import InputError, first_of
+from ..errors import InputError, MissingFileError, first_of
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..processes import by_main_process
@@ -121,10 +121,17 @@ def rebuild(folder: str | os.PathLike) -> int:
 
     Returns:
         The number of images in it.
+
+    Raises:
+        InputError: before anything is deleted, if there is nothing that can be read to make it of.
     """
     place = IndexFolder(Path(folder))
     settings = place.settings()
     with place.locked():
+        if not place.seen_file.is_file():
+            raise MissingFileError(f"{place.seen_file} is missing: index each source again. No embedding is lost.")
+        read_seen(place.seen_file)
+        place.refuse_damaged_shards()
         shutil.rmtree(place.path / settings["store"], ignore_errors=True)
         _bring_in_step(place)
         return place.store("pictures").count()

@@ -204,6 +204,8 @@ class RowTable:
                 connection.execute("COMMIT")
         except sqlite3.OperationalError as error:  # a full disk, say
             raise StorageError(f"{self.path} can't be written: {error}. What it held before is still there.") from error
+        except sqlite3.IntegrityError:  # a fault of ours
+            raise
         except sqlite3.DatabaseError as error:
             raise self._unreadable(error) from error
 

@@ -22,6 +22,7 @@ from PIL import ExifTags, Image
 
 from ..data.fingerprints import digest_image, ranges_of
 from ..data.image_kinds import register_readers
+from ..errors import InputError
 from ..forms.tar_members import is_address, read_member
 from ..progress import progress
 
@@ -47,8 +48,19 @@ _FLOATS = ("float16", "float32", "float64")
 
 
 def read_seen(path: Path) -> pa.Table:
-    """Read the table of the last run."""
-    return pq.read_table(path, schema=SCHEMA) if path.is_file() else SCHEMA.empty_table()
+    """Read the table of the last run.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    if not path.is_file():
+        return SCHEMA.empty_table()
+    try:
+        return pq.read_table(path, schema=SCHEMA)
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{path} can't be read: {error} Delete it, and index each source again: no embedding is lost."
+        ) from error
 
 
 def write_seen(path: Path, seen: pa.Table) -> None:
