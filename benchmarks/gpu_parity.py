@@ -65,7 +65,7 @@ def groups_of(count: int, side: int = 96, first: int = 0) -> Dataset:
     for number in range(first, first + count):
         rng = np.random.default_rng(number)
         waves = [np.sin(9 * a * x + 9 * b * y + c) for a, b, c in rng.random((3, 3)) * 2]
-        rows["image"].append(Image.fromarray(np.uint8(np.stack(waves, -1) * 120 + 128)))
+        rows["image"].append(Image.fromarray((np.stack(waves, -1) * 120 + 128).astype(np.uint8)))
         rows["captions"].append([" ".join(rng.choice(WORDS, 4 + k)) for k in range(3)])
         rows["image_id"].append(str(number))
     features = datasets.Features(

@@ -62,6 +62,9 @@ class Peer:
     def __init__(self, model: IConEModel, processor: IConEProcessor, checkpoint: Path):
         self.model, self.processor, self.checkpoint = model, processor, checkpoint
 
+    def embed(self, sentence: str) -> np.ndarray:
+        return embed_terms([Term(text=sentence)], lambda: (self.model, self.processor), lambda one: np.empty(0))
+
     def index(self, album: Path, folder: Path) -> None:
         raise NotImplementedError
 
@@ -78,8 +81,16 @@ class Ours(Peer):
 
     def index(self, album: Path, folder: Path) -> None:
         found = find_pictures(album)
-        names = {"source_name": album, "model_name": self.checkpoint, "left_out": found.unread}
-        index(self.model, self.processor, found.rows(), folder, batch_size=BATCH_SIZE, **names)
+        index(
+            self.model,
+            self.processor,
+            found.rows(),
+            folder,
+            source_name=album,
+            model_name=self.checkpoint,
+            left_out=found.unread,
+            batch_size=BATCH_SIZE,
+        )
         self.gallery = Gallery.open(folder, self.model, self.processor)
 
     def search(self, sentence: str) -> list[str]:
@@ -109,7 +120,7 @@ class Rclip(Peer):
                 return output.image_embeds.numpy()
 
             def compute_text_features(self, text: list[str]) -> np.ndarray:
-                return np.stack([embed_terms([Term(text=one)], peer.model, peer.processor) for one in text])
+                return np.stack([peer.embed(one) for one in text])
 
         def preprocess(image: Image.Image) -> np.ndarray:
             return self.processor(images=[image.convert("RGB")], return_tensors="np")["pixel_values"][0]
@@ -169,7 +180,7 @@ class SentenceTransformers(Peer):
 
         query = self.encoder.encode([sentence], normalize_embeddings=True)
         found = semantic_search(torch.from_numpy(query), torch.from_numpy(self.embeddings), top_k=10)[0]
-        return [self.names[one["corpus_id"]] for one in found]
+        return [self.names[int(one["corpus_id"])] for one in found]
 
     def hold(self, embeddings: np.ndarray, folder: Path) -> Callable[[np.ndarray], Any]:
         from sentence_transformers.util import semantic_search
@@ -201,8 +212,7 @@ class DatasetsFaiss(Peer):
         self.rows = embedded
 
     def search(self, sentence: str) -> list[str]:
-        query = embed_terms([Term(text=sentence)], self.model, self.processor)
-        return self.rows.get_nearest_examples("embedding", query, k=10)[1]["path"]
+        return self.rows.get_nearest_examples("embedding", self.embed(sentence), k=10)[1]["path"]
 
     def hold(self, embeddings: np.ndarray, folder: Path) -> Callable[[np.ndarray], Any]:
         rows = Dataset.from_dict({"path": [str(row) for row in range(len(embeddings))]})

@@ -64,7 +64,7 @@ class RowTable:
 
     @contextlib.contextmanager
     def reading(self, connection: sqlite3.Connection | None = None) -> Iterator[sqlite3.Connection]:
-        """Read within the block, all of it as of one moment.
+        """Read all as of one moment.
 
         The file is opened each time: any thread may read, while another process writes.
 
