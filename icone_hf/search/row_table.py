@@ -187,7 +187,10 @@ class RowTable:
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """Change rows in one transaction: all of it or nothing."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StorageError(f"{self.path.parent} is no folder: {REBUILD}.") from error
         try:
             with contextlib.closing(
                 sqlite3.connect(self.path, isolation_level=None, timeout=SECONDS_OF_A_LOCK)

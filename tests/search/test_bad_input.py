@@ -131,8 +131,9 @@ def test_a_jpeg_of_200_megapixels_is_indexed(pair, tmp_path):
     photos = put(tmp_path / "photos", {"tall.jpg": tall_jpeg(strip, 3200), "good.png": contents(9)[8]})
     report = index_again(*pair, photos, tmp_path / "index")
     assert (report["rows"], report["skipped"]) == (2, {})
-    found = Gallery.open(tmp_path / "index", *pair).search(SQUARE, k=2)
-    assert max(image.size for image in found["image"]) > (100, 100)
+    gallery = Gallery.open(tmp_path / "index", *pair)
+    rows = gallery.search(SQUARE, k=2).remove_columns("image").to_list()
+    assert max(gallery.open_image(row, 32).size for row in rows) > (100, 100)
 
 
 WITHOUT_EXTRAS = """
@@ -203,7 +204,7 @@ def deny(monkeypatch, name):
     monkeypatch.setattr(os, "scandir", scandir)
 
 
-def test_a_folder_without_permission_is_named_and_loses_nothing(checkpoint, tmp_path, capsys, monkeypatch):
+def test_a_folder_without_permission_is_named_and_loses_nothing(checkpoint, tmp_path, capsys, caplog, monkeypatch):
     photos = album(tmp_path / "photos", 3)
     assert call(capsys, "index", checkpoint, photos, tmp_path / "index")[0] == 0
     (photos / "0.png").rename(photos / "first.png")
@@ -211,8 +212,8 @@ def test_a_folder_without_permission_is_named_and_loses_nothing(checkpoint, tmp_
         deny(patch, photos / "trip")
         code, report, said = call(capsys, "index", checkpoint, photos, tmp_path / "index", "--prune", "--json")
     assert code == 0, said
-    assert f"The folder {photos}/trip can't be opened" in said
-    assert "Nothing is dropped" in said
+    assert f"The folder {photos}/trip can't be opened" in caplog.text
+    assert "Nothing is dropped" in caplog.text
     assert (report["seen"], report["rows"], report["gone"], report["in_index"]) == (1, 1, 2, 3)
 
 
@@ -492,13 +493,12 @@ def test_a_store_that_is_damaged_is_made_anew_from_the_shards(pair, checkpoint, 
     put(photos, {"new.png": contents(30)[29]})
     code, _, said = call(capsys, "index", checkpoint, photos, place)
     assert "Traceback" not in said
-    has_noticed = code != 0  # where a run has noticed, it has embedded nothing yet
-    if code:
+    if code:  # it may have embedded the new image
         assert code == 2
         assert "`icone index INDEX --rebuild`" in said
     code, out, said = call(capsys, "index", place, "--rebuild", "--json")
     assert code == 0, said
-    assert out["in_index"] == (20 if has_noticed else 21)
+    assert out["in_index"] in (20, 21)
     assert call(capsys, "index", checkpoint, photos, place)[0] == 0
     found = stored(place)
     assert len(found) == 21

@@ -331,7 +331,7 @@ def test_an_index_without_captions_and_one_without_images(made, tmp_path):
     with pytest.raises(InputError, match="holds no captions"):
         gallery.search("red", kind="captions")
     shutil.rmtree(tmp_path / "index" / "exact")
-    with pytest.raises(InputError, match="is empty, or its indexing was interrupted"):
+    with pytest.raises(InputError, match="lacks the store that answers: `icone index INDEX --rebuild`"):
         Gallery.open(tmp_path / "index", model, processor).search("red")
 
 
