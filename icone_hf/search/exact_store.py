@@ -9,6 +9,7 @@ bytes that the next one overwrites. What is deleted leaves a gap; when gaps are 
 """
 
 import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ BLOCK_ROWS = 2**16  # copied into memory at a time
 MARGIN = 4e-3
 GAPS = 1 / 3  # of the file, before it is written anew
 _HALF = np.dtype("<f2")
-_NO_ROWS: dict[str, Any] = {"file": None, "end": 0, "dim": None, "rows": 0, "version": 0}
+# `made` is another one in each store that is made anew in a folder.
+_NO_ROWS: dict[str, Any] = {"file": None, "end": 0, "dim": None, "rows": 0, "version": 0, "made": None}
 
 
 class ExactStore:
@@ -40,7 +42,7 @@ class ExactStore:
         self.folder = Path(folder)
         self.table = RowTable(self.folder / "rows.sqlite")
         self._mapped: tuple[str, np.ndarray] | None = None
-        self._known: tuple[int, np.ndarray] | None = None  # by version: the places of all rows, where there are gaps
+        self._known: tuple[str, np.ndarray] | None = None  # by version: the places of all rows, where there are gaps
 
     # --- changing ---
 
@@ -63,6 +65,7 @@ class ExactStore:
                 os.fsync(file.fileno())
             self.table.put(connection, rows, range(end, end + len(rows)))
             state = {"file": name, "end": end + len(rows), "dim": values.shape[1]}
+            state["made"] = meta["made"] or uuid.uuid4().hex
             self.table.set_meta(connection, state)
         self._close_gaps()
 
@@ -72,6 +75,9 @@ class ExactStore:
             with self.table.writing() as connection:
                 self.table.remove(connection, ids)
             self._close_gaps()
+
+    def tidy(self) -> None:
+        """Do nothing: gaps are closed as they come."""
 
     def _close_gaps(self) -> None:
         """Write the embeddings anew where gaps are many."""
@@ -107,8 +113,14 @@ class ExactStore:
         rows = self.table.rows(best.tolist())
         return rows.drop_columns([PLACE]).append_column(SCORE, pa.array(scores, pa.float32()))
 
+    def uses_index(self, query: np.ndarray, where: str | None = None) -> bool:
+        """Say no: every row is compared."""
+        return False
+
     def get(self, ids: Sequence[str]) -> pa.Table:
         """Return rows by id; see [`Store.get`]."""
+        if not self.table.is_there():
+            return pa.table({"id": pa.array([], pa.string()), EMBEDDING: pa.array([], pa.list_(pa.float32()))})
         rows = self.table.rows_of(ids)
         values = self._embeddings()[rows[PLACE].to_numpy()].astype(np.float32)
         return rows.drop_columns([PLACE]).append_column(EMBEDDING, pa.array(list(values), pa.list_(pa.float32())))
@@ -146,8 +158,9 @@ class ExactStore:
             return self.table.places(where)
         if meta["rows"] == meta["end"]:
             return None
-        if self._known is None or self._known[0] != meta["version"]:
-            self._known = meta["version"], self.table.places()
+        key = f"{meta['made']} {meta['version']}"
+        if self._known is None or self._known[0] != key:
+            self._known = key, self.table.places()
         return self._known[1]
 
     def _meta(self) -> dict[str, Any]:
@@ -158,14 +171,14 @@ class ExactStore:
         meta = self._meta()
         if not meta["end"]:
             return np.empty((0, meta["dim"] or 0), _HALF)
-        key = f"{meta['file']} {meta['end']}"
+        key = f"{meta['made']} {meta['file']} {meta['end']}"
         if self._mapped is None or self._mapped[0] != key:
             path, shape = self.folder / meta["file"], (meta["end"], meta["dim"])
             try:
                 self._mapped = key, np.memmap(path, _HALF, "c", shape=shape)  # torch takes no array that is read-only
             except (OSError, ValueError) as error:
                 raise StorageError(
-                    f"{path} is missing or cut ({error}): `icone index --rebuild INDEX` makes it anew from the shards."
+                    f"{path} is missing or cut ({error}): `icone index INDEX --rebuild` makes it anew from the shards."
                 ) from error
         return self._mapped[1]
 

@@ -59,7 +59,7 @@ class RowTable:
         It is opened each time: any thread may read, while another process writes.
         """
         if not self.path.is_file():
-            raise InputError(f"{self.path} is missing: `icone index --rebuild INDEX` makes it anew from the shards.")
+            raise InputError(f"{self.path} is missing: `icone index INDEX --rebuild` makes it anew from the shards.")
         with contextlib.closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             try:
                 yield connection
@@ -67,7 +67,7 @@ class RowTable:
                 if isinstance(error, sqlite3.OperationalError | sqlite3.ProgrammingError):
                     raise
                 raise InputError(
-                    f"{self.path} can't be read ({error}): `icone index --rebuild INDEX` makes it anew from the shards."
+                    f"{self.path} can't be read ({error}): `icone index INDEX --rebuild` makes it anew from the shards."
                 ) from error
 
     def columns(self) -> list[str]:
@@ -100,7 +100,7 @@ class RowTable:
             return connection.execute(f"SELECT {PLACE} FROM {TABLE} WHERE ({where}\n) ORDER BY {PLACE}").fetchall()
         except (sqlite3.Error, sqlite3.Warning) as error:
             why = f"it takes more than {SECONDS_OF_A_FILTER:.0f} s" if "interrupted" in str(error) else str(error)
-            raise _no_condition(where, why, columns) from error
+            raise no_condition(where, why, columns) from error
         finally:
             connection.set_progress_handler(None, 0)
             connection.set_authorizer(None)
@@ -129,6 +129,9 @@ class RowTable:
         for name, column in zip(names, columns, strict=True):
             is_list = name in lists
             of_list = [None if value is None else json.loads(value) for value in column] if is_list else list(column)
+            kinds = {type(value) for value in column} - {type(None)}
+            if len(kinds) > 1 and str in kinds:  # of several sources
+                of_list = [None if value is None else str(value) for value in column]
             table[name] = pa.array(of_list, pa.list_(pa.string()) if is_list else None)
         return pa.table(table)
 
@@ -184,11 +187,13 @@ class RowTable:
                 lists.add(field.name)
             if field.name not in present:
                 kind = next((name for is_of, name in _TYPES.items() if is_of(field.type)), "TEXT")
+                if rows[field.name].null_count == len(rows):  # a later source says of what kind they are
+                    kind = ""
                 connection.execute(f"ALTER TABLE {TABLE} ADD COLUMN {_quoted(field.name)} {kind}")
         self.set_meta(connection, {_LISTS: sorted(lists)})
         columns = [rows[name].to_pylist() for name in rows.column_names]
         columns = [
-            [None if value is None else json.dumps(value) for value in column] if name in lists else column
+            [None if value is None else json.dumps(value, ensure_ascii=False) for value in column] if name in lists else column
             for name, column in zip(rows.column_names, columns, strict=True)
         ]
         names = ", ".join(map(_quoted, (PLACE, *rows.column_names)))
@@ -212,7 +217,7 @@ def check_condition(where: str, columns: Sequence[str]) -> None:
     # SQLite takes a name in double quotes for a text where there is no such column.
     for name in re.findall(r'"([^"]*)"', re.sub(r"'[^']*'", "", where)):
         if name.lower() not in map(str.lower, columns):
-            raise _no_condition(where, f"no such column: {name} (texts stand in single quotes)", columns)
+            raise no_condition(where, f"no such column: {name} (texts stand in single quotes)", columns)
     with contextlib.closing(sqlite3.connect(":memory:")) as connection:
         connection.execute(f"CREATE TABLE {TABLE} ({', '.join(map(_quoted, (PLACE, *columns)))})")
         connection.set_authorizer(_authorize)
@@ -220,10 +225,11 @@ def check_condition(where: str, columns: Sequence[str]) -> None:
             # A comment would hide the bracket, so it stands on a line of its own.
             connection.execute(f"SELECT {PLACE} FROM {TABLE} WHERE ({where}\n)").fetchall()
         except (sqlite3.Error, sqlite3.Warning, ValueError, UnicodeError) as error:
-            raise _no_condition(where, str(error), columns) from error
+            raise no_condition(where, str(error), columns) from error
 
 
-def _no_condition(where: str, why: str, columns: Sequence[str]) -> InputError:
+def no_condition(where: str, why: str, columns: Sequence[str]) -> InputError:
+    """Say why this is no condition, and what one is."""
     names = ", ".join(name for name in columns if name not in ("id", "digest"))
     return InputError(
         f"where={where!r} is no condition: {why}. Write SQL, like \"year >= 2020 and folder = 'holiday'\". The columns "

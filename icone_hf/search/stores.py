@@ -30,6 +30,9 @@ class Store(Protocol):
     def delete(self, ids: Sequence[str]) -> None:
         """Delete rows; ids that aren't there are ignored."""
 
+    def tidy(self) -> None:
+        """Do what is due once a run: merge files, index rows."""
+
     def search(self, query: np.ndarray, k: int, where: str | None = None) -> pa.Table:
         """Find the rows nearest to a query.
 
@@ -45,6 +48,9 @@ class Store(Protocol):
             InputError: for a condition that is none.
         """
 
+    def uses_index(self, query: np.ndarray, where: str | None = None) -> bool:
+        """Say whether such a search leaves rows out by an index."""
+
     def get(self, ids: Sequence[str]) -> pa.Table:
         """Return rows by id, with `embedding`.
 
@@ -59,6 +65,9 @@ class Store(Protocol):
 
     def listing(self) -> pa.Table:
         """Return all rows' `id` and `digest`."""
+
+    def columns(self) -> list[str]:
+        """List the columns that rows have."""
 
     def info(self) -> dict[str, Any]:
         """Say what the store is: kind, rows, dimensions, bytes on disk."""
