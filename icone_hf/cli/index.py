@@ -19,6 +19,7 @@ from ..search.index_folder import STORES
 from ..search.indexing import index as build_index
 from ..search.indexing import rebuild
 from ..search.seen_files import names_of
+from ..search.store_check import check_store
 from . import COMMANDS
 from .arguments import CHECKPOINT, DataArguments, EncodeArguments, OutputArguments
 from .loading import autocast_of, join_processes, load_checkpoint, load_splits
@@ -42,15 +43,26 @@ class IndexArguments:
 
     prune: bool = field(default=False, metadata={"help": "Drop what SOURCE no longer has."})
     shard_size: int = field(default=1_000, metadata={"help": "Images in a shard: what a killed run loses at most."})
-    store: str = field(default="exact", metadata={"help": f"What finds the nearest: {', '.join(STORES)}."})
+    store: str | None = field(
+        default=None, metadata={"help": f"What finds the nearest: {', '.join(STORES)}. Default: INDEX's own, or exact."}
+    )
     rebuild: bool = field(
         default=False, metadata={"help": "icone index INDEX --rebuild: make the store anew from the shards."}
     )
 
+    check: bool = field(
+        default=False,
+        metadata={
+            "help": "icone index INDEX --check: compare the store's answers with those of comparing every image."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.rebuild and self.check:
+            raise InputError("--rebuild and --check are two calls: rebuild first.")
         if self.shard_size < 1:
             raise InputError(f"shard_size={self.shard_size} must be 1 or more.")
-        if self.store not in STORES:
+        if self.store not in (None, *STORES):
             raise InputError(f"store={self.store!r} must be one of {', '.join(STORES)}.")
 
 
@@ -77,9 +89,15 @@ def index(argv: Sequence[str]) -> None:
         },
         description=COMMANDS["index"],
     )
-    if index_args.rebuild:
+    if index_args.rebuild or index_args.check:
+        name = "--rebuild" if index_args.rebuild else "--check"
         if data_args.source is not None:
-            raise InputError("--rebuild reads the index's own shards: call icone index INDEX --rebuild.")
+            raise InputError(f"{name} reads the index's own shards: call icone index INDEX {name}.")
+    if index_args.check:
+        facts = check_store(positional.checkpoint)
+        output.print({"index": positional.checkpoint, **facts}, check_as_text(positional.checkpoint, facts))
+        return
+    if index_args.rebuild:
         count = rebuild(positional.checkpoint)
         output.print({"index": positional.checkpoint, "in_index": count}, f"{count:,} images: {positional.checkpoint}")
         return
@@ -169,3 +187,12 @@ def as_text(folder: str, report: dict[str, Any]) -> str:
         lines.append(f"{report['gone']:,} files are gone and stay in the index: --prune drops them")
     captions = f" and {report['captions']:,} captions" if report["captions"] else ""
     return "\n".join([*lines, f"{report['in_index']:,} images{captions} in {folder}"])
+
+
+def check_as_text(folder: str, facts: dict[str, Any]) -> str:
+    """Say what a check has found."""
+    lines = [f"{folder}: {facts['rows']:,} images in the store {facts['store']}, {facts['bytes'] / 2**20:,.1f} MiB"]
+    for name, what in (("", "all images"), ("_filtered", "a filter that half of them meet")):
+        how = "by its index" if facts[f"uses_index{name}"] else "comparing every one"
+        lines.append(f"  of {what}: finds {facts[f'recall{name}']:.1%} of the best ten, {how}")
+    return "\n".join(lines)

@@ -10,6 +10,7 @@ bytes that the next one overwrites. What is deleted leaves a gap; when gaps are 
 
 import os
 import sqlite3
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ MARGIN = 4e-3
 TOLERANCE = 0.1  # of a row's length: what is further from 1 is no embedding, but what a broken disk holds
 GAPS = 1 / 3  # of the file, before it is written anew
 _HALF = np.dtype("<f2")
-_NO_ROWS: dict[str, Any] = {"file": None, "end": 0, "dim": None, "rows": 0, "version": 0}
+# `made` is another one in each store that is made anew in a folder.
+_NO_ROWS: dict[str, Any] = {"file": None, "end": 0, "dim": None, "rows": 0, "version": 0, "made": None}
 
 
 class ExactStore:
@@ -42,7 +44,7 @@ class ExactStore:
         self.folder = Path(folder)
         self.table = RowTable(self.folder / "rows.sqlite")
         self._mapped: tuple[str, np.ndarray] | None = None
-        self._known: tuple[int, np.ndarray] | None = None  # by version: the places of all rows, where there are gaps
+        self._known: tuple[str, np.ndarray] | None = None  # by version: the places of all rows, where there are gaps
 
     # --- changing ---
 
@@ -67,6 +69,7 @@ class ExactStore:
                 os.fsync(file.fileno())
             self.table.put(connection, rows, range(end, end + len(rows)))
             state = {"file": name, "end": end + len(rows), "dim": values.shape[1]}
+            state["made"] = meta["made"] or uuid.uuid4().hex
             self.table.set_meta(connection, state)
         self._close_gaps()
 
@@ -76,6 +79,9 @@ class ExactStore:
             with self.table.writing() as connection:
                 self.table.remove(connection, ids)
             self._close_gaps()
+
+    def tidy(self) -> None:
+        """Do nothing: gaps are closed as they come."""
 
     def _close_gaps(self) -> None:
         """Write the embeddings anew where gaps are many."""
@@ -114,8 +120,14 @@ class ExactStore:
             rows = self.table.rows(best.tolist(), connection)
         return rows.drop_columns([PLACE]).append_column(SCORE, pa.array(scores, pa.float32()))
 
+    def uses_index(self, query: np.ndarray, where: str | None = None) -> bool:
+        """Say no: every row is compared."""
+        return False
+
     def get(self, ids: Sequence[str]) -> pa.Table:
         """Return rows by id; see [`Store.get`]."""
+        if not self.table.is_there():
+            return pa.table({"id": pa.array([], pa.string()), EMBEDDING: pa.array([], pa.list_(pa.float32()))})
         with self.table.reading() as connection:
             rows = self.table.rows_of(ids, connection)
             values = self._embeddings(connection)[rows[PLACE].cast(pa.int64()).to_numpy()].astype(np.float32)
@@ -123,6 +135,8 @@ class ExactStore:
 
     def sample(self, count: int, where: str | None = None, seed: int = 0) -> np.ndarray:
         """Return embeddings of rows taken at random."""
+        if not self.table.is_there():
+            return np.empty((0, 0), np.float32)
         with self.table.reading() as connection:
             stored, places = self._embeddings(connection), self._places(connection, where)
             places = np.arange(len(stored)) if places is None else places
@@ -132,9 +146,9 @@ class ExactStore:
 
     def count(self, where: str | None = None) -> int:
         """Count the rows."""
-        if where is not None:
-            return len(self.table.places(where))
-        return self._meta()["rows"] if self.table.is_there() else 0
+        if not self.table.is_there():
+            return 0
+        return self._meta()["rows"] if where is None else len(self.table.places(where))
 
     def listing(self) -> pa.Table:
         """Return all rows' `id` and `digest`."""
@@ -159,8 +173,9 @@ class ExactStore:
         if meta["rows"] == meta["end"]:
             return None
         known = self._known  # another thread may put another in its place
-        if known is None or known[0] != meta["version"]:
-            known = self._known = meta["version"], self.table.places(connection=connection)
+        key = f"{meta['made']} {meta['version']}"
+        if known is None or known[0] != key:
+            known = self._known = key, self.table.places(connection=connection)
         return known[1]
 
     def _meta(self, connection: sqlite3.Connection | None = None) -> dict[str, Any]:
@@ -172,11 +187,10 @@ class ExactStore:
         if not meta["end"]:
             return np.empty((0, meta["dim"] or 0), _HALF)
         path, shape = self.folder / meta["file"], (meta["end"], meta["dim"])
+        key = f"{meta['made']} {meta['file']} {meta['end']}"
         try:
-            key = f"{meta['file']} {meta['end']} {path.stat().st_ino}"  # a store that was made anew has another file
             mapped = self._mapped  # another thread may put another in its place
             if mapped is None or mapped[0] != key:
-                self._known = None
                 mapped = self._mapped = key, np.memmap(path, _HALF, "c", shape=shape)  # torch takes none to read only
             return mapped[1]
         except (OSError, ValueError) as error:

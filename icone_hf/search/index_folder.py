@@ -31,7 +31,7 @@ from .stores import Store
 
 VERSION = 1
 DTYPE = "float16"
-STORES = ("exact",)
+STORES = ("exact", "lancedb")
 _SETTINGS = ("model", "model_digest", "dim", "autocast", "jpeg_draft", "store")
 _BEGUN = (".lock", ".index.json.new")  # all that a run leaves which was killed at once
 
@@ -94,8 +94,8 @@ class IndexFolder:
                 )
             if of_index["store"] != settings["store"]:
                 raise InputError(
-                    f"{self.path} has the store {of_index['store']}, not {settings['store']}: leave --store out, or "
-                    "choose another folder."
+                    f"{self.path} has the store {of_index['store']}, not {settings['store']}: leave --store (store=) "
+                    "out, or choose another folder."
                 )
             settings = {**of_index, **settings}
         elif not self.seen_file.is_file() and any(path.name not in _BEGUN for path in self.path.iterdir()):
@@ -144,6 +144,10 @@ class IndexFolder:
         finally:
             lock.release()
 
+    def store_name(self) -> str:
+        """Name the store: the index's own, or the default."""
+        return self.settings()["store"] if (self.path / "index.json").is_file() else STORES[0]
+
     def stored(self, kind: str) -> StoredRows:
         """Find the shards of `pictures` or `sentences`."""
         columns = ("image_id", "content") if kind == "pictures" else ("image_id", "caption", "text")
@@ -151,7 +155,12 @@ class IndexFolder:
 
     def store(self, kind: str) -> Store:
         """Open the store of `pictures` or `sentences`."""
-        return ExactStore(self.path / "exact" / kind)
+        name = self.settings()["store"]
+        if name == "lancedb":
+            from .lance_store import LanceStore  # an extra
+
+            return LanceStore(self.path / name / kind)
+        return ExactStore(self.path / name / kind)
 
     def small_copy(self, content: str) -> Path:
         """Name the small copy of an image."""

@@ -31,12 +31,14 @@ from ..modeling.processing_icone import IConEProcessor
 from ..processes import by_main_process
 from .index_folder import DTYPE, STORES, IndexFolder, settings_of
 from .index_rows import captions_by_content, rows_of, schema_of
+from .lance_store import require_lancedb
 from .seen_files import SCHEMA, look_at_files, names_of, read_seen, write_seen
 from .stores import Store
 
 logger = logging.get_logger(__name__)
 
 SHARDS_OF_A_PART = 10  # for each process: then the store is brought in step
+KINDS = ("pictures", "sentences")
 ROWS_AT_A_TIME = 10_000  # read from shards into a store
 SMALL_SIDE = 384  # pixels of a small copy
 _STRING = datasets.Value("string")
@@ -52,7 +54,7 @@ def index(
     source_name: str | os.PathLike = "",
     model_name: str | os.PathLike = "",
     left_out: dict[str, str] | None = None,
-    store: str = "exact",
+    store: str | None = None,
     shard_size: int = 1_000,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -73,7 +75,7 @@ def index(
         source_name: what the source is called; of a folder of images, its path.
         model_name: Hub id or folder of the model, which a search will load.
         left_out: files that were seen and are in no row, with the reason.
-        store: one of `STORES`.
+        store: one of `STORES`. Default: the index's own, or `exact`.
         shard_size: images in a shard: what a killed process loses at most.
         batch_size, num_workers, autocast: see [`encode`].
         prune: whether to drop what this source no longer has.
@@ -85,13 +87,15 @@ def index(
     Raises:
         InputError: if another model made the index, another process changes it, or it is of another version.
     """
-    if store not in STORES:
+    if store not in (None, *STORES):
         raise InputError(f"store={store!r} must be one of {', '.join(STORES)}.")
+    if store == "lancedb":
+        require_lancedb()
     place = IndexFolder(Path(folder))
     name = str(Path(source_name).resolve()) if os.path.isdir(source_name) else str(source_name)
     # One process looks after the index, and all embed.
     with place.locked() if PartialState().is_main_process else nullcontext():
-        settings = settings_of(model, processor, model_name, autocast, store)
+        settings = settings_of(model, processor, model_name, autocast, store or by_main_process(place.store_name))
         by_main_process(place.start, settings)
         skipped, rows, gone = by_main_process(_look, place, name, source, dict(left_out or {}), prune)
         keywords: dict[str, Any] = {"shard_size": shard_size, "dtype": DTYPE, "batch_size": batch_size}
@@ -134,6 +138,8 @@ def rebuild(folder: str | os.PathLike) -> int:
         place.refuse_damaged_shards()
         shutil.rmtree(place.path / settings["store"], ignore_errors=True)
         _bring_in_step(place)
+        for kind in KINDS:
+            place.store(kind).tidy()
         return place.store("pictures").count()
 
 
@@ -190,7 +196,7 @@ def _look(
 def _missing(place: IndexFolder, rows: list[Row], size: int) -> list[list[Row]]:
     """Find rows to embed, in parts: each content once."""
     pictures, sentences = Snapshot(place.stored("pictures")), Snapshot(place.stored("sentences"))
-    there = set(_places(pictures))
+    there = set(places_of_images(pictures))
     texts = _places_of_texts(sentences).keys()
     chosen: dict[str, Row] = {}
     for row in rows:
@@ -200,7 +206,7 @@ def _missing(place: IndexFolder, rows: list[Row], size: int) -> list[list[Row]]:
     return [missing[start : start + size] for start in range(0, len(missing), size)]
 
 
-def _places(pictures: Snapshot) -> dict[str, int]:
+def places_of_images(pictures: Snapshot) -> dict[str, int]:
     """Find images by content, in shards.
 
     A file that changed between its digest and its embedding has the digest of one content, and the embedding of
@@ -262,7 +268,7 @@ def _bring_in_step(place: IndexFolder) -> None:
     """Have the store hold what shards and files say."""
     rows = rows_of(read_seen(place.seen_file))
     pictures = Snapshot(place.stored("pictures"))
-    places = _places(pictures)
+    places = places_of_images(pictures)
     wanted = {one: row for one, row in rows.items() if one in places}
     _step(place.store("pictures"), pictures, places, wanted)
 
@@ -308,13 +314,15 @@ def _finish(
     prune: bool,
 ) -> dict[str, Any]:
     """Drop what nobody wants, count, and write the report."""
-    embedded = set(_places(Snapshot(place.stored("pictures"))))
+    embedded = set(places_of_images(Snapshot(place.stored("pictures"))))
     for row in rows:
         if row.content not in embedded:
             skipped[row.path] = unreadable.get(row.content, "it changed while it was read: index again")
     whole = [row for row in rows if row.path not in skipped]
     if prune:
         _prune(place)
+    for kind in KINDS:
+        place.store(kind).tidy()
     report = {
         "source": name,
         "seen": len(whole) + len(skipped),
@@ -333,7 +341,7 @@ def _prune(place: IndexFolder) -> None:
     """Remove what is kept of images that are gone."""
     captions = captions_by_content(read_seen(place.seen_file))
     pictures, sentences = Snapshot(place.stored("pictures")), Snapshot(place.stored("sentences"))
-    images = [number for one, number in _places(pictures).items() if one in captions]
+    images = [number for one, number in places_of_images(pictures).items() if one in captions]
     texts = [number for (one, text), number in _places_of_texts(sentences).items() if text in captions.get(one, ())]
     for shards, wanted in ((pictures, images), (sentences, texts)):
         shards.remove(np.setdiff1d(np.arange(len(shards.rows)), wanted))

@@ -129,7 +129,7 @@ class RowTable:
             return connection.execute(f"SELECT {PLACE} FROM {TABLE} WHERE ({where}\n) ORDER BY {PLACE}").fetchall()
         except (sqlite3.Error, sqlite3.Warning) as error:
             why = f"it takes more than {SECONDS_OF_A_FILTER:.0f} s" if "interrupted" in str(error) else str(error)
-            raise _no_condition(where, why, columns) from error
+            raise no_condition(where, why, columns) from error
         finally:
             connection.set_progress_handler(None, 0)
             connection.set_authorizer(None)
@@ -228,13 +228,14 @@ class RowTable:
                 lists.add(field.name)
             if field.name not in present:
                 kind = next((name for is_of, name in _TYPES.items() if is_of(field.type)), "TEXT")
+                if rows[field.name].null_count == len(rows):  # a later source says of what kind they are
+                    kind = ""
                 connection.execute(f"ALTER TABLE {TABLE} ADD COLUMN {_quoted(field.name)} {kind}")
         self.set_meta(connection, {_LISTS: sorted(lists)})
         columns = [rows[name].to_pylist() for name in rows.column_names]
-        columns = [
-            [None if value is None else json.dumps(value) for value in column] if name in lists else column
-            for name, column in zip(rows.column_names, columns, strict=True)
-        ]
+        for place, name in enumerate(rows.column_names):
+            if name in lists:
+                columns[place] = [_as_json(value) for value in columns[place]]
         names = ", ".join(map(_quoted, (PLACE, *rows.column_names)))
         marks = ", ".join("?" * (1 + len(columns)))
         values = zip(map(int, places), *columns, strict=True)
@@ -254,7 +255,7 @@ def check_condition(where: str, columns: Sequence[str]) -> None:
         InputError: naming the columns that there are.
     """
     if why := _misread(where, columns):
-        raise _no_condition(where, why, columns)
+        raise no_condition(where, why, columns)
     with contextlib.closing(sqlite3.connect(":memory:")) as connection:
         connection.execute(f"CREATE TABLE {TABLE} ({', '.join(map(_quoted, (PLACE, *columns)))})")
         connection.set_authorizer(_authorize)
@@ -262,7 +263,7 @@ def check_condition(where: str, columns: Sequence[str]) -> None:
             # A comment would hide the bracket, so it stands on a line of its own.
             connection.execute(f"SELECT {PLACE} FROM {TABLE} WHERE ({where}\n)").fetchall()
         except (sqlite3.Error, sqlite3.Warning, ValueError, UnicodeError) as error:
-            raise _no_condition(where, str(error), columns) from error
+            raise no_condition(where, str(error), columns) from error
 
 
 def _misread(where: str, columns: Sequence[str]) -> str | None:
@@ -283,7 +284,8 @@ def _misread(where: str, columns: Sequence[str]) -> str | None:
     return None
 
 
-def _no_condition(where: str, why: str, columns: Sequence[str]) -> InputError:
+def no_condition(where: str, why: str, columns: Sequence[str]) -> InputError:
+    """Say why this is no condition, and what one is."""
     names = ", ".join(name for name in columns if name not in ("id", "digest"))
     shown = where if len(where) <= SHOWN_CHARACTERS else f"{where[:SHOWN_CHARACTERS]}..."
     return InputError(
@@ -305,3 +307,7 @@ def _columns(connection: sqlite3.Connection) -> list[str]:
 
 def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
+
+
+def _as_json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False)

@@ -30,6 +30,9 @@ class Store(Protocol):
     def delete(self, ids: Sequence[str]) -> None:
         """Delete rows; ids that aren't there are ignored."""
 
+    def tidy(self) -> None:
+        """Do what is due once a run: merge files, index rows."""
+
     def search(self, query: np.ndarray, k: int, where: str | None = None) -> pa.Table:
         """Find the rows nearest to a query.
 
@@ -44,6 +47,9 @@ class Store(Protocol):
         Raises:
             InputError: for a condition that is none.
         """
+
+    def uses_index(self, query: np.ndarray, where: str | None = None) -> bool:
+        """Say whether such a search leaves rows out by an index."""
 
     def get(self, ids: Sequence[str]) -> pa.Table:
         """Return rows by id, with `embedding`.

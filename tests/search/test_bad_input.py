@@ -44,19 +44,6 @@ from icone_hf.search.exact_store import ExactStore
 from icone_hf.search.index_folder import IndexFolder
 from icone_hf.search.row_table import RowTable
 
-
-@pytest.fixture
-def pair(make_model, processor):
-    return make_model(), processor
-
-
-@pytest.fixture
-def checkpoint(pair, tmp_path):
-    for part in pair:
-        part.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 # --- images ---
 
 

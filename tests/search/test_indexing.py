@@ -38,18 +38,6 @@ from icone_hf.search.indexing import rebuild
 
 
 @pytest.fixture
-def pair(make_model, processor):
-    return make_model(), processor
-
-
-@pytest.fixture
-def checkpoint(pair, tmp_path):
-    for part in pair:
-        part.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
 def counted(monkeypatch):
     return count_pooled(monkeypatch, embedding_shards)
 
