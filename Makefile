@@ -5,6 +5,7 @@
 # make kills        kills runs at random moments and takes them up again: nothing may be lost (about ten minutes)
 # make coverage     the default tests, and how much of the code they run: 95% of the lines and 90% of the branches at least
 # make mutants      small changes to losses, batches and metrics, each of which a test must notice (two hours)
+# make search-demo  searches the quickstart's images by a command and on the page, of which it takes screenshots
 # make app-test     the page of icone app in a headless Chromium, with screenshots in build/app
 # make check        ruff and mypy
 # make docs         builds the documentation site into site/, checks it and runs its tutorials
@@ -32,7 +33,7 @@ export MALLOC_MMAP_MAX_ := 0
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart test test-slow coverage mutants versions kills app-test check docs wheel smoke bench gpu fuzz model-card reproduce clean
+.PHONY: quickstart test test-slow coverage mutants versions kills search-demo app-test check docs wheel smoke bench gpu fuzz model-card reproduce clean
 
 quickstart: outputs/towers/minilm/config.json
 	@echo "[3/5] Training both stages and testing: log and checkpoints in $(OUTPUT)"
@@ -91,6 +92,10 @@ kills: $(VENV)/dev
 	PYTHONPATH=.:tests $(PYTHON) tests/kill_driver.py outputs/kills/alone --kills 30 --processes 2 --alone
 	PYTHONPATH=.:tests $(PYTHON) tests/kill_driver.py outputs/kills/encode --kills 30 --work encode
 	PYTHONPATH=.:tests $(PYTHON) tests/kill_driver.py outputs/kills/export --kills 15 --work export
+
+search-demo: quickstart $(VENV)/dev
+	@command -v chromium > /dev/null || { echo "Chromium is missing: apt-get install chromium"; exit 1; }
+	$(PYTHON) -m benchmarks.search_demo $(INDEX)
 
 app-test: $(VENV)/dev
 	@command -v chromium > /dev/null || { echo "Chromium is missing: apt-get install chromium"; exit 1; }
