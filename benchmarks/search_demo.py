@@ -24,7 +24,8 @@ def take_pictures(address: str, out: Path) -> None:
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=ARGUMENTS.split())
         for name, (width, height, scheme) in WINDOWS.items():
-            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
             page.goto(address)
             page.fill("#sentence input", SENTENCE)
             page.press("#sentence input", "Enter")

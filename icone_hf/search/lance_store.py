@@ -349,6 +349,6 @@ def _text(value: str) -> str:
 
 
 def _said(error: Exception) -> str:
-    """Take what an error of Lance says, without its places in Lance's code."""
+    """Take what an error says, without places in code."""
     text = re.sub(r",? \S+\.rs:\d+:\d+", "", str(error)).strip().removeprefix("lance error: ")
     return text.removeprefix("Invalid input, ").rstrip(", ")

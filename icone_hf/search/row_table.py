@@ -285,7 +285,7 @@ def _misread(where: str, columns: Sequence[str]) -> str | None:
 
 
 def no_condition(where: str, why: str, columns: Sequence[str]) -> InputError:
-    """Say why this is no condition, and what one is."""
+    """Say why this is no condition."""
     names = ", ".join(name for name in columns if name not in ("id", "digest"))
     shown = where if len(where) <= SHOWN_CHARACTERS else f"{where[:SHOWN_CHARACTERS]}..."
     return InputError(

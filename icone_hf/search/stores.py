@@ -49,7 +49,7 @@ class Store(Protocol):
         """
 
     def uses_index(self, query: np.ndarray, where: str | None = None) -> bool:
-        """Say whether such a search leaves rows out by an index."""
+        """Say whether such a search goes by an index."""
 
     def get(self, ids: Sequence[str]) -> pa.Table:
         """Return rows by id, with `embedding`.
