@@ -137,7 +137,7 @@ class LanceStore:
                 table.drop_index(name)
 
     def _fitted(self, table: Any, new: pa.Table) -> pa.Table:
-        """Give new rows the table's columns, and the table theirs."""
+        """Give rows and table the same columns."""
         schema = table.schema
         missing, changed = [], {}
         for field in new.schema:
@@ -194,7 +194,7 @@ class LanceStore:
         return self._read(ask, empty, where)
 
     def uses_index(self, query: np.ndarray, where: str | None = None) -> bool:
-        """Say whether a search goes by an index; see [`Store.uses_index`]."""
+        """Say how a search goes; see [`Store.uses_index`]."""
         return self._read(lambda table: "ANN" in self._asked(table, query, 10, where).explain_plan(), False, where)
 
     def get(self, ids: Sequence[str]) -> pa.Table:
@@ -273,7 +273,10 @@ class LanceStore:
         return self._connected
 
     def _open(self) -> Any:
-        """Open the table as it is now; `None` if there is none."""
+        """Open the table as it is now.
+
+        `None` if there is none.
+        """
         if not self.folder.is_dir():  # which connecting would make
             return None
         try:
