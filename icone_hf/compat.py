@@ -131,3 +131,14 @@ def mteb_model_meta(facts: Mapping[str, Any]) -> "ModelMeta":
     from mteb.models.model_meta import ModelMeta  # an extra
 
     return ModelMeta.create_empty(dict(facts))
+
+
+def value_of_event(event: Any, name: str) -> Any:
+    """Read what a browser said with Gradio's event.
+
+    Args:
+        event: a `gradio.EventData`.
+        name: of the value; `None` is returned if the browser didn't say it.
+    """
+    # Only classes of Gradio's own components have attributes for it.
+    return event._data.get(name) if isinstance(event._data, dict) else None

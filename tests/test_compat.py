@@ -228,3 +228,11 @@ def test_a_tar_that_forgets_its_members_goes_on(tmp_path):
             compat.forget_members(tar)
     assert names == list("01234")
     assert max(kept) == 1
+
+
+def test_an_event_of_gradio_holds_what_the_browser_said():
+    gradio = pytest.importorskip("gradio", reason="the extra icone_hf[app] brings it")
+    event = gradio.EventData(None, {"id": "abc"})
+    assert compat.value_of_event(event, "id") == "abc", changed("gradio", "what EventData holds")
+    assert compat.value_of_event(event, "kind") is None
+    assert compat.value_of_event(gradio.EventData(None, "abc"), "id") is None

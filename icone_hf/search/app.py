@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
+from ..compat import value_of_event
 from ..errors import InputError, MissingPackageError
 from . import app_html as html
 from .app_html import Overlay
@@ -193,16 +194,16 @@ def build_app(gallery: Gallery, page: Page | None = None) -> Any:
         return answer(sentence, where, count, cut, kept, lambda marks: marks)
 
     def search_with(sentence: Any, where: Any, count: Any, cut: Any, kept: Any, event: gr.EventData) -> Any:
-        mark = Mark(str(_said(event, "kind")), str(_said(event, "id")))
+        mark = Mark(str(value_of_event(event, "kind")), str(value_of_event(event, "id")))
         return answer(sentence, where, count, cut, kept, lambda marks: with_mark(marks, mark))
 
     def search_without(sentence: Any, where: Any, count: Any, cut: Any, kept: Any, event: gr.EventData) -> Any:
-        one = _said(event, "id")
+        one = value_of_event(event, "id")
         return answer(sentence, where, count, cut, kept, lambda marks: [mark for mark in marks if mark.one != one])
 
     def show(sentence: Any, event: gr.EventData) -> str:
         try:
-            shown = page.details(_said(event, "id"), sentence)
+            shown = page.details(value_of_event(event, "id"), sentence)
         except Exception as error:
             shown = f"{html.trouble(page.told(error))}<button type='button' class='close'>Close</button>"
         # The browser hears of a value that has changed, so none is like the last.
@@ -248,11 +249,6 @@ def build_app(gallery: Gallery, page: Page | None = None) -> Any:
         results.select(show, **{**common, "inputs": [sentence], "outputs": [details], "show_progress": "hidden"})
     blocks.queue(max_size=WAITING, default_concurrency_limit=AT_A_TIME, api_open=False)
     return blocks
-
-
-def _said(event: Any, name: str) -> Any:
-    """Read what a browser said with an event."""
-    return event._data.get(name) if isinstance(event._data, dict) else None
 
 
 _PICKER = (
