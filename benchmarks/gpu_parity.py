@@ -155,7 +155,8 @@ def check_losses(setting: Setting) -> dict[str, Any]:
     }
 
     def evaluated(function: Callable[..., torch.Tensor], device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        inputs = [tensor.to(device).requires_grad_() for tensor in (image, text, vectors)]
+        # Copies: tensors that are on the device already would be the same for all functions, and add up gradients.
+        inputs = [tensor.detach().clone().to(device).requires_grad_() for tensor in (image, text, vectors)]
         loss = function(*inputs, ids.to(device))
         loss.backward()
         return loss, [tensor.grad for tensor in inputs if tensor.grad is not None]

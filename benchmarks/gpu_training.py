@@ -104,8 +104,9 @@ def _in_precision(setting: Setting, precision: str) -> dict[str, Any]:
     exact_float32()
     expected, _ = train(setting, "float32")  # done already, if its own check has run
     losses, weights = train(setting, precision, bf16=precision == "bf16", fp16=precision == "fp16")
-    # Later steps part ways; the first of each stage has weights that are nearly the same.
-    firsts = [step for step in losses if step.endswith(" 1")]
+    # Later steps part ways; the first of each stage has weights that are nearly the same. Not so in float16, whose
+    # scaler leaves out updates until its scale fits: a stage of eight updates then ends elsewhere.
+    firsts = [step for step in losses if step.endswith(" 1")][: 1 if precision == "fp16" else None]
     difference = furthest({s: losses[s] for s in firsts}, {s: expected[s] for s in firsts})
     if not difference <= OF_PRECISION[precision]:
         raise AssertionError(f"the stages' first losses differ from float32's by {difference:.3f}")
@@ -208,7 +209,8 @@ def check_tests(setting: Setting) -> dict[str, Any]:
     """Run the tests that are skipped without CUDA."""
     if setting.device == "cpu":
         raise Skipped("they are the default tests' own, on a CPU")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "tests/training/test_gradient_cache.py"]
+    # setup.cfg has one -q; a second one would leave out the line that says how many have passed.
+    command = [sys.executable, "-m", "pytest", "-k", "cuda", "tests/training/test_gradient_cache.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
     if done.returncode or "passed" not in done.stdout:
         raise AssertionError(done.stdout[-400:])

@@ -8,7 +8,6 @@ goes on with the rows that are missing. An augmented view is a cache of its own,
 split's folder, without the array of what the augmentation leaves as it is.
 """
 
-import copy
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -126,8 +125,10 @@ class FeatureCache(torch.utils.data.Dataset):
 
     def of_seed(self, seed: int) -> "FeatureCache":
         """Return the same outputs, with views of another seed."""
-        cache = copy.copy(self)
-        cache._seed, cache._drawn = seed, (-1, np.empty(0))
+        # Not by `copy.copy`, which takes the way to another process and maps the files anew: rows that a caller has put
+        # in the place of the files' would be lost.
+        cache = object.__new__(type(self))
+        cache.__dict__.update(self.__dict__, _seed=seed, _drawn=(-1, np.empty(0)))
         return cache
 
     def __len__(self) -> int:

@@ -1,5 +1,6 @@
 """The code of `make gpu`, on a CPU and tiny towers: each check passes, and the verdicts are honest."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -63,6 +64,43 @@ def test_a_check_fails_where_something_is_wrong(name, target, broken, setting, t
     verdict, _ = gpu.judge(gpu.checks()[name], setting)
     assert verdict.outcome == "failed"
     assert verdict.reason
+
+
+def test_gradients_of_a_loss_are_compared_on_tensors_of_their_own(setting, monkeypatch):
+    """The loss is the same on both sides, its gradient is not."""
+    calls = itertools.count(1)
+
+    def drifting(image, text, *args, **keywords):
+        return image.sum() + next(calls) * (image - image.detach()).sum()
+
+    monkeypatch.setattr(gpu_parity.losses, "hinge_loss", drifting)
+    verdict, _ = gpu.judge(gpu.checks()["losses"], setting)
+    assert "gradients of max_hinge differ" in verdict.reason
+
+
+def test_float16_is_compared_before_its_scaler_leaves_out_updates(monkeypatch):
+    whole = {"heads 1": 24.0, "heads 2": 23.0, "joint 1": 16.0, "joint 2": 15.0}
+    for precision, changed, is_right in (
+        ("fp16", "joint 1", True),
+        ("fp16", "heads 1", False),
+        ("bf16", "joint 1", False),
+    ):
+        runs = iter([whole, {**whole, changed: 1.2 * whole[changed]}])
+        monkeypatch.setattr(
+            gpu_training, "train", lambda *args, runs=runs, **keywords: (next(runs), {"w": torch.ones(1)})
+        )
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        verdict, _ = gpu.judge(gpu.checks()[f"training_{precision}"], Setting("cuda", ""))
+        assert ("first losses differ" not in verdict.reason) == is_right, (precision, changed)
+
+
+def test_the_tests_count_as_passed_once_they_say_so(monkeypatch):
+    """Here they are skipped; with a card they run."""
+    verdict, _ = gpu.judge(gpu.checks()["tests"], Setting("cuda", ""))
+    if torch.cuda.is_available():
+        assert "passed" in verdict.figures["pytest"]
+    else:
+        assert "skipped" in verdict.reason
 
 
 def test_a_difference_that_is_no_number_is_too_large():

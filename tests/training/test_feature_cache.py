@@ -72,6 +72,15 @@ def test_heads_embed_where_they_are_and_towers_may_be_elsewhere(make_model, proc
         assert torch.equal(ours, before)
 
 
+def test_another_seed_serves_the_rows_in_memory(make_model, processor, groups, tmp_path):
+    cache = FeatureCache.build(tmp_path, make_model(), processor, groups)
+    cache.text = np.array(cache.text)[::-1]
+    again = cache.of_seed(3)
+    (row,) = again.__getitems__([Pair(0, 0)])["pooled_text"]
+    assert again.text is cache.text
+    assert np.array_equal(row, np.load(cache.folder / "text.npy")[-1])
+
+
 def test_another_process_maps_the_files_too(make_model, processor, groups, tmp_path):
     cache = FeatureCache.build(tmp_path, make_model(), processor, groups)
     sent = pickle.dumps(cache)
