@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from datasets import Dataset
 from filelock import FileLock
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as hf_logging
@@ -53,24 +54,36 @@ RESULTS = recipes.Results(
 # --- data ---
 
 
+def read_groups(folder: Path, cell: Mapping[str, Any]) -> dict[str, Dataset]:
+    """Read the photographs, or draw the scenes, by split."""
+    if "scenes" in cell:
+        counts = {"train": cell["scenes"], "validation": recipes.NUM_VALIDATION, "test": recipes.NUM_TEST}
+        return {split: recipes.scenes(split, count) for split, count in counts.items()}
+    file, images = str(folder / "dataset_flickr8k.json"), str(folder / "images")
+    return {split: load_groups(file, split, image_root=images) for split in ("train", "validation", "test")}
+
+
+def key_of(cell: Mapping[str, Any]) -> str:
+    """Name a cell's data: cells with the same share them."""
+    return f"{cell['scenes']} scenes" if "scenes" in cell else str(cell["size"])
+
+
 class Photographs:
-    """Hold Flickr8k at one size, and the towers' outputs.
+    """Hold a cell's images and captions, and the towers' outputs.
 
     Args:
         folder: of Flickr8k, with `dataset_flickr8k.json` and `images/`.
-        size: pixels of the towers' input.
+        cell: of photographs.yaml; where it names `scenes`, so many drawn ones take the photographs' place.
     """
 
-    def __init__(self, folder: Path, size: int):
-        self.size = size
-        self.groups = {
-            split: load_groups(str(folder / "dataset_flickr8k.json"), split, image_root=str(folder / "images"))
-            for split in ("train", "validation", "test")
-        }
-        self.towers = WORK / f"efficientnet-lite0-{size}", WORK / "minilm"
+    def __init__(self, folder: Path, cell: Mapping[str, Any]):
+        self.size: int = cell["size"]
+        self.features = WORK / "features" / key_of(cell)
+        self.groups = read_groups(folder, cell)
+        self.towers = WORK / f"efficientnet-lite0-{self.size}", WORK / "minilm"
         with FileLock(str(WORK / "features.lock")):  # the first process writes the towers and fills the caches
             if not (self.towers[0] / "config.json").is_file():
-                write_efficientnet_lite0(self.towers[0], size)
+                write_efficientnet_lite0(self.towers[0], self.size)
             if not (self.towers[1] / "config.json").is_file():
                 write_minilm(self.towers[1])
             self.processor = IConEProcessor.from_encoders(*self.towers)
@@ -80,10 +93,6 @@ class Photographs:
                 split: FeatureCache.build(self.features / split, model, self.processor, groups)
                 for split, groups in self.groups.items()
             }
-
-    @property
-    def features(self) -> Path:
-        return WORK / "features" / str(self.size)
 
     def model(self, config: Mapping[str, Any]) -> IConEModel:
         config = {"text_pooling": "mean", "projection_dim": 512, **config}
@@ -323,15 +332,15 @@ def main() -> None:
     hf_logging.disable_progress_bar()
     WORK.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    data: dict[int, Photographs] = {}
+    data: dict[str, Photographs] = {}
     for of_cell in options.cells:
         cell = PLAN["cells"][of_cell]
         chosen = [name for name in options.recipes if name in cell.get("recipes", options.recipes)]
-        names, size = recipes.part_of(chosen, options.part), cell["size"]
-        if size not in data:
-            data[size] = Photographs(options.flickr8k, size)
-        for name in names:
-            run_cell(name, of_cell, data[size], options.device)
+        key = key_of(cell)
+        if key not in data:
+            data[key] = Photographs(options.flickr8k, cell)
+        for name in recipes.part_of(chosen, options.part):
+            run_cell(name, of_cell, data[key], options.device)
 
 
 if __name__ == "__main__":
