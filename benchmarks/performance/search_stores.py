@@ -1,14 +1,16 @@
 """A million vectors of 512 dimensions in each store: to build, to open, to search, in memory and on disk.
 
 The vectors are synthetic, in clusters. The bare run reads the bytes of the exact store's file once, from the system's
-cache, and does nothing with them.
+cache, and does nothing with them. Two more runs, of other sizes, check the formulas of docs/scaling.md, whose constants
+are fitted on the million alone.
 """
 
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -16,15 +18,18 @@ import pyarrow as pa
 
 from benchmarks import harness
 from icone_hf.search.exact_store import ExactStore
+from icone_hf.search.lance_store import LanceStore
 from icone_hf.search.stores import Store
 
 PAGE = harness.HERE.parent / "docs" / "search.md"
 ROWS, DIM, CLUSTERS, SPREAD = 1_000_000, 512, 10_000, 0.7
 QUERIES, ROUNDS, K = 1_000, 25, 10
 ROWS_AT_A_TIME = 50_000
+CHECKED = 250_000, 2_000_000  # rows of the runs that nothing is fitted on
+CHECK_QUERIES = 100
 YEARS = 20  # values of the column that a filter asks for
 FILTERS = {"": None, " of a twentieth": "year = 2010"}
-STORES: dict[str, Callable[[Path], Store]] = {"exact": ExactStore}
+STORES: dict[str, Callable[[Path], Store]] = {"exact": ExactStore, "lancedb": LanceStore}
 
 
 def vectors(rows: int, dim: int = DIM, seed: int = 0) -> Iterator[np.ndarray]:
@@ -60,9 +65,7 @@ def build(store: Store, rows: int) -> float:
         seconds += time.perf_counter() - began
         start += len(part)
     began = time.perf_counter()
-    finish = getattr(store, "finish", None)  # of stores that make an index of all rows
-    if finish is not None:
-        finish()
+    store.tidy()  # some make an index of all rows
     return seconds + time.perf_counter() - began
 
 
@@ -88,13 +91,28 @@ def measure_store(folder: Path, name: str, rows: int, queries: np.ndarray, exact
             if name != "exact" and number < 100:
                 hits += len({*found["id"].to_pylist()} & {*exact.search(query, K, where)["id"].to_pylist()})
         p50, p99 = (float(np.percentile(times, q)) for q in (50, 99))
-        recall = 1.0 if name == "exact" else hits / (100 * K)
+        recall = 1.0 if name == "exact" else hits / (min(100, len(queries)) * K)
         figures |= {f"p50{label}": p50, f"p99{label}": p99, f"recall{label}": recall}
     figures["memory"] = harness.peak_memory(open_and_search, str(folder), name, queries[0])
     return figures
 
 
-def measure(rows: int = ROWS, queries: int = QUERIES) -> dict[str, Any]:
+def measure_size(rows: int, queries: np.ndarray) -> dict[str, dict[str, float]]:
+    """Measure what the formulas predict, of each store."""
+    found = {}
+    for name, open_store in STORES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            store = open_store(Path(folder, name))
+            seconds, times = build(store, rows), []
+            for query in queries:
+                began = time.perf_counter()
+                store.search(query, K)
+                times.append(time.perf_counter() - began)
+            found[name] = {"build": seconds, "p50": median(times), "bytes": store.info()["bytes"]}
+    return found
+
+
+def measure(rows: int = ROWS, queries: int = QUERIES, checked: Sequence[int] = CHECKED) -> dict[str, Any]:
     wanted = next(vectors(queries, seed=1))[:queries]
     # Clusters are shared with the rows, so a query has neighbours.
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +129,24 @@ def measure(rows: int = ROWS, queries: int = QUERIES) -> dict[str, Any]:
         times = harness.interleaved(runs, ROUNDS)
         stores = {name: measure_store(Path(folder, name), name, rows, wanted, exact) for name in STORES}
         stores["exact"]["build"] = seconds
-    return {"rows": rows, "dim": DIM, "queries": queries, "cores": os.cpu_count(), "seconds": times, "stores": stores}
+    sizes = {"rows": rows, "dim": DIM, "queries": queries, "cores": os.cpu_count()}
+    checks = {str(size): measure_size(size, wanted[:CHECK_QUERIES]) for size in checked}
+    return {**sizes, "seconds": times, "stores": stores, "checks": checks}
+
+
+def predict(results: dict[str, Any], name: str, rows: int) -> dict[str, float]:
+    """Compute what a store of other size takes: all grows with its rows.
+
+    Only the search of an approximate store does not: it reads the list of groups' centres, one for 8,192 rows, and the
+    rows of 20 groups.
+    """
+    figures, share = results["stores"][name], rows / results["rows"]
+    is_exact = name == "exact"
+    return {
+        "build": figures["build"] * share,
+        "p50": figures["p50"] * (share if is_exact else 1),
+        "bytes": figures["bytes"] * share,
+    }
 
 
 def table(results: dict[str, Any]) -> str:
@@ -129,4 +164,19 @@ def table(results: dict[str, Any]) -> str:
     times = f"{harness.ratio(results['seconds'], 'exact', to='read'):.2f}"
     note = f"An exact search takes {times} times what reading its bytes once takes, in turns with it."
     shown = f"{results['rows']:,} vectors of {results['dim']} dimensions, {results['queries']:,} queries."
-    return f"{shown} {note}\n\n{harness.markdown(heads, rows)}"
+    checks = "[The formulas](scaling.md#a-gallery), fitted on the table above, for two other sizes:"
+    return f"{shown} {note}\n\n{harness.markdown(heads, rows)}\n\n{checks}\n\n{checks_table(results)}"
+
+
+def checks_table(results: dict[str, Any]) -> str:
+    """Compare the formulas with runs that they were not fitted on."""
+    rows = []
+    for size, stores in results["checks"].items():
+        for name, found in stores.items():
+            expected = predict(results, name, int(size))
+            cells = [f"{int(size):,}", f"`{name}`"]
+            for key, scale, unit in (("build", 1, "s"), ("p50", 1000, "ms"), ("bytes", 2**-20, "MiB")):
+                cells.append(f"{scale * expected[key]:,.1f} / {scale * found[key]:,.1f} {unit}")
+            rows.append(cells)
+    heads = ["vectors", "store", "to build: formula / measured", "p50", "on disk"]
+    return harness.markdown(heads, rows)
