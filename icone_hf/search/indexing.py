@@ -74,7 +74,8 @@ def index(
         source_name: what the source is called; of a folder of images, its path.
         model_name: Hub id or folder of the model, which a search will load.
         left_out: files that were seen and are in no row, with the reason.
-        store: one of `STORES`, or the address of a server: `http://host:19530`. Default: the index's own, or `exact`.
+        store: one of `STORES`, or the address of a server: `http://host:19530`, `s3://bucket`. Default: the index's
+            own, or `exact`.
         shard_size: images in a shard: what a killed process loses at most.
         batch_size, num_workers, autocast: see [`encode`].
         prune: whether to drop what this source no longer has.

@@ -130,7 +130,10 @@ class _Parser:
         return found if self._takes("sign", ")") else None
 
     def _skip(self) -> None:
-        """Pass by what only SQLite can read, up to the next AND, OR or closing bracket."""
+        """Pass by what only SQLite can read.
+
+        It ends at the next AND, OR or closing bracket.
+        """
         depth, start = 0, self.place
         while depth or not self._is_at_border():
             kind, value = self.tokens[self.place]
@@ -146,7 +149,7 @@ class _Parser:
         return self.tokens[self.place] in (_Token("end", ""), ("sign", ")"), ("word", "and"), ("word", "or"))
 
     def _takes(self, kind: str, *values: str) -> str | None:
-        """Pass by a token if it is one of these."""
+        """Pass by a token of these."""
         token = self.tokens[self.place]
         if token.kind != kind or (values and token.value not in values):
             return None

@@ -68,7 +68,10 @@ class MilvusCollection:
         return self._connected
 
     def ask(self, what: Callable[[Any], _T], empty: Any = _NOTHING, where: str | None = None) -> _T:
-        """Ask the server; who asks for a collection that isn't there gets `empty`."""
+        """Ask the server.
+
+        Where there is no such collection, the answer is `empty`.
+        """
         from pymilvus.exceptions import MilvusException
 
         try:
@@ -93,7 +96,7 @@ class MilvusCollection:
             ) from error
 
     def look(self, client: Any) -> Known | None:
-        """Look what the collection is; `None` if it isn't there."""
+        """Look what the collection is, or `None`."""
         from pymilvus.exceptions import MilvusException
 
         try:

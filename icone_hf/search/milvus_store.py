@@ -29,7 +29,7 @@ from .stores import EMBEDDING, SCORE
 
 INDEXED_FROM = 100_000  # rows; fewer are compared one by one
 # HNSW: links of a row in each layer, and rows looked at when it is built and, beside twice k, when it is searched.
-NEIGHBOURS, BUILT_WITH, SEARCHED_WITH = 24, 200, 100
+NEIGHBOURS, BUILT_WITH, SEARCHED_WITH = 24, 200, 200
 MORE = 16  # rows beyond those wanted, since an index's scores may be rounded
 MOST = 16_384  # rows that Milvus returns at a time
 _SENT_BYTES = 2**24  # at a time; servers take 64 MiB
@@ -276,7 +276,10 @@ class MilvusStore(MilvusCollection):
     # --- conditions ---
 
     def _filter(self, client: Any, known: Known, where: str | None) -> tuple[str, list[str] | None]:
-        """Turn a condition into an expression, or into the ids of the rows that meet it."""
+        """Turn a condition into an expression.
+
+        If Milvus can't do all of it: into the ids of the rows that meet it.
+        """
         if where is None:
             return "", None
         check_condition(where, list(known.kinds))

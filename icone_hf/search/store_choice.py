@@ -11,12 +11,13 @@ from .exact_store import ExactStore
 from .stores import Store
 
 if TYPE_CHECKING:
+    from .lance_store import LanceStore
     from .milvus_store import MilvusStore
 
 STORES = ("exact", "lancedb")  # in the index's folder
-FORMS = (*STORES, "http://HOST:PORT (Milvus)")
+FORMS = (*STORES, "s3://BUCKET/FOLDER (LanceDB)", "http://HOST:PORT (Milvus)")
 _SERVER = re.compile(r"https?://[^\s/?#@]+(?:/\w+)?/?")
-_SCHEMES = ("http", "https")
+_BUCKET = re.compile(r"s3://[^\s/?#]+(?:/[^\s?#]*)?")
 
 
 def is_elsewhere(store: str) -> bool:
@@ -32,8 +33,9 @@ def refuse_store(store: str) -> None:
     """
     if "@" in store and is_elsewhere(store):
         raise InputError(
-            "The address of --store (store=) holds a name or password, and index.json would keep it. Give "
-            "http://HOST:PORT, and the key, or user:password, in the environment variable MILVUS_TOKEN."
+            "The address of --store (store=) holds an @, so perhaps a password, and index.json would keep it. Give "
+            "the address alone. MILVUS_TOKEN, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment hold "
+            "what opens it."
         )
     if _SERVER.fullmatch(store):
         try:
@@ -43,7 +45,7 @@ def refuse_store(store: str) -> None:
         from .milvus_server import require_pymilvus  # an extra
 
         require_pymilvus()
-    elif store == "lancedb":
+    elif store == "lancedb" or _BUCKET.fullmatch(store):
         from .lance_store import require_lancedb  # an extra
 
         require_lancedb()
@@ -78,7 +80,11 @@ def remove_store(folder: Path, store: str, key: str | None) -> None:
         _elsewhere(store, key, kind).remove()
 
 
-def _elsewhere(store: str, key: str | None, kind: str) -> "MilvusStore":
+def _elsewhere(store: str, key: str | None, kind: str) -> "LanceStore | MilvusStore":
+    if store.startswith("s3://"):
+        from .lance_store import LanceStore  # an extra
+
+        return LanceStore(f"{store.rstrip('/')}/icone_{key}/{kind}")
     from .milvus_store import MilvusStore  # an extra
 
     return MilvusStore(store, f"icone_{key}_{kind}")

@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -39,5 +40,38 @@ def milvus_server(folder):
                     assert process.poll() is None, (folder / "log").read_text()
                     assert time.monotonic() < ends
             yield address
+        finally:
+            process.terminate()
+
+
+needs_s3 = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("lancedb", "moto", "flask")),
+    reason="lancedb or moto[server] isn't installed",
+)
+
+
+@contextlib.contextmanager
+def s3_server(folder):
+    """Start moto's server; yield the environment variables by which LanceDB reaches it."""
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    with open(folder / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            ends = time.monotonic() + 60
+            while True:
+                try:
+                    urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT"))
+                    break
+                except OSError:
+                    assert process.poll() is None, (folder / "log").read_text()
+                    assert time.monotonic() < ends
+                    time.sleep(0.1)
+            yield {
+                "AWS_ENDPOINT": address,
+                "AWS_ALLOW_HTTP": "true",
+                "AWS_REGION": "us-east-1",
+                "AWS_ACCESS_KEY_ID": "the-key",
+                "AWS_SECRET_ACCESS_KEY": "the-secret",
+            }
         finally:
             process.terminate()

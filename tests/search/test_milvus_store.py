@@ -16,7 +16,7 @@ from search.test_stores import FILLED, table_of, vectors
 from tiny import free_port
 
 from icone_hf.errors import InputError, MissingPackageError, StorageError
-from icone_hf.search import milvus_server, milvus_store
+from icone_hf.search import Gallery, milvus_server, milvus_store
 from icone_hf.search.exact_store import ExactStore
 from icone_hf.search.index_folder import IndexFolder
 from icone_hf.search.milvus_conditions import to_milvus
@@ -308,6 +308,16 @@ def test_two_indexes_on_one_server_never_mix(milvus, checkpoint, tmp_path, capsy
     assert len(keys) == 2
     there = IndexFolder(places[0]).store("pictures").connection().list_collections()
     assert all(sum(key in name for name in there) in (1, 2) for key in keys)
+
+
+def test_who_has_the_settings_alone_can_search(milvus, pair, checkpoint, tmp_path, capsys):
+    photos, place = album(tmp_path / "photos", 5), tmp_path / "index"
+    assert call(capsys, "index", checkpoint, photos, place, "--store", milvus)[0] == 0
+    (tmp_path / "reader").mkdir()
+    (tmp_path / "reader" / "index.json").write_bytes((place / "index.json").read_bytes())
+    right, found = (Gallery.open(folder, *pair).search("a red square", k=3) for folder in (place, tmp_path / "reader"))
+    assert list(found["id"]) == list(right["id"])
+    assert len(found) == 3
 
 
 def test_a_collection_of_other_dimensions_is_refused_before_anything_is_embedded(
