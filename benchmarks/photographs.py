@@ -1,6 +1,7 @@
 """Train the recipes of photographs.yaml on Flickr8k's photographs, by the protocol of docs/recipes.md.
 
     python -m benchmarks.photographs [--flickr8k FOLDER] [--cells 224/128 224/16] [--recipes infonce dropout]
+                                     [--device cuda]
     python -m benchmarks.photographs --report
 
 Projections and classifier on frozen towers. Every recipe has as many candidates, which `icone tune`'s own search tries
@@ -11,6 +12,7 @@ processes can share the work; `--report` writes the tables of docs/recipes.md.
 
 import argparse
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -155,9 +157,12 @@ class RecipeTrials(Trials):
         recipe: of photographs.yaml.
         cell: likewise.
         folder: for what a trainer wants to write.
+        device: that trains, `cpu` or `cuda`.
     """
 
-    def __init__(self, data: Photographs, recipe: Mapping[str, Any], cell: Mapping[str, Any], folder: str):
+    def __init__(
+        self, data: Photographs, recipe: Mapping[str, Any], cell: Mapping[str, Any], folder: str, device: str = "cpu"
+    ):
         self.photographs = data
         self.shares = [stage.get("share", 1) for stage in recipe["stages"]]
         self.stages = [
@@ -171,7 +176,7 @@ class RecipeTrials(Trials):
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=device == "cpu",
             **recipe.get("arguments", {}),
         )
         groups = data.groups
@@ -199,7 +204,7 @@ class RecipeTrials(Trials):
         trainer = RecipeTrainer(model, args, *self.data, stages)
         trainer.caches, trainer.teachers_found = self.caches, self._teachers
         best_epoch, updates = trainer.train_stages()
-        found = measured(model.eval(), self.photographs.caches, updates, time.perf_counter() - began, is_tested)
+        found = measured(model.heads().eval(), self.photographs.caches, updates, time.perf_counter() - began, is_tested)
         return {**found, "best_epoch": round(best_epoch, 2)}
 
 
@@ -249,15 +254,26 @@ def space_of(recipe: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, tu
     return {name: tuple(values) if isinstance(values, list) else (values,) for name, values in space.items()}
 
 
-def run_cell(name: str, of_cell: str, data: Photographs) -> None:
-    """Search a recipe's values in a cell; train the best from all seeds."""
+def run_cell(name: str, of_cell: str, data: Photographs, device: str = "cpu") -> None:
+    """Search a recipe's values in a cell; train the best from all seeds.
+
+    Peers' trainers stay on the CPU.
+    """
     recipe, cell = PLAN["recipes"][name], PLAN["cells"][of_cell]
     with tempfile.TemporaryDirectory() as folder:
-        trials: Any = (PeerTrials if "trainer" in recipe else RecipeTrials)(data, recipe, cell, folder)
+        trials: Any
+        if "trainer" in recipe:
+            trials, device = PeerTrials(data, recipe, cell, folder), "cpu"
+        else:
+            trials = RecipeTrials(data, recipe, cell, folder, device)
 
         def run(values: Mapping[str, Any], epochs: int, seed: int) -> Outcome:
             settings = {"recipe": name, "cell": of_cell, "seed": seed, "epochs": epochs, "point": dict(values)}
-            found = run_once(settings, lambda: trials.train(values, epochs, seed, is_tested=seed != TUNING_SEED))
+
+            def train() -> dict[str, Any]:
+                return {**trials.train(values, epochs, seed, is_tested=seed != TUNING_SEED), "machine": machine(device)}
+
+            found = run_once(settings, train)
             if "diverged" in found:
                 raise DivergedError(found["diverged"])
             return Outcome(found["validation"]["rsum"])
@@ -271,6 +287,11 @@ def run_cell(name: str, of_cell: str, data: Photographs) -> None:
         best = Search(Path(folder) / "search", key, candidates, rungs, TUNING_SEED, run).search().best
         for seed in recipes.SEEDS:
             run(candidates[best], epochs, seed)
+
+
+def machine(device: str) -> str:
+    """Say what a run was trained on: on others its seconds mean something else."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"one of {os.cpu_count()} cores"
 
 
 def run_once(settings: Mapping[str, Any], train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -293,6 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flickr8k", type=Path, default=Path("../shared/flickr8k"), help="Folder of the data set.")
     parser.add_argument("--cells", nargs="+", default=list(PLAN["cells"]), choices=list(PLAN["cells"]))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="What trains our recipes.")
     options = recipes.parse_options(parser, PLAN["recipes"], "recipe of a cell", photographs_report.write)
     if options is None:
         return
@@ -309,7 +331,7 @@ def main() -> None:
         if size not in data:
             data[size] = Photographs(options.flickr8k, size)
         for name in names:
-            run_cell(name, of_cell, data[size])
+            run_cell(name, of_cell, data[size], options.device)
 
 
 if __name__ == "__main__":

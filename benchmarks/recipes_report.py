@@ -95,7 +95,7 @@ def row_of(label: str, values: list[str], runs: list[dict[str, Any]]) -> tuple[f
         spread(rsums),
         *(f"{mean(test[measure] for test in tests):.1f}" for measure in ("t2i_r1", "i2t_r1", "t2t_r1")),
         str(len(runs)),
-        f"{mean(run['seconds'] for run in runs):.0f}",
+        f"{mean(run['seconds'] for run in runs):.0f}" + (" (GPU)" if "NVIDIA" in runs[0].get("machine", "") else ""),
     ]
     return mean(rsums), "| " + " | ".join(cells) + " |"
 

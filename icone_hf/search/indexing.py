@@ -9,6 +9,7 @@ import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
 
 import datasets
@@ -36,7 +37,7 @@ from .stores import Store
 
 logger = logging.get_logger(__name__)
 
-SHARDS_OF_A_PART = 10  # for each process: then the store is brought in step
+SHARDS_OF_A_PART = 10  # for each process: then the store is brought in step, if it is time
 KINDS = ("pictures", "sentences")
 ROWS_AT_A_TIME = 10_000  # read from shards into a store
 SMALL_SIDE = 384  # pixels of a small copy
@@ -100,7 +101,8 @@ def index(
         keywords |= {"num_workers": num_workers, "autocast": autocast, "is_part": True}
         size = shard_size * SHARDS_OF_A_PART * PartialState().num_processes
         parts = by_main_process(_missing, place, rows, size)
-        by_main_process(_bring_in_step, place)  # what an interrupted run has embedded
+        step = _Steps(sum(map(len, parts)))
+        by_main_process(step, place, 0)  # what an interrupted run has embedded
         new = {row.content for part in parts for row in part}
         by_main_process(_keep_small_copies, place, source, [row for row in rows if row.content not in new])
         groups = _groups(source, rows)
@@ -112,7 +114,7 @@ def index(
             # Before the embeddings: a run that is killed in between makes neither twice, and misses neither.
             by_main_process(_keep_small_copies, place, source, part)
             unread = encode(model, processor, groups.select([row.number for row in part]), place.path, **keywords)
-            by_main_process(_bring_in_step, place)
+            by_main_process(step, place, len(part))
             unreadable |= {part[number].content: _reason(why) for number, why in unread.items()}
             done += len(part)
         return by_main_process(_finish, place, name, rows, skipped, unreadable, gone, prune)
@@ -260,6 +262,35 @@ def _reason(why: str) -> str:
 
 
 # --- shards and store ---
+
+
+class _Steps:
+    """Bring the store in step after parts, rarely enough.
+
+    A step reads what is known of all images, which takes as long after a small part as after a large one. So in a large
+    index parts wait until steps take a tenth of the time at most.
+
+    Args:
+        total: images to embed. After the last one the store is in step in any case.
+    """
+
+    def __init__(self, total: int):
+        self._left = total
+        self._took, self._ended = 0.0, float("-inf")
+
+    def __call__(self, place: IndexFolder, done: int) -> None:
+        """Bring the store in step, if it is time.
+
+        Args:
+            done: images that were embedded since the last call.
+        """
+        self._left -= done
+        began = monotonic()
+        if self._left and began - self._ended < 10 * self._took:
+            return
+        _bring_in_step(place)
+        self._ended = monotonic()
+        self._took = self._ended - began
 
 
 def _bring_in_step(place: IndexFolder) -> None:

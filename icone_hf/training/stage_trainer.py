@@ -1,5 +1,6 @@
 """transformers' Trainer for one stage: batches of groups, loss weights, validation by retrieval."""
 
+import itertools
 from pathlib import Path
 from typing import Any, cast
 
@@ -348,9 +349,9 @@ def embed_cached(model: IConEModel | IConEHeads, cache: FeatureCache, chunk_size
         L2-normalised embeddings in float32 on the CPU.
     """
 
-    like = next(model.parameters(), torch.empty(0))  # the device and type: a projection may have no weights
-
     def project(features: np.ndarray, projection: torch.nn.Module) -> torch.Tensor:
+        # Its own device and type: towers that stay frozen may be elsewhere. One without weights is as the model is.
+        like = next(itertools.chain(projection.parameters(), model.parameters()), torch.empty(0))
         starts = range(0, len(features), chunk_size)
         chunks = (as_features(np.array(features[i : i + chunk_size])) for i in starts)
         return torch.cat([embed_pooled(chunk.to(like), projection, cache.autocast) for chunk in chunks])

@@ -1,6 +1,7 @@
 """The comparison of recipes on photographs, on small data."""
 
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,20 +122,28 @@ def test_the_best_candidate_is_trained_from_all_seeds_and_only_then_tested(monke
     photographs.run_cell("r", "c", None)
     runs = photographs.RESULTS.read()
     assert [run["epochs"] for run in runs if run["seed"] == 100] == [2] * 5 + [8]
+    assert {run["machine"] for run in runs} == {f"one of {os.cpu_count()} cores"}
     assert [(run["seed"], run["test"]["rsum"]) for run in runs if "test" in run] == [(0, 5.0), (1, 5.0), (2, 5.0)]
 
 
 def test_the_tables_take_the_last_chosen_values_best_first():
-    def run(recipe, seed, rsum, rate=0.001):
+    def run(recipe, seed, rsum, rate=0.001, machine="one of 2 cores"):
         metrics = {"rsum": rsum, "t2i_r1": 1.0, "i2t_r1": 1.0, "t2t_r1": 1.0}
         made = {"recipe": recipe, "cell": "224/128", "seed": seed, "point": {"learning_rate": rate}, "updates": 9}
-        return {**made, "seconds": 1, "validation": metrics, **({} if seed == 100 else {"test": metrics})}
+        return {
+            **made,
+            "seconds": 1,
+            "machine": machine,
+            "validation": metrics,
+            **({} if seed == 100 else {"test": metrics}),
+        }
 
     plan = {"cells": {"224/128": {}, "224/16": {}}, "recipes": {"a": {"label": "A"}, "b": {"label": "B"}}}
-    runs = [run("a", 100, 900.0), run("a", 0, 1.0), run("a", 1, 2.0), run("b", 0, 9.0), run("b", 0, 4.0, rate=0.01)]
+    runs = [run("a", 100, 900.0), run("a", 0, 1.0), run("a", 1, 2.0), run("b", 0, 9.0)]
+    runs += [run("b", 0, 4.0, rate=0.01, machine="NVIDIA H100 80GB HBM3")]
     lines = photographs_report.tables(plan, runs).splitlines()
     assert [line for line in lines if line.startswith(("| A", "| B"))] == [
-        "| B | rate 0.01 | 4.0 (4.0-4.0) | 4.0 (4.0-4.0) | 1.0 | 1.0 | 1.0 | 1 | 1 |",
+        "| B | rate 0.01 | 4.0 (4.0-4.0) | 4.0 (4.0-4.0) | 1.0 | 1.0 | 1.0 | 1 | 1 (GPU) |",
         "| A | rate 0.001 | 1.5 (1.0-2.0) | 1.5 (1.0-2.0) | 1.0 | 1.0 | 1.0 | 2 | 1 |",
     ]
     assert photographs_report.overview(plan, runs).splitlines()[2:] == ["| B | **4.0** |", "| A | 1.5 |"]

@@ -33,7 +33,7 @@ from tiny import count_pooled, draw, make_groups
 
 import icone_hf.embedding.shards as embedding_shards
 from icone_hf.errors import InputError
-from icone_hf.search import Gallery, index
+from icone_hf.search import Gallery, index, indexing
 from icone_hf.search.indexing import rebuild
 
 
@@ -65,6 +65,30 @@ def test_an_index_holds_the_models_own_embeddings(pair, tmp_path):
         assert (row["size"], row["width"], row["height"]) == ((photos / path).stat().st_size, 40, 40)
     for shard in (tmp_path / "index" / "pictures").glob("*.parquet"):
         assert pq.read_schema(shard).field("embedding").type.value_type == "halffloat"
+
+
+def test_steps_of_a_large_index_take_a_tenth_of_the_time_at_most(pair, tmp_path, monkeypatch):
+    """Embedding an image takes 1 s here, and bringing the store in step 2 s; then 0 s."""
+    clock, in_store, bring, encode = [0.0], [], indexing._bring_in_step, indexing.encode
+
+    def step(place, seconds):
+        clock[0] += seconds
+        bring(place)
+        in_store.append(place.store("pictures").count())
+
+    def embed(*args, **keywords):
+        clock[0] += 1
+        return encode(*args, **keywords)
+
+    monkeypatch.setattr(indexing, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(indexing, "encode", embed)
+    monkeypatch.setattr(indexing, "SHARDS_OF_A_PART", 1)
+    photos = album(tmp_path / "photos", 25)
+    for seconds, expected in ((2, [0, 20, 25]), (0, [0, *range(1, 26)])):
+        in_store.clear()
+        monkeypatch.setattr(indexing, "_bring_in_step", lambda place, seconds=seconds: step(place, seconds))
+        index_again(*pair, photos, tmp_path / f"index-{seconds}", shard_size=1)
+        assert in_store == expected
 
 
 def test_a_second_run_embeds_nothing_and_writes_no_embedding(pair, counted, tmp_path):

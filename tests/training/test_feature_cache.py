@@ -61,6 +61,17 @@ def test_embeddings_from_the_cache_are_those_of_the_model(make_model, processor,
         torch.testing.assert_close(ours, direct, atol=1e-5, rtol=1e-4)
 
 
+def test_heads_embed_where_they_are_and_towers_may_be_elsewhere(make_model, processor, groups, tmp_path):
+    """A stage with frozen towers moves the heads alone to its device; here towers are on none."""
+    model = make_model()
+    cache = FeatureCache.build(tmp_path, model, processor, groups)
+    expected = embed_cached(model, cache)
+    model.vision_model.to("meta")
+    model.text_model.to("meta")
+    for ours, before in zip(embed_cached(model, cache), expected, strict=True):
+        assert torch.equal(ours, before)
+
+
 def test_another_process_maps_the_files_too(make_model, processor, groups, tmp_path):
     cache = FeatureCache.build(tmp_path, make_model(), processor, groups)
     sent = pickle.dumps(cache)
