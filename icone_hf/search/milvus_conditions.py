@@ -157,7 +157,7 @@ class _Parser:
         return token.value
 
     def _comparison(self, negate: bool) -> Expression | None:
-        """Read a column that is compared with values, else `None`."""
+        """Read a column that is compared with values."""
         token = self.tokens[self.place]
         if token.kind not in ("name", "word") or folded(token.value) not in self.columns:
             return None
