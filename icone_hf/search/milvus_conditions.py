@@ -214,7 +214,7 @@ class _Column(NamedTuple):
 
     @property
     def is_field(self) -> bool:
-        """Say whether it is a field of its own, which always has a value."""
+        """Say whether it is a field of its own."""
         return self.name in FIELDS
 
     def place(self, field: str = ROW) -> str:
