@@ -15,11 +15,11 @@ from transformers.utils import logging
 from ..data.groups import OPENMOJI_SCENES, SPLITS
 from ..data.pictures import find_pictures
 from ..errors import InputError
-from ..search.index_folder import STORES
 from ..search.indexing import index as build_index
 from ..search.indexing import rebuild
 from ..search.seen_files import names_of
 from ..search.store_check import check_store
+from ..search.store_choice import FORMS, refuse_store
 from . import COMMANDS
 from .arguments import CHECKPOINT, DataArguments, EncodeArguments, OutputArguments
 from .loading import autocast_of, join_processes, load_checkpoint, load_splits
@@ -44,7 +44,7 @@ class IndexArguments:
     prune: bool = field(default=False, metadata={"help": "Drop what SOURCE no longer has."})
     shard_size: int = field(default=1_000, metadata={"help": "Images in a shard: what a killed run loses at most."})
     store: str | None = field(
-        default=None, metadata={"help": f"What finds the nearest: {', '.join(STORES)}. Default: INDEX's own, or exact."}
+        default=None, metadata={"help": f"What finds the nearest: {', '.join(FORMS)}. Default: INDEX's own, or exact."}
     )
     rebuild: bool = field(
         default=False, metadata={"help": "icone index INDEX --rebuild: make the store anew from the shards."}
@@ -62,8 +62,8 @@ class IndexArguments:
             raise InputError("--rebuild and --check are two calls: rebuild first.")
         if self.shard_size < 1:
             raise InputError(f"shard_size={self.shard_size} must be 1 or more.")
-        if self.store not in (None, *STORES):
-            raise InputError(f"store={self.store!r} must be one of {', '.join(STORES)}.")
+        if self.store is not None:
+            refuse_store(self.store)
 
 
 @dataclass
@@ -191,7 +191,8 @@ def as_text(folder: str, report: dict[str, Any]) -> str:
 
 def check_as_text(folder: str, facts: dict[str, Any]) -> str:
     """Say what a check has found."""
-    lines = [f"{folder}: {facts['rows']:,} images in the store {facts['store']}, {facts['bytes'] / 2**20:,.1f} MiB"]
+    size = "" if facts["bytes"] is None else f", {facts['bytes'] / 2**20:,.1f} MiB"
+    lines = [f"{folder}: {facts['rows']:,} images in the store {facts['store']}{size}"]
     for name, what in (("", "all images"), ("_filtered", "a filter that half of them meet")):
         how = "by its index" if facts[f"uses_index{name}"] else "comparing every one"
         lines.append(f"  of {what}: finds {facts[f'recall{name}']:.1%} of the best ten, {how}")

@@ -6,13 +6,14 @@ INDEX/
   pictures/*.parquet   embeddings of images in float16, by content; see `embedding/shards.py`
   sentences/*.parquet  embeddings of captions
   images/              small copies of images that lie in no file
-  exact/ or lance/     the store, made of all these
+  exact/ or lancedb/   the store, made of all these, where it isn't a server's
   report.json          what the last run has seen, made and skipped
 """
 
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,12 @@ from ..embedding.stored_rows import StoredRows, refuse_mismatches
 from ..errors import InputError, MissingFileError
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
-from .exact_store import ExactStore
+from .store_choice import STORES, is_elsewhere, open_store, remove_store
 from .stores import Store
 
 VERSION = 1
 DTYPE = "float16"
-STORES = ("exact", "lancedb")
+KEY = 16  # digits
 _SETTINGS = ("model", "model_digest", "dim", "autocast", "jpeg_draft", "store")
 _BEGUN = (".lock", ".index.json.new")  # all that a run leaves which was killed at once
 
@@ -98,8 +99,13 @@ class IndexFolder:
                     "out, or choose another folder."
                 )
             settings = {**of_index, **settings}
+            self.try_store(settings)
         elif not self.seen_file.is_file() and any(path.name not in _BEGUN for path in self.path.iterdir()):
             raise InputError(f"{self.path} is no index, and not empty: choose another folder.")
+        else:
+            # A new key tells this index's rows on a server from those of others.
+            settings = {**settings, "key": uuid.uuid4().hex[:KEY]} if is_elsewhere(settings["store"]) else settings
+            self.try_store(settings)
         self.refuse_damaged_shards()
         for kind in ("pictures", "sentences"):
             for path in (self.path / kind).glob(".*.parquet.*"):
@@ -155,12 +161,29 @@ class IndexFolder:
 
     def store(self, kind: str) -> Store:
         """Open the store of `pictures` or `sentences`."""
-        name = self.settings()["store"]
-        if name == "lancedb":
-            from .lance_store import LanceStore  # an extra
+        settings = self.settings()
+        return open_store(self.path, settings["store"], settings.get("key"), kind)
 
-            return LanceStore(self.path / name / kind)
-        return ExactStore(self.path / name / kind)
+    def try_store(self, settings: Mapping[str, Any]) -> None:
+        """Try whether a store elsewhere answers and fits.
+
+        Raises:
+            InputError: before anything is embedded for it.
+        """
+        if not is_elsewhere(settings["store"]):
+            return
+        for kind in ("pictures", "sentences"):
+            dim = open_store(self.path, settings["store"], settings.get("key"), kind).info()["dim"]
+            if dim not in (None, settings["dim"]):
+                raise InputError(
+                    f"{settings['store']} holds {dim} dimensions of this index, and {named(settings)} makes "
+                    f"{settings['dim']}: `icone index {self.path} --rebuild` makes it anew."
+                )
+
+    def remove_store(self) -> None:
+        """Delete what the store holds."""
+        settings = self.settings()
+        remove_store(self.path, settings["store"], settings.get("key"))
 
     def small_copy(self, content: str) -> Path:
         """Name the small copy of an image."""

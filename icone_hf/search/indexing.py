@@ -7,7 +7,6 @@ run that is killed loses at most the shards that were being made; the next one g
 import json
 import os
 import re
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from time import monotonic
@@ -26,14 +25,14 @@ from ..data.images import Images
 from ..embedding.digests import digest_all
 from ..embedding.shards import encode
 from ..embedding.stored_rows import Snapshot
-from ..errors import InputError, MissingFileError, first_of
+from ..errors import MissingFileError, first_of
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from ..processes import by_main_process
-from .index_folder import DTYPE, STORES, IndexFolder, settings_of
+from .index_folder import DTYPE, IndexFolder, settings_of
 from .index_rows import captions_by_content, rows_of, schema_of
-from .lance_store import require_lancedb
 from .seen_files import SCHEMA, look_at_files, names_of, read_seen, write_seen
+from .store_choice import refuse_store
 from .stores import Store
 
 logger = logging.get_logger(__name__)
@@ -76,7 +75,8 @@ def index(
         source_name: what the source is called; of a folder of images, its path.
         model_name: Hub id or folder of the model, which a search will load.
         left_out: files that were seen and are in no row, with the reason.
-        store: one of `STORES`. Default: the index's own, or `exact`.
+        store: one of `STORES`, or the address of a server: `http://host:19530`, `s3://bucket`. Default: the index's
+            own, or `exact`.
         shard_size: images in a shard: what a killed process loses at most.
         batch_size, num_workers, autocast: see [`encode`].
         prune: whether to drop what this source no longer has.
@@ -88,10 +88,8 @@ def index(
     Raises:
         InputError: if another model made the index, another process changes it, or it is of another version.
     """
-    if store not in (None, *STORES):
-        raise InputError(f"store={store!r} must be one of {', '.join(STORES)}.")
-    if store == "lancedb":
-        require_lancedb()
+    if store is not None:
+        refuse_store(store)
     place = IndexFolder(Path(folder))
     name = str(Path(source_name).resolve()) if os.path.isdir(source_name) else str(source_name)
     # One process looks after the index, and all embed.
@@ -132,13 +130,13 @@ def rebuild(folder: str | os.PathLike) -> int:
         InputError: before anything is deleted, if there is nothing that can be read to make it of.
     """
     place = IndexFolder(Path(folder))
-    settings = place.settings()
+    place.settings()
     with place.locked():
         if not place.seen_file.is_file():
             raise MissingFileError(f"{place.seen_file} is missing: index each source again. No embedding is lost.")
         read_seen(place.seen_file)
         place.refuse_damaged_shards()
-        shutil.rmtree(place.path / settings["store"], ignore_errors=True)
+        place.remove_store()
         _bring_in_step(place)
         for kind in KINDS:
             place.store(kind).tidy()

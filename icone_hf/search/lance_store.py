@@ -1,6 +1,6 @@
 """A store in LanceDB: for millions of rows, with an index over embeddings and filters within it.
 
-FOLDER/
+FOLDER/                on a disk, or on S3
   rows.lance/          a table: the rows' columns, and their embeddings in float16
 
 Each change is one commit. Who reads sees the table as it was at one commit, while another process writes. `tidy`
@@ -29,6 +29,7 @@ from .stores import EMBEDDING, SCORE, bytes_of
 logger = logging.get_logger(__name__)
 
 TABLE = "rows"
+S3 = "s3://"
 INDEXED_FROM = 100_000  # rows; fewer are compared one by one in less time than an index saves
 GROWTH = 4  # times the rows that an index was trained on, before it is trained anew
 # RaBitQ with 4 bits a dimension, 20 groups of about 8,192 rows or more, and 5 times as many rows compared again as are
@@ -41,6 +42,10 @@ _NEAREST = "nearest_"  # an index's name; behind it, on how many rows it was tra
 _IDS = "ids"
 _AT_A_TIME = 1_000  # ids in a condition
 KEPT = timedelta(seconds=1)  # what a commit has replaced; who still reads it asks again
+_OF_S3 = (
+    " Is this bucket there, and do AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and, for a server other than "
+    "Amazon's, AWS_ENDPOINT open it?"
+)
 _T = TypeVar("_T")
 
 
@@ -60,13 +65,15 @@ class LanceStore:
     """Keep rows in a table of LanceDB.
 
     Args:
-        folder: of the store; it need not exist yet.
+        folder: of the store; it need not exist yet. `s3://bucket/folder` is on S3, which LanceDB reaches by its own
+            environment variables.
         indexed_from: rows from which on embeddings are indexed.
     """
 
-    def __init__(self, folder: Path, indexed_from: int = INDEXED_FROM):
+    def __init__(self, folder: Path | str, indexed_from: int = INDEXED_FROM):
         require_lancedb()
-        self.folder = Path(folder)
+        self.is_on_s3 = str(folder).startswith(S3)
+        self.folder = folder if self.is_on_s3 else Path(folder)
         self.indexed_from = indexed_from
         self._connected: Any = None
 
@@ -80,7 +87,8 @@ class LanceStore:
         try:
             table = self._open()
             if table is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                if isinstance(self.folder, Path):
+                    self.folder.mkdir(parents=True, exist_ok=True)
                 self._connection().create_table(TABLE, new)
                 return
             dim = table.schema.field(EMBEDDING).type.list_size
@@ -117,6 +125,13 @@ class LanceStore:
                 table.optimize(cleanup_older_than=KEPT, delete_unverified=True)
             self._index(table)
         except (OSError, RuntimeError) as error:
+            raise self._unwritten(error) from error
+
+    def remove(self) -> None:
+        """Delete the table."""
+        try:
+            self._connection().drop_table(TABLE, ignore_missing=True)
+        except (OSError, RuntimeError, ValueError) as error:
             raise self._unwritten(error) from error
 
     def _index(self, table: Any) -> None:
@@ -260,7 +275,8 @@ class LanceStore:
             }
 
         facts = self._read(ask, {"rows": 0, "dim": None, "index": None, "indexed_rows": 0})
-        return {"store": "lancedb", **facts, "bytes": bytes_of(self.folder)}
+        size = bytes_of(self.folder) if isinstance(self.folder, Path) else None
+        return {"store": "lancedb" if size is not None else str(self.folder), **facts, "bytes": size}
 
     # --- the table ---
 
@@ -277,12 +293,12 @@ class LanceStore:
 
         `None` if there is none.
         """
-        if not self.folder.is_dir():  # which connecting would make
+        if isinstance(self.folder, Path) and not self.folder.is_dir():  # which connecting would make
             return None
         try:
             return self._connection().open_table(TABLE)
         except ValueError as error:
-            if "not found" in str(error):
+            if str(error).endswith("was not found"):
                 return None
             raise self._unread(error) from error
         except (OSError, RuntimeError) as error:
@@ -324,11 +340,11 @@ class LanceStore:
     def _unread(self, error: Exception) -> StorageError:
         return StorageError(
             f"{self.folder} can't be read ({_said(error)}): `icone index INDEX --rebuild` makes it anew from the "
-            "shards."
+            f"shards.{_OF_S3 * self.is_on_s3}"
         )
 
     def _unwritten(self, error: Exception) -> StorageError:
-        return StorageError(f"{self.folder} can't be written: {_said(error)}")
+        return StorageError(f"{self.folder} can't be written: {_said(error)}{_OF_S3 * self.is_on_s3}")
 
 
 def _cosines(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -353,5 +369,7 @@ def _text(value: str) -> str:
 
 def _said(error: Exception) -> str:
     """Take what an error says, without places in code."""
+    if of_server := re.search(r"<Message>(.*?)</Message>|message: \"(.*?)\"", str(error)):
+        return of_server[1] or of_server[2]
     text = re.sub(r",? \S+\.rs:\d+:\d+", "", str(error)).strip().removeprefix("lance error: ")
     return text.removeprefix("Invalid input, ").rstrip(", ")

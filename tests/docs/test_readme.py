@@ -30,7 +30,7 @@ README = ROOT / "README.md"
 GUIDES = ("quickstart", "data", "training", "evaluation", "embedding", "search", "publishing", "paper")
 TESTED_HERE = (README, *(ROOT / "docs" / f"{name}.md" for name in GUIDES))
 # Programs of others that pages call.
-OTHER_PROGRAMS = {"pip", "npm", "node", "hf"}
+OTHER_PROGRAMS = {"pip", "npm", "node", "hf", "milvus-lite"}
 # Options of accelerate and torchrun that pages speak of.
 LAUNCHERS_OPTIONS = {
     "--cpu",

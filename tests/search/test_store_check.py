@@ -5,6 +5,7 @@ import json
 
 import pytest
 from search.albums import album, call, stored
+from search.servers import needs_milvus
 
 from icone_hf.cli import main
 from icone_hf.search.index_folder import IndexFolder
@@ -15,11 +16,14 @@ STORES = [
         "lancedb",
         marks=pytest.mark.skipif(importlib.util.find_spec("lancedb") is None, reason="lancedb isn't installed"),
     ),
+    pytest.param("milvus", marks=needs_milvus),
 ]
 
 
 @pytest.mark.parametrize("store", STORES)
-def test_an_index_is_checked_searched_and_rebuilt_whatever_its_store(store, pair, checkpoint, tmp_path, capsys):
+def test_an_index_is_checked_searched_and_rebuilt_whatever_its_store(store, request, checkpoint, tmp_path, capsys):
+    if store == "milvus":
+        store = request.getfixturevalue("milvus")
     photos, place = album(tmp_path / "photos", 12), tmp_path / "index"
     assert call(capsys, "index", checkpoint, photos, place, "--store", store)[0] == 0
     code, facts, said = call(capsys, "index", place, "--check", "--json")

@@ -2,16 +2,20 @@
 
 import importlib.util
 import shutil
+from functools import partial
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from search.servers import needs_milvus
 
 from icone_hf.errors import InputError
 from icone_hf.search.exact_store import ExactStore
 from icone_hf.search.lance_store import LanceStore
+from icone_hf.search.milvus_store import MilvusStore
 
 DIM = 16
 INDEXED_FROM = 100  # rows; a hundred thousand would take a test minutes
@@ -21,12 +25,27 @@ STORES = {
     "exact": ExactStore,
     "lancedb": LanceStore,
     "lancedb, indexed": lambda folder: LanceStore(folder, indexed_from=INDEXED_FROM),
+    "milvus": lambda address, folder: MilvusStore(address, f"icone_{crc32(str(folder).encode())}"),
+    "milvus, indexed": lambda address, folder: MilvusStore(
+        address, f"icone_{crc32(str(folder).encode())}", indexed_from=INDEXED_FROM
+    ),
 }
+MARKS = {"exact": [], "lancedb": [needs_lancedb], "milvus": [needs_milvus]}
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[needs_lancedb] * name.startswith("lancedb")) for name in STORES])
+def stores(*names):
+    return [pytest.param(name, marks=MARKS[name.partition(",")[0]]) for name in names]
+
+
+def maker(request):
+    make = STORES[request.param]
+    return partial(make, request.getfixturevalue("milvus")) if request.param.startswith("milvus") else make
+
+
+@pytest.fixture(params=stores(*STORES))
 def make_store(request):
-    return STORES[request.param]
+    """What opens a store by the path of a folder."""
+    return maker(request)
 
 
 @pytest.fixture
@@ -156,16 +175,28 @@ DELETE = st.tuples(st.just("delete"), st.lists(st.sampled_from("abcdefghz'"), ma
 TIDY = st.tuples(st.just("tidy"), st.none())
 
 
-@pytest.mark.parametrize("make_store", ["exact", pytest.param("lancedb", marks=needs_lancedb)], indirect=True)
+STEPS = {
+    "steps": st.lists(st.one_of(ADD, ADD, DELETE, TIDY), min_size=1, max_size=6),
+    "condition": st.sampled_from(sorted(CONDITIONS)),
+    "k": st.integers(1, 10),
+}
+
+
+@pytest.mark.parametrize("make_store", stores("exact", "lancedb"), indirect=True)
 @settings(max_examples=20)
-@given(
-    steps=st.lists(st.one_of(ADD, ADD, DELETE, TIDY), min_size=1, max_size=6),
-    condition=st.sampled_from(sorted(CONDITIONS)),
-    k=st.integers(1, 10),
-)
-def test_a_store_does_what_a_dictionary_does_and_so_does_who_opens_it_anew(
-    make_store, tmp_path_factory, steps, condition, k
-):
+@given(**STEPS)
+def test_a_store_does_what_a_dictionary_does_and_so_does_who_opens_it_anew(make_store, tmp_path_factory, **given_):
+    assert_does_what_a_dictionary_does(make_store, tmp_path_factory, **given_)
+
+
+@pytest.mark.parametrize("make_store", stores("milvus"), indirect=True)
+@settings(max_examples=5)  # each makes a collection, which takes a second
+@given(**STEPS)
+def test_a_store_on_a_server_does_too(make_store, tmp_path_factory, **given_):
+    assert_does_what_a_dictionary_does(make_store, tmp_path_factory, **given_)
+
+
+def assert_does_what_a_dictionary_does(make_store, tmp_path_factory, steps, condition, k):
     folder = tmp_path_factory.mktemp("stores") / "store"
     store, reference = make_store(folder), Reference()
     query = vectors(1, seed=99)[0]
@@ -184,22 +215,31 @@ def test_a_store_does_what_a_dictionary_does_and_so_does_who_opens_it_anew(
         assert_same(make_store(folder), reference, condition, query, k)
 
 
-@pytest.mark.parametrize("condition", sorted(CONDITIONS))
-def test_every_condition_finds_the_same_rows(store, condition):
-    rows = [
-        {"id": f"{number:03}", "digest": "d", "year": [2019, 2020, 2021, None][number % 4]}
-        | {"rating": [0.5, 2.5, 3.0, None][number // 4 % 4], "name": NAMES[number % len(NAMES)]}
-        | {"date": DATES[number // 3 % len(DATES)], "tags": [[], ["dog", "Hündin"], None][number % 3]}
-        | {"two words": number % 3, "dotted.name": "xyz"[number // 2 % 3], "flag": number % 5 == 0}
-        for number in range(120)
-    ]
-    store.add(table_of(rows), vectors(120))
+FILLED = [
+    {"id": f"{number:03}", "digest": "d", "year": [2019, 2020, 2021, None][number % 4]}
+    | {"rating": [0.5, 2.5, 3.0, None][number // 4 % 4], "name": NAMES[number % len(NAMES)]}
+    | {"date": DATES[number // 3 % len(DATES)], "tags": [[], ["dog", "Hündin"], None][number % 3]}
+    | {"two words": number % 3, "dotted.name": "xyz"[number // 2 % 3], "flag": number % 5 == 0}
+    for number in range(120)
+]
+
+
+@pytest.fixture(scope="module", params=stores(*STORES))
+def filled(request, tmp_path_factory):
+    """A store of 120 rows."""
+    store = maker(request)(tmp_path_factory.mktemp("filled") / "store")
+    store.add(table_of(FILLED), vectors(120))
     store.tidy()
+    return store
+
+
+@pytest.mark.parametrize("condition", sorted(CONDITIONS))
+def test_every_condition_finds_the_same_rows(filled, condition):
     reference = Reference()
-    reference.add(rows, vectors(120))
+    reference.add(FILLED, vectors(120))
     fits = CONDITIONS[condition]
-    assert 0 < store.count(condition) == sum(map(fits, rows)) < len(rows)
-    found = store.search(vectors(1, 5)[0], 7, condition)
+    assert 0 < filled.count(condition) == sum(map(fits, FILLED)) < len(FILLED)
+    found = filled.search(vectors(1, 5)[0], 7, condition)
     assert found["id"].to_pylist() == reference.search(vectors(1, 5)[0], 7, fits)[0]
 
 
@@ -240,7 +280,8 @@ def test_a_store_without_rows_answers(store):
     store.delete(["a"])
     store.tidy()
     store.add(table_of([]), np.empty((0, DIM), np.float32))
-    assert not store.folder.exists()  # reading makes nothing
+    if not isinstance(store, MilvusStore):
+        assert not store.folder.exists()  # reading makes nothing
     store.add(table_of([{"id": "a", "digest": "d"}]), vectors(1))
     store.delete(["a"])
     assert store.search(query, 5)["id"].to_pylist() == []
@@ -300,7 +341,10 @@ def test_what_is_made_anew_under_an_open_store_is_seen(make_store, tmp_path):
     """`icone index INDEX --rebuild` takes the folder away while another process searches."""
     reader = make_store(tmp_path / "store")
     for year in (2001, 2002):
-        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        if isinstance(reader, MilvusStore):
+            make_store(tmp_path / "store").remove()
+        else:
+            shutil.rmtree(tmp_path / "store", ignore_errors=True)
         rows = [{"id": f"{year} {number}", "digest": "d", "year": year} for number in range(20)]
         make_store(tmp_path / "store").add(table_of(rows), vectors(20, seed=year))
         best = reader.search(vectors(20, seed=year)[3], 1)

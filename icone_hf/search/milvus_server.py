@@ -1,0 +1,151 @@
+"""A collection of a Milvus server: how it is reached, read and described."""
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from ..errors import InputError, MissingPackageError, StorageError
+from .milvus_conditions import quoted
+from .row_table import no_condition
+from .stores import EMBEDDING
+
+TOKEN = "MILVUS_TOKEN"  # environment variable: a key, or user:password
+COLUMNS = "icone.columns"  # a property of the collection
+SECONDS = 60.0  # until a server that doesn't answer is given up
+_SECONDS_TO_CONNECT = 10.0
+_IDS_AT_A_TIME = 1_000  # in an expression, of rows that come with their embeddings
+_NO_COLLECTION, _NOT_LOADED = 100, 101  # Milvus's codes
+_REFUSED = (6, 1100)  # its codes for an expression that it can't take
+_NOTHING: Any = object()
+_T = TypeVar("_T")
+
+
+def require_pymilvus() -> None:
+    """Refuse to go on without pymilvus.
+
+    Raises:
+        MissingPackageError: if it is not installed.
+    """
+    if importlib.util.find_spec("pymilvus") is None:
+        raise MissingPackageError("A store in Milvus needs the package pymilvus: pip install 'icone_hf[milvus]'.")
+
+
+class Known(NamedTuple):
+    """Hold what a collection is."""
+
+    kinds: dict[str, str]
+    dim: int
+    index_type: str
+
+
+class MilvusCollection:
+    """Reach a collection of a Milvus server.
+
+    Args:
+        address: of the server: `http://host:19530`, with a database's name behind it if it isn't the default one.
+        name: of the collection; it need not exist yet.
+    """
+
+    def __init__(self, address: str, name: str):
+        require_pymilvus()
+        self.address = address
+        self.name = name
+        self._connected: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.address}"
+
+    def connection(self) -> Any:
+        """Connect, once."""
+        if self._connected is None:
+            from pymilvus import MilvusClient
+
+            logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # errors come as messages of ours
+            self._connected = MilvusClient(self.address, token=os.environ.get(TOKEN, ""), timeout=_SECONDS_TO_CONNECT)
+        return self._connected
+
+    def ask(self, what: Callable[[Any], _T], empty: Any = _NOTHING, where: str | None = None) -> _T:
+        """Ask the server.
+
+        Where there is no such collection, the answer is `empty`.
+        """
+        from pymilvus.exceptions import MilvusException
+
+        try:
+            client = self.connection()
+            try:
+                return what(client)
+            except MilvusException as error:
+                if error.code != _NOT_LOADED:
+                    raise
+                client.load_collection(self.name)
+                return what(client)
+        except MilvusException as error:
+            if error.code == _NO_COLLECTION and empty is not _NOTHING:
+                return empty
+            said = _said(error)
+            if where is not None and error.code in _REFUSED:
+                known = self.ask(self.look, None)
+                raise no_condition(where, f"Milvus says {said}", list(known.kinds) if known else []) from error
+            raise StorageError(
+                f"The Milvus server at {self.address} says: {said}. Is this its address, does it run, and does the "
+                f"environment variable {TOKEN} hold a key for it, or user:password?"
+            ) from error
+
+    def look(self, client: Any) -> Known | None:
+        """Look what the collection is, or `None`."""
+        from pymilvus.exceptions import MilvusException
+
+        try:
+            found = client.describe_collection(self.name, timeout=SECONDS)
+            index = client.describe_index(self.name, EMBEDDING, timeout=SECONDS)
+        except MilvusException as error:
+            if error.code == _NO_COLLECTION:
+                return None
+            raise
+        dims = [field["params"]["dim"] for field in found["fields"] if field["name"] == EMBEDDING]
+        columns = found.get("properties", {}).get(COLUMNS)
+        if not dims or columns is None:
+            raise InputError(f"{self} is no collection of an index: `icone index INDEX --rebuild` makes it anew.")
+        # While `tidy` makes an index there is none.
+        return Known(json.loads(columns), int(dims[0]), index["index_type"] if index else "FLAT")
+
+    def pages(self, client: Any, expression: str, fields: Sequence[str], size: int) -> Iterator[dict[str, Any]]:
+        """Read rows page by page."""
+        read = client.query_iterator(self.name, size, filter=expression, output_fields=list(fields), timeout=SECONDS)
+        try:
+            while page := read.next():
+                yield from page
+        finally:
+            read.close()
+
+    def rows_of(self, client: Any, ids: Sequence[str], fields: Sequence[str]) -> list[dict[str, Any]]:
+        """Read rows by id, in any order."""
+        found: list[dict[str, Any]] = []
+        for some in parts(ids, _IDS_AT_A_TIME):
+            found += client.query(self.name, is_one_of(some), list(fields), consistency_level="Strong", timeout=SECONDS)
+        return found
+
+
+def parts(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Cut ids into parts of a size."""
+    return (ids[start : start + size] for start in range(0, len(ids), size))
+
+
+def is_one_of(ids: Sequence[str]) -> str:
+    """Write that a row is one of these."""
+    return f"id in [{', '.join(map(quoted, ids))}]"
+
+
+def _said(error: BaseException) -> str:
+    """Take what an error says, or the network before."""
+    seen, cause = list[BaseException](), error
+    while not any(cause is one for one in seen):  # pymilvus raises errors from themselves
+        if callable(details := getattr(cause, "details", None)):
+            return str(details())
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__ or error
+    return str(getattr(error, "message", "") or error)
