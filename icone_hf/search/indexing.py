@@ -32,6 +32,7 @@ from ..processes import by_main_process
 from .index_folder import DTYPE, IndexFolder, settings_of
 from .index_rows import captions_by_content, rows_of, schema_of
 from .seen_files import SCHEMA, look_at_files, names_of, read_seen, write_seen
+from .small_vectors import asked_for, cut
 from .store_choice import refuse_store
 from .stores import Store
 
@@ -55,6 +56,8 @@ def index(
     model_name: str | os.PathLike = "",
     left_out: dict[str, str] | None = None,
     store: str | None = None,
+    dim: int | None = None,
+    precision: str | None = None,
     shard_size: int = 1_000,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -77,6 +80,10 @@ def index(
         left_out: files that were seen and are in no row, with the reason.
         store: one of `STORES`, or the address of a server: `http://host:19530`, `s3://bucket`. Default: the index's
             own, or `exact`.
+        dim: how many dimensions of each embedding the store holds, the first ones. Default: the index's own, or all.
+            The shards keep all, so [`rebuild`] can change it.
+        precision: one of `PRECISIONS`: what a search of the store `exact` reads first. Default: the index's own, or
+            `float16`. [`rebuild`] can change it.
         shard_size: images in a shard: what a killed process loses at most.
         batch_size, num_workers, autocast: see [`encode`].
         prune: whether to drop what this source no longer has.
@@ -95,6 +102,7 @@ def index(
     # One process looks after the index, and all embed.
     with place.locked() if PartialState().is_main_process else nullcontext():
         settings = settings_of(model, processor, model_name, autocast, store or by_main_process(place.store_name))
+        settings |= by_main_process(asked_for, settings, dim, precision)
         by_main_process(place.start, settings)
         skipped, rows, gone = by_main_process(_look, place, name, source, dict(left_out or {}), prune)
         keywords: dict[str, Any] = {"shard_size": shard_size, "dtype": DTYPE, "batch_size": batch_size}
@@ -120,23 +128,32 @@ def index(
         return by_main_process(_finish, place, name, rows, skipped, unreadable, gone, prune)
 
 
-def rebuild(folder: str | os.PathLike) -> int:
+def rebuild(folder: str | os.PathLike, dim: int | None = None, precision: str | None = None) -> int:
     """Make an index's store anew from its shards.
+
+    Args:
+        folder: of the index.
+        dim: how many dimensions of each embedding it holds from now on. Default: as many as before.
+        precision: what a search reads first from now on. Default: what it read before.
 
     Returns:
         The number of images in it.
 
     Raises:
-        InputError: before anything is deleted, if there is nothing that can be read to make it of.
+        InputError: before anything is deleted, if there is nothing that can be read to make it of, or embeddings have
+            fewer dimensions.
     """
     place = IndexFolder(Path(folder))
-    place.settings()
+    settings = place.settings()
+    asked = asked_for(settings, dim, precision)
     with place.locked():
         if not place.seen_file.is_file():
             raise MissingFileError(f"{place.seen_file} is missing: index each source again. No embedding is lost.")
         read_seen(place.seen_file)
         place.refuse_damaged_shards()
         place.remove_store()
+        if asked:  # a store is never there with rows of another size than index.json says
+            place.write("index.json", {**settings, **asked})
         _bring_in_step(place)
         for kind in KINDS:
             place.store(kind).tidy()
@@ -299,7 +316,7 @@ def _bring_in_step(place: IndexFolder) -> None:
     pictures = Snapshot(place.stored("pictures"))
     places = places_of_images(pictures)
     wanted = {one: row for one, row in rows.items() if one in places}
-    _step(place.store("pictures"), pictures, places, wanted)
+    _step(place.store("pictures"), pictures, places, wanted, place.dim())
 
     sentences = Snapshot(place.stored("sentences"))
     of_texts = _places_of_texts(sentences)
@@ -311,10 +328,10 @@ def _bring_in_step(place: IndexFolder) -> None:
                 captions[one] = {**row, "id": one, "text": text, "captions": [text]}
                 caption_places[one] = of_texts[content, text]
     if captions or place.store("sentences").count():
-        _step(place.store("sentences"), sentences, caption_places, captions)
+        _step(place.store("sentences"), sentences, caption_places, captions, place.dim())
 
 
-def _step(store: Store, shards: Snapshot, places: dict[str, int], wanted: dict[str, dict[str, Any]]) -> None:
+def _step(store: Store, shards: Snapshot, places: dict[str, int], wanted: dict[str, dict[str, Any]], dim: int) -> None:
     """Add and delete rows until all are right."""
     there = dict(zip(*(store.listing()[name].to_pylist() for name in ("id", "digest")), strict=True))
     digests = {one: digest_all({"row": json.dumps(row, sort_keys=True)})[:16] for one, row in wanted.items()}
@@ -325,12 +342,7 @@ def _step(store: Store, shards: Snapshot, places: dict[str, int], wanted: dict[s
     for start in range(0, len(new), ROWS_AT_A_TIME):
         some = new[start : start + ROWS_AT_A_TIME]
         table = pa.Table.from_pylist([{**wanted[one], "digest": digests[one]} for one in some], schema)
-        store.add(table, _unit(shards.embeddings(np.array([places[one] for one in some]))))
-
-
-def _unit(embeddings: np.ndarray) -> np.ndarray:
-    """Scale rows to length 1, which float16 has rounded."""
-    return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+        store.add(table, cut(shards.embeddings(np.array([places[one] for one in some])), dim))
 
 
 def _finish(

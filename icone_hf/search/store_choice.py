@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from ..errors import InputError
 from .exact_store import ExactStore
+from .small_vectors import PRECISIONS
 from .stores import Store
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def refuse_store(store: str) -> None:
         raise InputError(f"store={store!r} must be one of {', '.join(FORMS)}.")
 
 
-def open_store(folder: Path, store: str, key: str | None, kind: str) -> Store:
+def open_store(folder: Path, store: str, key: str | None, kind: str, precision: str = PRECISIONS[0]) -> Store:
     """Open a store.
 
     Args:
@@ -61,6 +62,7 @@ def open_store(folder: Path, store: str, key: str | None, kind: str) -> Store:
         store: its name or address.
         key: of the index, by which a store elsewhere tells indexes apart.
         kind: `pictures` or `sentences`.
+        precision: of the store `exact`; see [`ExactStore`].
     """
     if is_elsewhere(store):
         return _elsewhere(store, key, kind)
@@ -68,7 +70,7 @@ def open_store(folder: Path, store: str, key: str | None, kind: str) -> Store:
         from .lance_store import LanceStore  # an extra
 
         return LanceStore(folder / store / kind)
-    return ExactStore(folder / store / kind)
+    return ExactStore(folder / store / kind, precision)
 
 
 def remove_store(folder: Path, store: str, key: str | None) -> None:
