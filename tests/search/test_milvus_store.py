@@ -105,6 +105,8 @@ CONDITIONS = st.recursive(
 
 @settings(max_examples=60)
 @given(CONDITIONS)
+@example("NOT (year >= 2020 OR flag = 1)")
+@example("NOT (rating BETWEEN 0 AND 1 OR year NOT IN (2019, 2020))")
 @example("NOT length(name) BETWEEN 3 AND year = 2020")
 @example("NOT (year >= 2020 AND NOT (name LIKE '%a%' OR rating IS NULL))")
 def test_any_condition_finds_what_sqlite_finds(both, condition):
