@@ -224,7 +224,7 @@ class _Column(NamedTuple):
         return not set(self.name) & set("\"\\\n\r\t'")
 
     def where_there(self, text: str) -> str:
-        """Ask for a value besides, since NOT may hold for none."""
+        """Ask for a value besides: NOT may hold without."""
         return text if self.is_field else f"(exists {self.place()} and {text})"
 
     def compared(self, sign: str, value: _Token, negate: bool) -> Expression:
@@ -236,7 +236,7 @@ class _Column(NamedTuple):
         return Expression(self.where_there(text) if sign == "!=" else text, True)
 
     def _literal(self, value: _Token) -> str | None:
-        """Write a value, if SQLite would compare it as it is."""
+        """Write a value that SQLite compares as it is."""
         if value.kind == "text":
             return quoted(value.value) if self.kind in (TEXT, LIST, UNKNOWN) else None
         if self.kind not in (INTEGER, NUMBER, UNKNOWN):

@@ -30,12 +30,12 @@ _SMALL = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz
 
 
 def folded(text: str) -> str:
-    """Write a text small, as SQLite does: no letters but ASCII's."""
+    """Write ASCII's letters small, as SQLite does."""
     return text.translate(_SMALL)
 
 
 def lot_of(one: str) -> int:
-    """Draw a row's lot: a number that its id decides.
+    """Draw a row's lot from its id.
 
     Rows whose lots lie side by side are rows at random.
     """

@@ -173,7 +173,7 @@ class MilvusStore(MilvusCollection):
         return self.ask(ask, empty, where)
 
     def uses_index(self, query: np.ndarray, where: str | None = None) -> bool:
-        """Say whether embeddings are indexed: then Milvus filters within the index."""
+        """Say whether embeddings are indexed."""
         known = self.ask(self.look, None)
         return known is not None and known.index_type != "FLAT"
 
