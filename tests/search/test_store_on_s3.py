@@ -25,8 +25,9 @@ def keys_in(s3_environment):
 
 
 def test_a_store_on_s3_does_what_a_dictionary_does(s3):
-    folder, reference = f"{s3}/contract/pictures", Reference()
-    store, query = LanceStore(folder), vectors(1, seed=9)[0]
+    folder, query = f"{s3}/contract/pictures", vectors(1, seed=9)[0]
+    store = LanceStore(folder)
+    reference = Reference(store)
     assert store.count() == store.info()["rows"] == 0
     assert store.columns() == []
     store.tidy()
