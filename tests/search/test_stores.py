@@ -8,6 +8,7 @@ from zlib import crc32
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from search.servers import needs_milvus
@@ -226,6 +227,16 @@ def assert_does_what_a_dictionary_does(make_store, tmp_path_factory, steps, cond
             store.tidy()
         assert_same(store, reference, condition, query, k)
         assert_same(make_store(folder), reference, condition, query, k)
+
+
+def test_threads_share_the_rows_of_a_large_store(tmp_path, monkeypatch):
+    rows = [{"id": f"{number:03}", "digest": "d"} for number in range(101)]
+    store, query = ExactStore(tmp_path / "store"), vectors(1, seed=5)[0]
+    store.add(table_of(rows), vectors(101))
+    monkeypatch.setattr("icone_hf.search.exact_store.BLOCK_ROWS", 10)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    scores = as_kept(vectors(101)) @ query
+    assert store.search(query, 7)["id"].to_pylist() == [f"{place:03}" for place in np.argsort(-scores)[:7]]
 
 
 FILLED = [
