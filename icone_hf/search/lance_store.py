@@ -207,7 +207,7 @@ class LanceStore:
                 return empty
             found = pa.concat_tables(parts)
             places = {one: place for place, one in enumerate(found["id"].to_pylist())}
-            found = found.take([places[one] for one in ids if one in places])
+            found = found.take(pa.array([places[one] for one in ids if one in places], pa.int64()))
             values = pa.array(list(vectors_of(found[EMBEDDING])), pa.list_(pa.float32()))
             return as_added(found.drop_columns([EMBEDDING])).append_column(EMBEDDING, values)
 

@@ -248,6 +248,13 @@ def test_a_store_without_rows_answers(store):
     assert store.sample(3).shape[0] == 0
 
 
+def test_ids_that_are_not_there_are_left_out(store):
+    store.add(table_of([{"id": "a", "digest": "d"}]), vectors(1))
+    assert store.get(["b"])["id"].to_pylist() == store.get([])["id"].to_pylist() == []
+    store.delete(["a"])
+    assert store.get(["a"])["id"].to_pylist() == []
+
+
 def test_embeddings_of_another_width_are_refused(store):
     store.add(table_of([{"id": "a", "digest": "d"}]), vectors(1))
     with pytest.raises(InputError, match="holds 16 dimensions, and these are 8"):
