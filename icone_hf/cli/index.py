@@ -19,6 +19,7 @@ from ..search.index_folder import STORES
 from ..search.indexing import index as build_index
 from ..search.indexing import rebuild
 from ..search.seen_files import names_of
+from ..search.small_vectors import PRECISIONS
 from ..search.store_check import check_store
 from . import COMMANDS
 from .arguments import CHECKPOINT, DataArguments, EncodeArguments, OutputArguments
@@ -46,6 +47,20 @@ class IndexArguments:
     store: str | None = field(
         default=None, metadata={"help": f"What finds the nearest: {', '.join(STORES)}. Default: INDEX's own, or exact."}
     )
+    dim: int | None = field(
+        default=None,
+        metadata={
+            "help": "Dimensions of each embedding that the store holds, the first ones; the shards keep all. Default: "
+            "INDEX's own, or all. With --rebuild it changes."
+        },
+    )
+    precision: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What the store exact reads first: {', '.join(PRECISIONS)}. Default: INDEX's own, or float16. "
+            "With --rebuild it changes."
+        },
+    )
     rebuild: bool = field(
         default=False, metadata={"help": "icone index INDEX --rebuild: make the store anew from the shards."}
     )
@@ -60,8 +75,14 @@ class IndexArguments:
     def __post_init__(self) -> None:
         if self.rebuild and self.check:
             raise InputError("--rebuild and --check are two calls: rebuild first.")
+        if self.check and (self.dim, self.precision) != (None, None):
+            raise InputError("--check takes INDEX as it is: call --rebuild with --dim or --precision first.")
+        if self.dim is not None and self.dim < 1:
+            raise InputError(f"dim={self.dim} must be 1 or more.")
         if self.shard_size < 1:
             raise InputError(f"shard_size={self.shard_size} must be 1 or more.")
+        if self.precision not in (None, *PRECISIONS):
+            raise InputError(f"precision={self.precision!r} must be one of {', '.join(PRECISIONS)}.")
         if self.store not in (None, *STORES):
             raise InputError(f"store={self.store!r} must be one of {', '.join(STORES)}.")
 
@@ -98,7 +119,7 @@ def index(argv: Sequence[str]) -> None:
         output.print({"index": positional.checkpoint, **facts}, check_as_text(positional.checkpoint, facts))
         return
     if index_args.rebuild:
-        count = rebuild(positional.checkpoint)
+        count = rebuild(positional.checkpoint, index_args.dim, index_args.precision)
         output.print({"index": positional.checkpoint, "in_index": count}, f"{count:,} images: {positional.checkpoint}")
         return
     if data_args.source is None or positional.index is None:
@@ -119,6 +140,8 @@ def index(argv: Sequence[str]) -> None:
         model_name=positional.checkpoint,
         left_out=left_out,
         store=index_args.store,
+        dim=index_args.dim,
+        precision=index_args.precision,
         shard_size=index_args.shard_size,
         batch_size=encode_args.per_device_eval_batch_size,
         num_workers=encode_args.dataloader_num_workers,
@@ -191,7 +214,9 @@ def as_text(folder: str, report: dict[str, Any]) -> str:
 
 def check_as_text(folder: str, facts: dict[str, Any]) -> str:
     """Say what a check has found."""
-    lines = [f"{folder}: {facts['rows']:,} images in the store {facts['store']}, {facts['bytes'] / 2**20:,.1f} MiB"]
+    vectors = f"{facts['dim']} dimensions" + (f", {facts['precision']}" if "precision" in facts else "")
+    size = f"{facts['bytes'] / 2**20:,.1f} MiB"
+    lines = [f"{folder}: {facts['rows']:,} images in the store {facts['store']} ({vectors}), {size}"]
     for name, what in (("", "all images"), ("_filtered", "a filter that half of them meet")):
         how = "by its index" if facts[f"uses_index{name}"] else "comparing every one"
         lines.append(f"  of {what}: finds {facts[f'recall{name}']:.1%} of the best ten, {how}")

@@ -23,7 +23,7 @@ from .app_maps import overlays_of
 from .app_terms import OWN, ROW, TOKEN, Mark, checked, read_marks, terms_of, with_mark, write_marks
 from .app_uploads import Upload, Uploads, small_copy
 from .gallery import Gallery
-from .queries import LONGEST, embed_terms
+from .queries import LONGEST
 
 logger = logging.get_logger(__name__)
 
@@ -79,7 +79,7 @@ class Page:
             raise InputError(f"The condition has {len(condition):,} characters, and the limit is {LONGEST_CONDITION}.")
         began = time.perf_counter()
         with self._model:
-            embedding = embed_terms(terms, lambda: self.gallery.model, self._embedding_of)
+            embedding = self.gallery.embed(terms, self._embedding_of)
         if condition and not self._filters.acquire(timeout=SECONDS_TO_WAIT):
             raise InputError("Many conditions are being looked up now: try again in a minute.")
         try:

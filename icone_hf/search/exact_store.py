@@ -3,6 +3,7 @@
 FOLDER/
   rows.sqlite          the rows' columns, and where each row's embedding stands
   embeddings-N.f16     the embeddings, one after the other
+  embeddings-N.bits    their signs, where a first pass reads these; see first_pass.py
 
 Embeddings are only added at the file's end, and count once the table of SQLite says so: a process that is killed leaves
 bytes that the next one overwrites. What is deleted leaves a gap; when gaps are a third of the file, it is written anew.
@@ -20,7 +21,9 @@ import pyarrow as pa
 import torch
 
 from ..errors import InputError, StorageError
+from .first_pass import WORD, count_again, most_alike, signs, words_of
 from .row_table import PLACE, REBUILD, RowTable
+from .small_vectors import PRECISIONS
 from .stores import EMBEDDING, SCORE, bytes_of
 
 BLOCK_ROWS = 2**16  # copied into memory at a time
@@ -28,9 +31,10 @@ BLOCK_ROWS = 2**16  # copied into memory at a time
 MARGIN = 4e-3
 TOLERANCE = 0.1  # of a row's length: what is further from 1 is no embedding, but what a broken disk holds
 GAPS = 1 / 3  # of the file, before it is written anew
-_HALF = np.dtype("<f2")
+_HALF, _BITS = np.dtype("<f2"), ".bits"
 # `made` is another one in each store that is made anew in a folder.
 _NO_ROWS: dict[str, Any] = {"file": None, "end": 0, "dim": None, "rows": 0, "version": 0, "made": None}
+_NO_ROWS |= {"precision": PRECISIONS[0]}
 
 
 class ExactStore:
@@ -38,12 +42,15 @@ class ExactStore:
 
     Args:
         folder: of the store; it need not exist yet.
+        precision: one of `PRECISIONS`, for a store without rows; one that has some keeps its own. With `binary` a
+            search compares signs first, and then the embeddings of the rows that differ least.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, precision: str = PRECISIONS[0]):
         self.folder = Path(folder)
+        self.precision = precision
         self.table = RowTable(self.folder / "rows.sqlite")
-        self._mapped: tuple[str, np.ndarray] | None = None
+        self._mapped: dict[str, tuple[str, np.ndarray]] = {}  # by the ending of the file's name
         self._known: tuple[str, np.ndarray] | None = None  # by version: the places of all rows, where there are gaps
 
     # --- changing ---
@@ -58,17 +65,12 @@ class ExactStore:
             if meta["dim"] not in (None, values.shape[1]):
                 raise InputError(f"{self.folder} holds {meta['dim']} dimensions, and these are {values.shape[1]}.")
             name, end = meta["file"] or "embeddings-0.f16", meta["end"]
-            with open(self.folder / name, "r+b" if (self.folder / name).exists() else "w+b") as file:
-                expected = end * values.shape[1] * _HALF.itemsize
-                if (size := file.seek(0, os.SEEK_END)) < expected:
-                    raise _broken(self.folder / name, f"{size:,} bytes of {expected:,}")
-                file.truncate(expected)  # what stands behind it is of a process that was killed
-                file.seek(0, os.SEEK_END)
-                file.write(values.data)
-                file.flush()
-                os.fsync(file.fileno())
+            precision = meta["precision"] if meta["made"] else self.precision
+            _append(self.folder / name, end, values)
+            if precision == "binary":
+                _append((self.folder / name).with_suffix(_BITS), end, signs(values))
             self.table.put(connection, rows, range(end, end + len(rows)))
-            state = {"file": name, "end": end + len(rows), "dim": values.shape[1]}
+            state = {"file": name, "end": end + len(rows), "dim": values.shape[1], "precision": precision}
             state["made"] = meta["made"] or uuid.uuid4().hex
             self.table.set_meta(connection, state)
         self._close_gaps()
@@ -91,18 +93,20 @@ class ExactStore:
                 return
             stored = self._embeddings(connection)
         name = f"embeddings-{1 + int(meta['file'].removeprefix('embeddings-').removesuffix('.f16'))}.f16"
-        with open(self.folder / name, "wb") as file:
-            for start in range(0, len(places), 2**16):
-                file.write(np.ascontiguousarray(stored[places[start : start + 2**16]]).data)
-            file.flush()
-            os.fsync(file.fileno())
+        (self.folder / name).unlink(missing_ok=True)  # of a process that was killed here
+        (self.folder / name).with_suffix(_BITS).unlink(missing_ok=True)
+        for start in range(0, len(places), BLOCK_ROWS):
+            values = np.ascontiguousarray(stored[places[start : start + BLOCK_ROWS]])
+            _append(self.folder / name, start, values)
+            if meta["precision"] == "binary":
+                _append((self.folder / name).with_suffix(_BITS), start, signs(values))
         with self.table.writing() as connection:
             # Each new place is at most the old one, so in ascending order no two rows ever share one.
             moved = [(new, int(old)) for new, old in enumerate(places)]
             connection.executemany(f"UPDATE rows SET {PLACE} = ? WHERE {PLACE} = ?", moved)
             self.table.set_meta(connection, {"file": name, "end": len(places)})
-        for path in self.folder.glob("embeddings-*.f16"):
-            if path.name != name:
+        for path in self.folder.glob("embeddings-*"):
+            if path.stem != Path(name).stem:
                 path.unlink()  # whoever has it open goes on reading it
 
     # --- reading ---
@@ -114,6 +118,9 @@ class ExactStore:
         with self.table.reading() as connection:
             stored, places = self._embeddings(connection), self._places(connection, where)
             count = len(stored) if places is None else len(places)
+            again = count_again(k, count)
+            if again < count and self._meta(connection)["precision"] == "binary":
+                places = most_alike(self._signs(connection), query, places, again)
             best, scores = _nearest(stored, np.ascontiguousarray(query, np.float32), places, min(k, count))
             if np.isnan(scores).any():
                 raise _broken(self.folder / self._meta(connection)["file"], "some embeddings are not of length 1")
@@ -162,8 +169,9 @@ class ExactStore:
 
     def info(self) -> dict[str, Any]:
         """Say what the store is."""
-        dim = self._meta()["dim"] if self.table.is_there() else None
-        return {"store": "exact", "rows": self.count(), "dim": dim, "bytes": bytes_of(self.folder)}
+        meta = self._meta() if self.table.is_there() else {**_NO_ROWS, "precision": self.precision}
+        facts = {"rows": meta["rows"], "dim": meta["dim"], "precision": meta["precision"]}
+        return {"store": "exact", **facts, "bytes": bytes_of(self.folder)}
 
     def _places(self, connection: sqlite3.Connection, where: str | None) -> np.ndarray | None:
         """Find the places to compare; `None` means all."""
@@ -186,15 +194,37 @@ class ExactStore:
         meta = self._meta(connection)
         if not meta["end"]:
             return np.empty((0, meta["dim"] or 0), _HALF)
-        path, shape = self.folder / meta["file"], (meta["end"], meta["dim"])
-        key = f"{meta['made']} {meta['file']} {meta['end']}"
+        return self._map(meta, self.folder / meta["file"], _HALF, meta["dim"])
+
+    def _signs(self, connection: sqlite3.Connection) -> np.ndarray:
+        """Map their signs."""
+        meta = self._meta(connection)
+        path = (self.folder / meta["file"]).with_suffix(_BITS)
+        return self._map(meta, path, WORD, words_of(meta["dim"]))
+
+    def _map(self, meta: dict[str, Any], path: Path, kind: np.dtype, width: int) -> np.ndarray:
+        key = f"{meta['made']} {path.name} {meta['end']}"
         try:
-            mapped = self._mapped  # another thread may put another in its place
+            mapped = self._mapped.get(path.suffix)  # another thread may put another in its place
             if mapped is None or mapped[0] != key:
-                mapped = self._mapped = key, np.memmap(path, _HALF, "c", shape=shape)  # torch takes none to read only
+                rows = np.memmap(path, kind, "c", shape=(meta["end"], width))  # torch takes none to read only
+                mapped = self._mapped[path.suffix] = key, rows
             return mapped[1]
         except (OSError, ValueError) as error:
             raise _broken(path, str(error)) from error
+
+
+def _append(path: Path, place: int, values: np.ndarray) -> None:
+    """Write rows behind the first ones, safe on disk."""
+    with open(path, "r+b" if path.exists() else "w+b") as file:
+        expected = place * values.shape[1] * values.itemsize
+        if (size := file.seek(0, os.SEEK_END)) < expected:
+            raise _broken(path, f"{size:,} bytes of {expected:,}")
+        file.truncate(expected)  # what stands behind it is of a process that was killed
+        file.seek(0, os.SEEK_END)
+        file.write(values.data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _broken(path: Path, why: str) -> StorageError:

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from ..modeling.processing_icone import IConEProcessor, with_eight_bits
 from .cuts import CUTS, automatic_cut
 from .index_folder import IndexFolder, named, settings_of
 from .queries import Term, embed_terms, parse_query
+from .small_vectors import cut
 from .stores import EMBEDDING, SCORE, Store
 
 SAMPLE = 1_000  # random rows whose scores say what chance comes to
@@ -193,17 +194,28 @@ class Gallery:
             keep = min(keep, int(np.count_nonzero(scores >= min_score)))
         return self._rows(found.slice(0, keep))
 
-    def embed(self, query: Query) -> np.ndarray:
-        """Embed a query: `(dim,)`, of length 1."""
-        if isinstance(query, np.ndarray):
-            length = np.linalg.norm(query)
-            if query.shape != (self.settings["dim"],) or not 0 < length < np.inf:
-                raise InputError(
-                    f"An embedding of this index is a vector of {self.settings['dim']} numbers, and this is of shape "
-                    f"{query.shape} and length {length:.3g}."
-                )
-            return (query / length).astype(np.float32)
-        return embed_terms(self._terms(query), lambda: self.model, self.embedding_of)
+    @property
+    def dim(self) -> int:
+        """Say how many dimensions the store holds."""
+        return self.folder.dim()  # as of now: another process may have made it anew
+
+    def embed(self, query: Query, like: Callable[[str], np.ndarray] | None = None) -> np.ndarray:
+        """Embed a query: `(dim,)`, of length 1.
+
+        Args:
+            query: see [`Gallery.search`]. An embedding may be the model's, or one that is cut already.
+            like: returns the embedding of a term's row, by id. Default: [`Gallery.embedding_of`].
+        """
+        dim = self.dim
+        if not isinstance(query, np.ndarray):
+            return embed_terms(self._terms(query), lambda: self.model, like or self.embedding_of, dim)
+        length = np.linalg.norm(query[:dim]) if query.ndim == 1 else 0
+        if query.shape not in ((dim,), (self.settings["dim"],)) or not 0 < length < np.inf:
+            raise InputError(
+                f"An embedding of this index is a vector of {dim} numbers, and this is of shape {query.shape} and "
+                f"length {length:.3g}."
+            )
+        return cut(query, dim).astype(np.float32)
 
     def _terms(self, query: Query) -> Sequence[Term]:
         if isinstance(query, Term):

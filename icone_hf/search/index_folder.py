@@ -97,6 +97,13 @@ class IndexFolder:
                     f"{self.path} has the store {of_index['store']}, not {settings['store']}: leave --store (store=) "
                     "out, or choose another folder."
                 )
+            for name, own in vectors_of(of_index).items():
+                asked, option = settings.get(name), name.removeprefix("store_")
+                if asked not in (None, own):
+                    raise InputError(
+                        f"The store of {self.path} has {option} {own}, not {asked}: leave --{option} ({option}=) out, "
+                        f"or call `icone index {self.path} --rebuild --{option} {asked}` first."
+                    )
             settings = {**of_index, **settings}
         elif not self.seen_file.is_file() and any(path.name not in _BEGUN for path in self.path.iterdir()):
             raise InputError(f"{self.path} is no index, and not empty: choose another folder.")
@@ -148,6 +155,10 @@ class IndexFolder:
         """Name the store: the index's own, or the default."""
         return self.settings()["store"] if (self.path / "index.json").is_file() else STORES[0]
 
+    def dim(self) -> int:
+        """Say how many dimensions the store holds now."""
+        return vectors_of(self.settings())["store_dim"]
+
     def stored(self, kind: str) -> StoredRows:
         """Find the shards of `pictures` or `sentences`."""
         columns = ("image_id", "content") if kind == "pictures" else ("image_id", "caption", "text")
@@ -155,12 +166,13 @@ class IndexFolder:
 
     def store(self, kind: str) -> Store:
         """Open the store of `pictures` or `sentences`."""
-        name = self.settings()["store"]
+        settings = self.settings()
+        name = settings["store"]
         if name == "lancedb":
             from .lance_store import LanceStore  # an extra
 
             return LanceStore(self.path / name / kind)
-        return ExactStore(self.path / name / kind)
+        return ExactStore(self.path / name / kind, vectors_of(settings)["precision"])
 
     def small_copy(self, content: str) -> Path:
         """Name the small copy of an image."""
@@ -179,10 +191,16 @@ def settings_of(
         "model": str(Path(shown).resolve()) if os.path.isdir(shown) else shown,
         "model_digest": digest_all(parts),
         "dim": model.config.projection_dim,
+        "nested_dims": model.config.nested_dims,
         "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
         "jpeg_draft": processor.jpeg_draft,
         "store": store,
     }
+
+
+def vectors_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what a store's vectors are: whole and in float16, unless index.json says otherwise."""
+    return {"store_dim": settings.get("store_dim", settings["dim"]), "precision": settings.get("precision", "float16")}
 
 
 def named(settings: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from .index_folder import DTYPE, STORES, IndexFolder, settings_of
 from .index_rows import captions_by_content, rows_of, schema_of
 from .lance_store import require_lancedb
 from .seen_files import SCHEMA, look_at_files, names_of, read_seen, write_seen
+from .small_vectors import asked_for, cut
 from .stores import Store
 
 logger = logging.get_logger(__name__)
@@ -56,6 +57,8 @@ def index(
     model_name: str | os.PathLike = "",
     left_out: dict[str, str] | None = None,
     store: str | None = None,
+    dim: int | None = None,
+    precision: str | None = None,
     shard_size: int = 1_000,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -77,6 +80,10 @@ def index(
         model_name: Hub id or folder of the model, which a search will load.
         left_out: files that were seen and are in no row, with the reason.
         store: one of `STORES`. Default: the index's own, or `exact`.
+        dim: how many dimensions of each embedding the store holds, the first ones. Default: the index's own, or all.
+            The shards keep all, so [`rebuild`] can change it.
+        precision: one of `PRECISIONS`: what a search of the store `exact` reads first. Default: the index's own, or
+            `float16`. [`rebuild`] can change it.
         shard_size: images in a shard: what a killed process loses at most.
         batch_size, num_workers, autocast: see [`encode`].
         prune: whether to drop what this source no longer has.
@@ -97,6 +104,7 @@ def index(
     # One process looks after the index, and all embed.
     with place.locked() if PartialState().is_main_process else nullcontext():
         settings = settings_of(model, processor, model_name, autocast, store or by_main_process(place.store_name))
+        settings |= by_main_process(asked_for, settings, dim, precision)
         by_main_process(place.start, settings)
         skipped, rows, gone = by_main_process(_look, place, name, source, dict(left_out or {}), prune)
         keywords: dict[str, Any] = {"shard_size": shard_size, "dtype": DTYPE, "batch_size": batch_size}
@@ -122,23 +130,32 @@ def index(
         return by_main_process(_finish, place, name, rows, skipped, unreadable, gone, prune)
 
 
-def rebuild(folder: str | os.PathLike) -> int:
+def rebuild(folder: str | os.PathLike, dim: int | None = None, precision: str | None = None) -> int:
     """Make an index's store anew from its shards.
+
+    Args:
+        folder: of the index.
+        dim: how many dimensions of each embedding it holds from now on. Default: as many as before.
+        precision: what a search reads first from now on. Default: what it read before.
 
     Returns:
         The number of images in it.
 
     Raises:
-        InputError: before anything is deleted, if there is nothing that can be read to make it of.
+        InputError: before anything is deleted, if there is nothing that can be read to make it of, or embeddings have
+            fewer dimensions.
     """
     place = IndexFolder(Path(folder))
     settings = place.settings()
+    asked = asked_for(settings, dim, precision)
     with place.locked():
         if not place.seen_file.is_file():
             raise MissingFileError(f"{place.seen_file} is missing: index each source again. No embedding is lost.")
         read_seen(place.seen_file)
         place.refuse_damaged_shards()
         shutil.rmtree(place.path / settings["store"], ignore_errors=True)
+        if asked:  # a store is never there with rows of another size than index.json says
+            place.write("index.json", {**settings, **asked})
         _bring_in_step(place)
         for kind in KINDS:
             place.store(kind).tidy()
@@ -301,7 +318,7 @@ def _bring_in_step(place: IndexFolder) -> None:
     pictures = Snapshot(place.stored("pictures"))
     places = places_of_images(pictures)
     wanted = {one: row for one, row in rows.items() if one in places}
-    _step(place.store("pictures"), pictures, places, wanted)
+    _step(place.store("pictures"), pictures, places, wanted, place.dim())
 
     sentences = Snapshot(place.stored("sentences"))
     of_texts = _places_of_texts(sentences)
@@ -313,10 +330,10 @@ def _bring_in_step(place: IndexFolder) -> None:
                 captions[one] = {**row, "id": one, "text": text, "captions": [text]}
                 caption_places[one] = of_texts[content, text]
     if captions or place.store("sentences").count():
-        _step(place.store("sentences"), sentences, caption_places, captions)
+        _step(place.store("sentences"), sentences, caption_places, captions, place.dim())
 
 
-def _step(store: Store, shards: Snapshot, places: dict[str, int], wanted: dict[str, dict[str, Any]]) -> None:
+def _step(store: Store, shards: Snapshot, places: dict[str, int], wanted: dict[str, dict[str, Any]], dim: int) -> None:
     """Add and delete rows until all are right."""
     there = dict(zip(*(store.listing()[name].to_pylist() for name in ("id", "digest")), strict=True))
     digests = {one: digest_all({"row": json.dumps(row, sort_keys=True)})[:16] for one, row in wanted.items()}
@@ -327,12 +344,7 @@ def _step(store: Store, shards: Snapshot, places: dict[str, int], wanted: dict[s
     for start in range(0, len(new), ROWS_AT_A_TIME):
         some = new[start : start + ROWS_AT_A_TIME]
         table = pa.Table.from_pylist([{**wanted[one], "digest": digests[one]} for one in some], schema)
-        store.add(table, _unit(shards.embeddings(np.array([places[one] for one in some]))))
-
-
-def _unit(embeddings: np.ndarray) -> np.ndarray:
-    """Scale rows to length 1, which float16 has rounded."""
-    return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+        store.add(table, cut(shards.embeddings(np.array([places[one] for one in some])), dim))
 
 
 def _finish(

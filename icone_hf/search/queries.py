@@ -21,6 +21,7 @@ from ..errors import InputError
 from ..forms.image_names import is_image_name
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor, with_eight_bits
+from .small_vectors import cut
 
 _NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"
 # A term, its sign before it: in double quotes, perhaps with a weight, or up to the next blank.
@@ -144,13 +145,17 @@ def embed_terms(
     terms: Sequence[Term],
     load: Callable[[], tuple[IConEModel, IConEProcessor]],
     like: Callable[[str], np.ndarray],
+    dim: int | None = None,
 ) -> np.ndarray:
     """Embed a query: the weighted sum of its terms, at length 1.
+
+    Each term is cut to as many dimensions as the index holds, then they are added.
 
     Args:
         terms: of the query.
         load: returns the index's model and processor. It is called if a term is a sentence or an image.
         like: returns the embedding of a row, by id.
+        dim: how many dimensions the index holds. Default: all.
 
     Returns:
         `(dim,)` of float32.
@@ -168,6 +173,10 @@ def embed_terms(
             embeddings.append(_embed(*load(), text=[term.text]))
         else:
             embeddings.append(_embed(*load(), images=[_open(term.image)]))
+    if dim is not None:
+        embeddings = [cut(one, dim) for one in embeddings]
+    if len({len(one) for one in embeddings}) > 1:  # one is of a row or an upload from before
+        raise InputError("The index was made anew with another --dim meanwhile: choose its images again.")
     weights = np.array([term.weight for term in terms])
     total = weights / np.abs(weights).max() @ np.array(embeddings, np.float64)
     length = np.linalg.norm(total)

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..progress import progress
 from .index_folder import IndexFolder
 from .indexing import places_of_images
+from .small_vectors import cut
 from .stores import EMBEDDING
 
 QUERIES, K = 100, 10
@@ -60,13 +61,13 @@ def check_store(folder: str | os.PathLike, seed: int = 0) -> dict[str, Any]:
 def _best(place: IndexFolder, queries: np.ndarray, ids: list[str]) -> list[list[str]]:
     """Find each query's best ten by comparing all rows."""
     shards = Snapshot(place.stored("pictures"))
-    places = places_of_images(shards)
+    places, dim = places_of_images(shards), place.dim()
     scores = np.empty((len(queries), len(ids)), np.float32)
     with progress("Comparing", len(ids)) as advance:
         for start in range(0, len(ids), ROWS_AT_A_TIME):
             some = ids[start : start + ROWS_AT_A_TIME]
-            rows = shards.embeddings(np.array([places[one] for one in some]))
-            scores[:, start : start + len(some)] = queries @ (rows / np.linalg.norm(rows, axis=1, keepdims=True)).T
+            rows = cut(shards.embeddings(np.array([places[one] for one in some])), dim)
+            scores[:, start : start + len(some)] = queries @ rows.T
             advance(len(some))
     order = np.argsort(-scores, axis=1, kind="stable")[:, :K]
     return [[ids[row] for row in of_query] for of_query in order]
