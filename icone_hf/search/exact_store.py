@@ -93,8 +93,6 @@ class ExactStore:
                 return
             stored = self._embeddings(connection)
         name = f"embeddings-{1 + int(meta['file'].removeprefix('embeddings-').removesuffix('.f16'))}.f16"
-        (self.folder / name).unlink(missing_ok=True)  # of a process that was killed here
-        (self.folder / name).with_suffix(_BITS).unlink(missing_ok=True)
         for start in range(0, len(places), BLOCK_ROWS):
             values = np.ascontiguousarray(stored[places[start : start + BLOCK_ROWS]])
             _append(self.folder / name, start, values)
