@@ -106,7 +106,9 @@ def open_caches(groups: int, condition: str) -> dict[str, FeatureCache]:
     """Read the caches that `prepare` has filled into memory, by split."""
     caches = {}
     for split in ("train", "validation", "test"):
-        folder = cache_folder(groups) / split
+        # Each key has a folder of its own: the last one is that of today's towers and scenes.
+        files = (cache_folder(groups) / split).glob("*/image.npy")
+        folder = max(files, key=lambda path: path.stat().st_mtime).parent
         cache = FeatureCache(folder, [5] * len(np.load(folder / "image.npy", mmap_mode="r")))
         cache.image, cache.text = np.array(cache.image), np.array(cache.text)
         caches[split] = cache

@@ -198,3 +198,14 @@ def test_images_look_for_images_and_captions_for_the_others_of_their_group():
     assert found["i2i_r1"] == pytest.approx(100 * np.mean(first == np.arange(20)))
     nearest = (texts @ texts.T - 1e9 * np.eye(60)).argmax(axis=1)
     assert found["t2t_r1"] == pytest.approx(100 * np.mean(owner[nearest] == owner))
+
+
+def test_caches_are_found_again_by_split(make_model, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "WORK", tmp_path)
+    built = {
+        split: FeatureCache.build(recipes.cache_folder(4) / split, make_model(), processor, make_groups(4, start=start))
+        for start, split in enumerate(("train", "validation", "test"))
+    }
+    for split, cache in recipes.open_caches(4, "plain").items():
+        np.testing.assert_array_equal(cache.image, built[split].image)
+        np.testing.assert_array_equal(cache.text, built[split].text)
