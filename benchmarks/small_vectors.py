@@ -10,9 +10,11 @@ synthetic vectors, in turns. What results/small_vectors.json already holds is no
 
 import argparse
 import importlib
+import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -59,7 +61,7 @@ def train(data: str, folder: Path, nested: bool, seed: int) -> tuple[GroupEmbedd
         recipes.prepare(3000)
         caches, make = recipes.open_caches(3000, "plain"), lambda config: recipes.towers_model(0, config)
     else:
-        photos = photographs.Photographs(folder, 224)
+        photos = photographs.Photographs(folder, photographs.PLAN["cells"]["224/128"])
         caches = {split: photographs.with_noise(cache, 0.0) for split, cache in photos.caches.items()}
         make = photos.model
     set_seed(seed)
@@ -100,8 +102,8 @@ def rsum_of_stores(embeds: GroupEmbeddings, dim: int, precision: str) -> float:
 
 def rsum_of_int8(embeds: GroupEmbeddings) -> float:
     """Rank embeddings of 8 bits a dimension, with nothing compared again."""
-    images, captions = (rows.numpy() for rows in (embeds.image_embeds, embeds.text_embeds))
-    rounded = [np.rint(rows * (127 / np.abs(rows).max(axis=1, keepdims=True))) for rows in (images, captions)]
+    whole = [rows.numpy() for rows in (embeds.image_embeds, embeds.text_embeds)]
+    rounded = [np.rint(rows * (127 / np.abs(rows).max(axis=1, keepdims=True))) for rows in whole]
     images, captions = (torch.from_numpy(cut(rows, WHOLE)) for rows in rounded)
     return recipes.retrieval_metrics(images, captions, embeds.text_to_image)["rsum"]
 
@@ -194,19 +196,20 @@ def first_passes(drawn: np.ndarray, queries: np.ndarray) -> Iterator[tuple[str, 
     yield "read signs", lambda: bits.sum()
     yield "float16, torch", lambda: halves @ torch.from_numpy(query()).half()
     yield "signs, NumPy (the store's)", lambda: most_alike(bits, query(), None, again)
-    for name in ("simsimd", "numkong", "faiss"):
-        try:
-            package = importlib.import_module(name)
-        except ImportError:
-            continue
-        if name == "simsimd":
-            yield "signs, simsimd", lambda p=package: p.cdist(packed_query(), packed, "hamming", dtype="bin8")
-            yield "int8, simsimd", lambda p=package: p.cdist(eight(query())[None], small, "dot")
-        elif name == "numkong":
-            yield "int8, numkong", lambda p=package: p.cdist(eight(query())[None], small, "dot")
-        else:
-            package.omp_set_num_threads(1)
-            yield "signs, faiss", lambda p=package: p.knn_hamming(packed_query(), packed, 500)
+    simsimd, numkong, faiss = map(package, ("simsimd", "numkong", "faiss"))
+    if simsimd is not None:
+        yield "signs, simsimd", lambda: simsimd.cdist(packed_query(), packed, "hamming", dtype="bin8")
+        yield "int8, simsimd", lambda: simsimd.cdist(eight(query())[None], small, "dot")
+    if numkong is not None:
+        yield "int8, numkong", lambda: numkong.cdist(eight(query())[None], small, "dot")
+    if faiss is not None:
+        faiss.omp_set_num_threads(1)
+        yield "signs, faiss", lambda: faiss.knn_hamming(packed_query(), packed, 500)
+
+
+def package(name: str) -> Any:
+    """Import a package, if it is installed."""
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
 def measure_first_passes(rows: int) -> dict[str, Any]:
@@ -301,10 +304,10 @@ def main() -> None:
             for data in options.data:
                 for nested in (False, True):
                     settings = {"kind": "quality", "data": data, "nested": nested, "seed": seed}
-                    once(settings, lambda d=data, n=nested, s=seed: measure_quality(d, options.flickr8k, n, s))
+                    once(settings, partial(measure_quality, data, options.flickr8k, nested, seed))
         for rows in options.rows:
-            once({"kind": "first passes", "rows": rows}, lambda r=rows: measure_first_passes(r))
-            once({"kind": "stores", "rows": rows}, lambda r=rows: measure_stores(r))
+            once({"kind": "first passes", "rows": rows}, partial(measure_first_passes, rows))
+            once({"kind": "stores", "rows": rows}, partial(measure_stores, rows))
     write()
 
 
