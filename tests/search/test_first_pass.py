@@ -100,8 +100,8 @@ def test_signs_follow_rows_that_come_and_go(tmp_path):
     store.delete([f"{number:05}" for number in range(300)])  # more than a third: written anew
     assert (tmp_path / "embeddings-1.bits").exists()
     assert_whole(store, 100)
-    store.add(rows_of([f"{number:05}" for number in range(10)]), rows[:10])
-    assert_whole(ExactStore(tmp_path), 110)  # it keeps the precision that it was made with
+    ExactStore(tmp_path).add(rows_of([f"{number:05}" for number in range(10)]), rows[:10])
+    assert_whole(store, 110)  # it keeps the precision that it was made with
     for number in (5, 350, 399):
         assert store.search(rows[number], 1)["id"].to_pylist() == [f"{number:05}"]
     assert store.info()["precision"] == ExactStore(tmp_path).info()["precision"] == "binary"
