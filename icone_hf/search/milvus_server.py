@@ -15,6 +15,7 @@ from .stores import EMBEDDING
 TOKEN = "MILVUS_TOKEN"  # environment variable: a key, or user:password
 COLUMNS = "icone.columns"  # a property of the collection
 SECONDS = 60.0  # until a server that doesn't answer is given up
+SECONDS_OF_AN_INDEX = 86_400.0
 _SECONDS_TO_CONNECT = 10.0
 _IDS_AT_A_TIME = 1_000  # in an expression, of rows that come with their embeddings
 _NO_COLLECTION, _NOT_LOADED = 100, 101  # Milvus's codes
@@ -81,7 +82,7 @@ class MilvusCollection:
             except MilvusException as error:
                 if error.code != _NOT_LOADED:
                     raise
-                client.load_collection(self.name)
+                client.load_collection(self.name, timeout=SECONDS_OF_AN_INDEX)
                 return what(client)
         except MilvusException as error:
             if error.code == _NO_COLLECTION and empty is not _NOTHING:

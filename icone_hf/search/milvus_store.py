@@ -23,7 +23,7 @@ import pyarrow as pa
 from ..errors import InputError
 from .milvus_conditions import to_milvus
 from .milvus_rows import FOLDED, LOT, LOTS, ROW, as_added, as_stored, kinds_with, vectors_of
-from .milvus_server import COLUMNS, SECONDS, Known, MilvusCollection, is_one_of, parts
+from .milvus_server import COLUMNS, SECONDS, SECONDS_OF_AN_INDEX, Known, MilvusCollection, is_one_of, parts
 from .row_table import SECONDS_OF_A_FILTER, RowTable, check_condition, no_condition
 from .stores import EMBEDDING, SCORE
 
@@ -71,7 +71,7 @@ class MilvusStore(MilvusCollection):
             if known is None:
                 self._create(client, dim, kinds)
             elif kinds != known.kinds:  # before the rows: who reads them must know their columns
-                client.alter_collection_properties(self.name, {COLUMNS: json.dumps(kinds)})
+                client.alter_collection_properties(self.name, {COLUMNS: json.dumps(kinds)}, timeout=SECONDS)
             for start in range(0, len(new), part):
                 client.upsert(self.name, new[start : start + part], timeout=SECONDS)
 
@@ -91,7 +91,12 @@ class MilvusStore(MilvusCollection):
         indexes.add_index(EMBEDDING, index_type="FLAT", metric_type="COSINE")
         properties = {COLUMNS: json.dumps(dict(kinds))}
         client.create_collection(
-            self.name, schema=schema, index_params=indexes, consistency_level="Strong", properties=properties
+            self.name,
+            schema=schema,
+            index_params=indexes,
+            consistency_level="Strong",
+            properties=properties,
+            timeout=SECONDS,
         )
 
     def delete(self, ids: Sequence[str]) -> None:
@@ -123,16 +128,16 @@ class MilvusStore(MilvusCollection):
             indexes = client.prepare_index_params()
             settings = {"M": NEIGHBOURS, "efConstruction": BUILT_WITH}
             indexes.add_index(EMBEDDING, index_type="HNSW", metric_type="COSINE", params=settings)
-            client.release_collection(self.name)
-            client.drop_index(self.name, EMBEDDING)
-            client.create_index(self.name, indexes)
-            client.load_collection(self.name)
+            client.release_collection(self.name, timeout=SECONDS)
+            client.drop_index(self.name, EMBEDDING, timeout=SECONDS)
+            client.create_index(self.name, indexes, timeout=SECONDS_OF_AN_INDEX)
+            client.load_collection(self.name, timeout=SECONDS_OF_AN_INDEX)
 
         self.ask(change)
 
     def remove(self) -> None:
         """Delete the collection."""
-        self.ask(lambda client: client.drop_collection(self.name))
+        self.ask(lambda client: client.drop_collection(self.name, timeout=SECONDS))
 
     # --- reading ---
 
