@@ -17,6 +17,9 @@ COLUMNS = "icone.columns"  # a property of the collection
 SECONDS = 60.0  # until a server that doesn't answer is given up
 SECONDS_OF_AN_INDEX = 86_400.0
 _SECONDS_TO_CONNECT = 10.0
+# Between pings while an answer is awaited. pymilvus's 10 s are less than the 300 s that gRPC servers take by default: a
+# server that is busy for half a minute then drops the connection as one that pings too often.
+_SECONDS_TO_PING = 330
 _IDS_AT_A_TIME = 1_000  # in an expression, of rows that come with their embeddings
 _NO_COLLECTION, _NOT_LOADED = 100, 101  # Milvus's codes
 _REFUSED = (6, 1100)  # its codes for an expression that it can't take
@@ -65,7 +68,12 @@ class MilvusCollection:
             from pymilvus import MilvusClient
 
             logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # errors come as messages of ours
-            self._connected = MilvusClient(self.address, token=os.environ.get(TOKEN, ""), timeout=_SECONDS_TO_CONNECT)
+            self._connected = MilvusClient(
+                self.address,
+                token=os.environ.get(TOKEN, ""),
+                timeout=_SECONDS_TO_CONNECT,
+                grpc_options={"grpc.keepalive_time_ms": _SECONDS_TO_PING * 1000},
+            )
         return self._connected
 
     def ask(self, what: Callable[[Any], _T], empty: Any = _NOTHING, where: str | None = None) -> _T:

@@ -359,3 +359,13 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"pip install 'icone_hf\[milvus\]'"):
         MilvusStore("http://127.0.0.1:19530", "icone_x")
+
+
+def test_a_busy_server_is_not_pinged_more_often_than_grpc_servers_take(monkeypatch):
+    """They drop a connection that pings twice within 300 s without asking anything."""
+    import pymilvus
+
+    given_ = {}
+    monkeypatch.setattr(pymilvus, "MilvusClient", lambda address, **options: given_.update(options))
+    MilvusStore("http://localhost:1", "icone_none").connection()
+    assert given_["grpc_options"]["grpc.keepalive_time_ms"] > 300_000
