@@ -37,7 +37,6 @@ QUERIES, ROWS = 50, 100_000
 ROUNDS = 3
 BAD = ("truncated.jpg", "empty.jpg", "huge.png", "animated.gif", "cmyk.jpg", "sixteen_bits.png")
 LIMIT = Image.MAX_IMAGE_PIXELS  # Pillow's own
-PEERS = ("rclip", "sentence-transformers", "datasets, FAISS")
 
 
 def write_bad(folder: Path) -> None:
