@@ -65,9 +65,10 @@ $(VENV)/dev: $(VENV)/quickstart
 	$(PYTHON) -m pip install --disable-pip-version-check --no-deps open_clip_torch==3.3.0 clip-benchmark==1.6.2
 	touch $@
 
-# Two workers of a core each; one that is done takes over half of what the other has left.
+# Two workers of a core each; one that is done takes over half of what the other has left. The slowest tests are named,
+# since all together should stay under 15 minutes.
 test: $(VENV)/dev
-	$(PYTHON) -m pytest -n 2 --dist worksteal
+	$(PYTHON) -m pytest -n 2 --dist worksteal --durations 20 --durations-min 5
 
 test-slow: $(VENV)/dev
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not docs and not wheel and not browser"
