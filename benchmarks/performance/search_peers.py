@@ -238,7 +238,7 @@ def with_bad_files(peer: Peer, album: Path, folder: Path) -> dict[str, Any]:
             peer.index(album, folder)
             found = {Path(name).name for name in peer.search("anything")}
     except Exception as error:
-        return {"stops": f"{type(error).__name__}: {error}"[:200]}
+        return {"stops": f"{type(error).__name__}: {str(error).replace(str(album), 'ALBUM')}"[:200]}
     left_out = sorted({*BAD, "whole.jpg"} - found)
     report = folder / "report.json"
     told = said.getvalue() + (report.read_text() if report.is_file() else "")

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..search.indexing import index as build_index
 from ..search.indexing import rebuild
 from ..search.seen_files import names_of
-from ..search.small_vectors import PRECISIONS
+from ..search.small_vectors import PRECISIONS, refuse_precision
 from ..search.store_check import check_store
 from ..search.store_choice import FORMS, refuse_store
 from . import COMMANDS
@@ -81,8 +81,7 @@ class IndexArguments:
             raise InputError(f"dim={self.dim} must be 1 or more.")
         if self.shard_size < 1:
             raise InputError(f"shard_size={self.shard_size} must be 1 or more.")
-        if self.precision not in (None, *PRECISIONS):
-            raise InputError(f"precision={self.precision!r} must be one of {', '.join(PRECISIONS)}.")
+        refuse_precision(self.precision)
         if self.store is not None:
             refuse_store(self.store)
 

@@ -67,14 +67,18 @@ class ExactStore:
                 raise InputError(f"{self.folder} holds {meta['dim']} dimensions, and these are {values.shape[1]}.")
             name, end = meta["file"] or "embeddings-0.f16", meta["end"]
             precision = meta["precision"] if meta["made"] else self.precision
-            _append(self.folder / name, end, values)
-            if precision == "binary":
-                _append((self.folder / name).with_suffix(_BITS), end, signs(values))
+            self._append(name, end, values, precision)
             self.table.put(connection, rows, range(end, end + len(rows)))
             state = {"file": name, "end": end + len(rows), "dim": values.shape[1], "precision": precision}
             state["made"] = meta["made"] or uuid.uuid4().hex
             self.table.set_meta(connection, state)
         self._close_gaps()
+
+    def _append(self, name: str, place: int, values: np.ndarray, precision: str) -> None:
+        """Write embeddings, and their signs where these are read."""
+        _append(self.folder / name, place, values)
+        if precision == "binary":
+            _append((self.folder / name).with_suffix(_BITS), place, signs(values))
 
     def delete(self, ids: Sequence[str]) -> None:
         """Delete rows; see [`Store.delete`]."""
@@ -96,9 +100,7 @@ class ExactStore:
         name = f"embeddings-{1 + int(meta['file'].removeprefix('embeddings-').removesuffix('.f16'))}.f16"
         for start in range(0, len(places), BLOCK_ROWS):
             values = np.ascontiguousarray(stored[places[start : start + BLOCK_ROWS]])
-            _append(self.folder / name, start, values)
-            if meta["precision"] == "binary":
-                _append((self.folder / name).with_suffix(_BITS), start, signs(values))
+            self._append(name, start, values, meta["precision"])
         with self.table.writing() as connection:
             # Each new place is at most the old one, so in ascending order no two rows ever share one.
             moved = [(new, int(old)) for new, old in enumerate(places)]

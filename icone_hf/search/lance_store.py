@@ -72,8 +72,7 @@ class LanceStore:
 
     def __init__(self, folder: Path | str, indexed_from: int = INDEXED_FROM):
         require_lancedb()
-        self.is_on_s3 = str(folder).startswith(S3)
-        self.folder = folder if self.is_on_s3 else Path(folder)
+        self.folder = str(folder) if str(folder).startswith(S3) else Path(folder)  # a text is an address on S3
         self.indexed_from = indexed_from
         self._connected: Any = None
 
@@ -340,11 +339,11 @@ class LanceStore:
     def _unread(self, error: Exception) -> StorageError:
         return StorageError(
             f"{self.folder} can't be read ({_said(error)}): `icone index INDEX --rebuild` makes it anew from the "
-            f"shards.{_OF_S3 * self.is_on_s3}"
+            f"shards.{_OF_S3 * isinstance(self.folder, str)}"
         )
 
     def _unwritten(self, error: Exception) -> StorageError:
-        return StorageError(f"{self.folder} can't be written: {_said(error)}{_OF_S3 * self.is_on_s3}")
+        return StorageError(f"{self.folder} can't be written: {_said(error)}{_OF_S3 * isinstance(self.folder, str)}")
 
 
 def _cosines(rows: np.ndarray, query: np.ndarray) -> np.ndarray:

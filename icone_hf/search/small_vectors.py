@@ -28,6 +28,16 @@ def cut(rows: np.ndarray, dim: int) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
+def refuse_precision(precision: str | None) -> None:
+    """Refuse what names no precision; `None` names none.
+
+    Raises:
+        InputError: naming those that there are.
+    """
+    if precision not in (None, *PRECISIONS):
+        raise InputError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}.")
+
+
 def asked_for(settings: Mapping[str, Any], dim: int | None, precision: str | None) -> dict[str, Any]:
     """Check what is asked for; return it as settings.
 
@@ -45,8 +55,7 @@ def asked_for(settings: Mapping[str, Any], dim: int | None, precision: str | Non
     if dim is not None and nested_dims and dim not in (*nested_dims, whole):
         sizes = ", ".join(map(str, nested_dims))
         logger.warning(f"The model was trained with nested_dims={sizes}, and dim={dim} is none of them: choose one.")
-    if precision not in (None, *PRECISIONS):
-        raise InputError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}.")
+    refuse_precision(precision)
     if precision not in (None, PRECISIONS[0]) and settings["store"] != "exact":
         raise InputError(
             f"precision={precision} is of the store exact, and {settings['store']} makes an index of its own: leave it "
