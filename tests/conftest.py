@@ -1,5 +1,6 @@
 """Fixtures that all tests share; what they are made of is in tiny.py."""
 
+import gc
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside other workers, each has one core; torch reads this when imported
@@ -27,6 +28,16 @@ settings.load_profile("default")
 def _seeded():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections():
+    """Leave all that was imported so far out of Python's garbage collections.
+
+    They took four tenths of the time of tests that train: each looks at all objects, half a million of them.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
