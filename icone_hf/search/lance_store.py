@@ -32,11 +32,11 @@ TABLE = "rows"
 S3 = "s3://"
 INDEXED_FROM = 100_000  # rows; fewer are compared one by one in less time than an index saves
 GROWTH = 4  # times the rows that an index was trained on, before it is trained anew
-# RaBitQ with 4 bits a dimension, 20 groups of about 8,192 rows or more, and 5 times as many rows compared again as are
+# RaBitQ with 4 bits a dimension, 20 groups of about 8,192 rows or more, and twice as many rows compared again as are
 # wanted. Of 100,000 clustered vectors of 512 dimensions that finds all of the best 10 (1 bit: 68 of 100).
-BITS, GROUPS, AGAIN = 4, 20, 5
+BITS, GROUPS, AGAIN = 4, 20, 2
 ROWS_OF_A_GROUP = 8192  # LanceDB's own choice
-MORE = 16  # rows beyond those wanted, since float16 may change neighbours' order
+MORE = 8  # rows beyond those wanted, since float16 may change neighbours' order
 DISTANCE = "_distance"
 _NEAREST = "nearest_"  # an index's name; behind it, on how many rows it was trained
 _IDS = "ids"
@@ -198,7 +198,7 @@ class LanceStore:
 
         def ask(table: Any) -> pa.Table:
             selected = [*table.schema.names, DISTANCE]
-            asked = self._asked(table, query, min(k, table.count_rows()) + MORE, where).select(selected)
+            asked = self._asked(table, query, k + MORE, where).select(selected)
             found = asked.to_arrow(timeout=timedelta(seconds=SECONDS_OF_A_FILTER) if where is not None else None)
             scores = _cosines(vectors_of(found[EMBEDDING]), np.asarray(query, np.float32))
             order = np.argsort(-scores, kind="stable")[:k]
@@ -325,11 +325,14 @@ class LanceStore:
 
     def _asked(self, table: Any, query: np.ndarray, k: int, where: str | None) -> Any:
         """Put a question to the table."""
-        vector = np.ascontiguousarray(query, np.float32)
-        asked = table.search(vector, vector_column_name=EMBEDDING).distance_type("dot").limit(k)
-        groups = max(GROUPS, 2 * math.isqrt(table.count_rows() // ROWS_OF_A_GROUP))
-        # As many groups more as it takes, where few rows of these fit the condition.
-        asked = asked.minimum_nprobes(groups).maximum_nprobes(0).refine_factor(AGAIN)
+        vector, rows = np.ascontiguousarray(query, np.float32), table.count_rows()
+        asked = table.search(vector, vector_column_name=EMBEDDING).distance_type("dot").limit(min(k, rows + MORE))
+        groups = max(GROUPS, 4 * math.isqrt(rows // ROWS_OF_A_GROUP))
+        asked = asked.minimum_nprobes(groups).refine_factor(AGAIN)
+        if where is None and k < ROWS_OF_A_GROUP:
+            return asked.maximum_nprobes(groups)
+        # As many groups more as it takes, where few rows of these fit the condition, or most of all rows are wanted.
+        asked = asked.maximum_nprobes(0)
         return asked if where is None else asked.where(self._condition(table, where), prefilter=True)
 
     def _condition(self, table: Any, where: str) -> str:

@@ -80,6 +80,20 @@ def test_the_index_is_used_with_a_filter_too_and_finds_what_is_nearest(tmp_path)
     assert len(store.search(queries[0], 5000)) == 4000
 
 
+def test_all_rows_are_found_if_all_are_wanted(tmp_path, monkeypatch):
+    """Few of an index's groups are read for few rows, all of them for all."""
+    rows = 60_000  # seven groups
+    monkeypatch.setattr(lance_store, "GROUPS", 1)
+    monkeypatch.setattr(lance_store, "ROWS_OF_A_GROUP", 40_000)  # four groups are read
+    store = LanceStore(tmp_path / "store", indexed_from=1)
+    store.add(pa.table({"id": [f"{number:06}" for number in range(rows)], "digest": ["d"] * rows}), clustered(rows))
+    store.tidy()
+    query = clustered(1)[0]
+    assert store.uses_index(query)
+    assert len(store.search(query, 39_000)) < 39_000
+    assert len(store.search(query, rows)) == rows
+
+
 def test_rows_that_came_after_the_index_are_found_and_then_indexed(tmp_path):
     store = LanceStore(tmp_path / "store", indexed_from=500)
     add(store, range(500))
