@@ -6,6 +6,7 @@ function in several. Where starting an interpreter or a launcher is itself what 
 
 import atexit
 import base64
+import gc
 import json
 import os
 import pickle
@@ -177,6 +178,8 @@ def main(path, *imports):
     sys.path[:] = json.loads(path)
     for name in imports:
         __import__(name)
+    gc.collect()
+    gc.freeze()  # no fork looks for garbage in what was imported here
     running, waiting = {}, b""
     while True:
         readable, _, _ = select.select([0], [], [], 0.02 if running else None)

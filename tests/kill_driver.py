@@ -9,6 +9,7 @@ once: every run is a forked child of this process, which itself never computes.
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -432,6 +433,8 @@ def main():
     if args.folder.is_dir() and any(args.folder.iterdir()):
         parser.error(f"{args.folder} isn't empty.")
     driver = Driver(args.folder.resolve(), args.work, args.processes, args.arguments, args.signals)
+    gc.collect()
+    gc.freeze()  # no fork looks for garbage in what was imported here
     begun = time.monotonic()
     expected, counts = driver.prepare()
     print(f"{args.work}, {args.processes} processes, seed {args.seed}; events of a run: {dict(counts[0])}", flush=True)
