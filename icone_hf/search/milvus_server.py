@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,9 +21,12 @@ _SECONDS_TO_CONNECT = 10.0
 # Between pings while an answer is awaited. pymilvus's 10 s are less than the 300 s that gRPC servers take by default: a
 # server that is busy for half a minute then drops the connection as one that pings too often.
 _SECONDS_TO_PING = 330
+# An answer of Milvus's consistency level Strong waits for the server's next ticks, 0.2 to 0.8 s. One of the level
+# Bounded doesn't, and may lack what was written in the last 5 s. What was written longer ago than this, both have.
+_SECONDS_STRONG = 10.0
 _IDS_AT_A_TIME = 1_000  # in an expression, of rows that come with their embeddings
 _NO_COLLECTION, _NOT_LOADED = 100, 101  # Milvus's codes
-_REFUSED = (6, 1100)  # its codes for an expression that it can't take
+_REFUSED = (6, 1100, 65_535)  # its codes for an expression that it can't take; the last one, of 2.3, for more than that
 _NOTHING: Any = object()
 _T = TypeVar("_T")
 
@@ -58,6 +62,7 @@ class MilvusCollection:
         self.address = address
         self.name = name
         self._connected: Any = None
+        self._written = time.monotonic()  # others may have written until now; from here on, only this process
 
     def __str__(self) -> str:
         return f"{self.name} at {self.address}"
@@ -104,6 +109,20 @@ class MilvusCollection:
                 f"environment variable {TOKEN} hold a key for it, or user:password?"
             ) from error
 
+    def change(self, what: Callable[[Any], object]) -> None:
+        """Ask the server for a change of rows."""
+        try:
+            self.ask(what)
+        finally:  # a part may be written even so
+            self._written = time.monotonic()
+
+    def consistency(self) -> str:
+        """Choose the consistency level of an answer.
+
+        It is the fastest by which the answer is of all that was written before this object was made, and by it since.
+        """
+        return "Strong" if time.monotonic() - self._written < _SECONDS_STRONG else "Bounded"
+
     def look(self, client: Any) -> Known | None:
         """Look what the collection is, or `None`."""
         from pymilvus.exceptions import MilvusException
@@ -124,7 +143,14 @@ class MilvusCollection:
 
     def pages(self, client: Any, expression: str, fields: Sequence[str], size: int) -> Iterator[dict[str, Any]]:
         """Read rows page by page."""
-        read = client.query_iterator(self.name, size, filter=expression, output_fields=list(fields), timeout=SECONDS)
+        read = client.query_iterator(
+            self.name,
+            size,
+            filter=expression,
+            output_fields=list(fields),
+            consistency_level=self.consistency(),
+            timeout=SECONDS,
+        )
         try:
             while page := read.next():
                 yield from page
@@ -135,7 +161,9 @@ class MilvusCollection:
         """Read rows by id, in any order."""
         found: list[dict[str, Any]] = []
         for some in parts(ids, _IDS_AT_A_TIME):
-            found += client.query(self.name, is_one_of(some), list(fields), consistency_level="Strong", timeout=SECONDS)
+            found += client.query(
+                self.name, is_one_of(some), list(fields), consistency_level=self.consistency(), timeout=SECONDS
+            )
         return found
 
 

@@ -6,8 +6,8 @@ Each store is a collection of the server, whose name begins with `icone_` and go
   lot                  a number that the id decides, to take rows at random by
   embedding            float32, of values that float16 holds
 
-Every answer is of all that was written before it (Milvus's consistency level Strong). One process writes, by the lock
-of the index's folder; any number read.
+One process writes, by the lock of the index's folder; any number read. Every answer is of all that was written before
+the store was opened, or by it since, and of what others write at most some seconds later.
 """
 
 import json
@@ -63,7 +63,7 @@ class MilvusStore(MilvusCollection):
         new, dim = as_stored(rows, embeddings), embeddings.shape[1]
         part = max(1, _SENT_BYTES // (4 * dim + _ROW_BYTES))
 
-        def change(client: Any) -> None:
+        def write(client: Any) -> None:
             known = self.look(client)
             if known is not None and known.dim != dim:
                 raise InputError(f"{self} holds {known.dim} dimensions, and these are {dim}.")
@@ -75,7 +75,7 @@ class MilvusStore(MilvusCollection):
             for start in range(0, len(new), part):
                 client.upsert(self.name, new[start : start + part], timeout=SECONDS)
 
-        self.ask(change)
+        self.change(write)
 
     def _create(self, client: Any, dim: int, kinds: Mapping[str, str]) -> None:
         from pymilvus import DataType
@@ -102,13 +102,13 @@ class MilvusStore(MilvusCollection):
     def delete(self, ids: Sequence[str]) -> None:
         """Delete rows; see [`Store.delete`]."""
 
-        def change(client: Any) -> None:
+        def write(client: Any) -> None:
             if self.look(client) is not None:
                 for some in parts(ids, _FILTERED_AT_A_TIME):
                     client.delete(self.name, ids=list(some), timeout=SECONDS)
 
         if len(ids):
-            self.ask(change)
+            self.change(write)
 
     def tidy(self) -> None:
         """Do what is due once a run; see [`Store.tidy`].
@@ -118,7 +118,7 @@ class MilvusStore(MilvusCollection):
         other kind that you have made stays.
         """
 
-        def change(client: Any) -> None:
+        def write(client: Any) -> None:
             known = self.look(client)
             if known is None:
                 return
@@ -133,11 +133,11 @@ class MilvusStore(MilvusCollection):
             client.create_index(self.name, indexes, timeout=SECONDS_OF_AN_INDEX)
             client.load_collection(self.name, timeout=SECONDS_OF_AN_INDEX)
 
-        self.ask(change)
+        self.change(write)
 
     def remove(self) -> None:
         """Delete the collection."""
-        self.ask(lambda client: client.drop_collection(self.name, timeout=SECONDS))
+        self.change(lambda client: client.drop_collection(self.name, timeout=SECONDS))
 
     # --- reading ---
 
@@ -165,7 +165,7 @@ class MilvusStore(MilvusCollection):
                     filter=one,
                     output_fields=["id", "digest", ROW, EMBEDDING],
                     search_params={"metric_type": "COSINE", **wider},
-                    consistency_level="Strong",
+                    consistency_level=self.consistency(),
                     timeout=SECONDS,
                 )
                 found += [hit["entity"] for hit in hits]
@@ -249,7 +249,7 @@ class MilvusStore(MilvusCollection):
 
     def _count(self, client: Any, expression: str) -> int:
         (found,) = client.query(
-            self.name, expression, output_fields=["count(*)"], consistency_level="Strong", timeout=SECONDS
+            self.name, expression, output_fields=["count(*)"], consistency_level=self.consistency(), timeout=SECONDS
         )
         return int(found["count(*)"])
 

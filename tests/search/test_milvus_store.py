@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import uuid
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -219,6 +220,51 @@ def test_infinite_numbers_come_back(milvus, name):
     store.add(pa.table({"id": ["a", "b"], "digest": ["d"] * 2, "size": [float("inf"), 1.5]}), vectors(2))
     assert store.get(["a", "b"])["size"].to_pylist() == [float("inf"), 1.5]
     assert store.count("size > 1e9") == 1
+
+
+def test_answers_wait_for_the_server_only_for_what_may_just_have_been_written(milvus, name, monkeypatch):
+    from pymilvus.exceptions import MilvusException
+
+    now = [100.0]
+    monkeypatch.setattr(milvus_server, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    store, asked = MilvusStore(milvus, name), []
+    client = store.connection()
+
+    def noting(method):
+        def ask(*args, **kwargs):
+            asked.append(kwargs["consistency_level"])
+            return method(*args, **kwargs)
+
+        return ask
+
+    for method in ("search", "query", "query_iterator"):
+        monkeypatch.setattr(client, method, noting(getattr(client, method)))
+
+    def levels():
+        asked.clear()
+        store.search(vectors(1)[0], 2)
+        store.get(["000"])
+        store.count()
+        store.listing()
+        return asked
+
+    def fail(*args, **kwargs):
+        raise MilvusException(1, "the disk is full")
+
+    store.add(table_of(FILLED[:5]), vectors(5))
+    now[0] += 9
+    assert levels() == ["Strong"] * 4
+    now[0] += 2
+    assert levels() == ["Bounded"] * 4
+    store.delete(["001"])
+    assert levels() == ["Strong"] * 4
+    now[0] += 11
+    monkeypatch.setattr(client, "upsert", fail)
+    with pytest.raises(StorageError, match="the disk is full"):  # parts before it may be written
+        store.add(table_of(FILLED[:5]), vectors(5))
+    assert levels() == ["Strong"] * 4
+    # What another process wrote before a store was opened is in its answers.
+    assert MilvusStore(milvus, name).consistency() == "Strong"
 
 
 # --- servers, and what an index keeps of them ---
