@@ -9,7 +9,7 @@
 # make search-demo  searches the quickstart's images by a command and on the page, of which it takes screenshots
 # make app-test     the page of icone app in a headless Chromium, with screenshots in build/app
 # make check        ruff and mypy
-# make docs         builds the documentation site into site/, checks it and runs its tutorials
+# make docs         builds the documentation site into site/, checks it, runs its tutorials and a small quickstart
 # make wheel        builds the wheel into dist/ and tries it in a clean environment
 # make smoke        every experiment of the paper on a handful of scenes, in minutes: that it runs from data to page
 # make bench        how fast it is, beside bare loops and peers: every table of docs/performance.md (80 minutes, on a quiet machine)

@@ -44,6 +44,7 @@ def launch(folder):
     return done.stdout
 
 
+@pytest.mark.docs  # as the tutorials are: it takes two minutes
 def test_the_quickstart_in_miniature(workspace):
     output = launch(workspace)
     assert "Process 1 of 1" in output
