@@ -103,17 +103,25 @@ class CachedRows(InputModule):
 def two_towers(image: np.ndarray, text: np.ndarray, dim: int = DIM) -> tuple[SentenceTransformer, nn.ModuleDict]:
     """Build a SentenceTransformer of two routes; return its projections too.
 
-    Each route is a stand-in tower and a Dense layer without bias. Row numbers of captions follow those of images: the
-    batch sampler of sentence-transformers takes equal values for duplicates, whatever their columns.
+    Row numbers of captions follow those of images: the batch sampler of sentence-transformers takes equal values for
+    duplicates, whatever their columns.
     """
+    rows = CachedRows(image), CachedRows(text, len(image))
+    return routed(*rows, image.shape[1], text.shape[1], dim)
+
+
+def routed(
+    vision: InputModule, text: InputModule, image_width: int, text_width: int, dim: int = DIM
+) -> tuple[SentenceTransformer, nn.ModuleDict]:
+    """Put a Dense layer without bias behind each tower."""
     heads = nn.ModuleDict()
     routes: dict[str, list[Any]] = {}
-    for route, name, rows, first in (
-        ("image", "visual_projection", image, 0),
-        ("text", "text_projection", text, len(image)),
+    for route, name, tower, width in (
+        ("image", "visual_projection", vision, image_width),
+        ("text", "text_projection", text, text_width),
     ):
-        dense = Dense(rows.shape[1], dim, bias=False, activation_function=nn.Identity())
-        routes[route] = [CachedRows(rows, first), dense]
+        dense = Dense(width, dim, bias=False, activation_function=nn.Identity())
+        routes[route] = [tower, dense]
         heads[name] = dense.linear
     return SentenceTransformer(modules=[Router(routes)], device="cpu"), heads
 
@@ -140,13 +148,28 @@ def train_sentence_transformers(
     point: dict[str, Any], caches: dict[str, FeatureCache], epochs: float, batch: int, seed: int
 ) -> tuple[nn.Module, int]:
     """Train one run; return the best epoch's projections and the updates."""
-    train, config = caches["train"], point["config"]
+    train = caches["train"]
     model, heads = two_towers(train.image, train.text)
     best = BestEpoch(heads, caches["validation"])
     pairs = {
         "anchor": train.text_to_image.tolist(),
         "positive": list(range(len(train.image), len(train.image) + len(train.text))),
     }
+    updates = fit_sentence_transformers(model, pairs, point, epochs, batch, seed, [best])
+    best.restore()
+    return heads, updates
+
+
+def fit_sentence_transformers(
+    model: SentenceTransformer,
+    pairs: dict[str, list[Any]],
+    point: dict[str, Any],
+    epochs: float,
+    batch: int,
+    seed: int,
+    callbacks: list[TrainerCallback],
+) -> int:
+    """Train by SentenceTransformerTrainer; return the updates."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = SentenceTransformerTrainer(
             model=model,
@@ -156,12 +179,11 @@ def train_sentence_transformers(
                 router_mapping={"anchor": "image", "positive": "text"},
             ),
             train_dataset=Dataset.from_dict(pairs),
-            loss=ranking_loss(model, config["temperature"], config["symmetric"]),
-            callbacks=[best],
+            loss=ranking_loss(model, point["config"]["temperature"], point["config"]["symmetric"]),
+            callbacks=callbacks,
         )
         trainer.train()
-    best.restore()
-    return heads, trainer.state.global_step
+    return trainer.state.global_step
 
 
 # --- transformers' contrastive-image-text example ---

@@ -303,16 +303,19 @@ def machine(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"one of {os.cpu_count()} cores"
 
 
-def run_once(settings: Mapping[str, Any], train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def run_once(
+    settings: Mapping[str, Any], train: Callable[[], dict[str, Any]], results: recipes.Results | None = None
+) -> dict[str, Any]:
     """Return the run with these settings; train it if the results lack it."""
-    if (done := RESULTS.find(settings)) is not None:
+    results = results or RESULTS
+    if (done := results.find(settings)) is not None:
         return done
     try:
         found = train()
     except DivergedError as error:
         found = {"diverged": str(error)}
     run = {**settings, **found}
-    RESULTS.add(run)
+    results.add(run)
     rsums = [found[split]["rsum"] for split in ("validation", "test") if split in found]
     shown = ", ".join(f"{rsum:.1f}" for rsum in rsums) or "diverged"
     print(f"{dict(settings)}: {shown} ({found.get('seconds')} s)", flush=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.recipes_report import HEAD, TUNING_SEED, marks, row_of, write_between
+from benchmarks.recipes_report import HEAD, TUNING_SEED, marks, row_of, spread, write_between
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "recipes.md"
@@ -93,10 +93,54 @@ def tables(plan: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     return "\n".join(blocks)
 
 
+def read_towers() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read the plan of both towers trained, and its runs."""
+    results = HERE / "results" / "photographs_towers.json"
+    runs = json.loads(results.read_text())["runs"] if results.is_file() else []
+    return yaml.safe_load((HERE / "photographs_towers.yaml").read_text()), runs
+
+
+def towers_table(plan: dict[str, Any], runs: list[dict[str, Any]], frozen: list[dict[str, Any]]) -> str:
+    """Write the table of both towers trained, the best recipe first.
+
+    Args:
+        plan, runs: of both towers.
+        frozen: the runs on frozen towers, in whose cell each recipe has its counterpart.
+    """
+    rows = []
+    for name, recipe in plan["recipes"].items():
+        # Where the plan's rates or epochs have changed since, others may have been run before: the last ones count.
+        tested = [run for run in runs if run["recipe"] == name and "test" in run]
+        found = [run for run in tested if (run["rate"], run["epochs"]) == (tested[-1]["rate"], tested[-1]["epochs"])]
+        if not found:
+            continue
+        alike = final_runs(frozen, recipe.get("frozen", name), plan["cell"])
+        rsums = [run["test"]["rsum"] for run in found]
+        cells = [
+            recipe["label"],
+            f"{found[0]['rate']:g}",
+            f"{mean(run['test']['rsum'] for run in alike):.1f}" if alike else "-",
+            spread([run["validation"]["rsum"] for run in found]),
+            spread(rsums),
+            *(f"{mean(run['test'][measure] for run in found):.1f}" for measure in ("t2i_r1", "i2t_r1")),
+            str(len(found)),
+            f"{mean(run['seconds'] for run in found) / 60:.0f}",
+        ]
+        rows.append((mean(rsums), "| " + " | ".join(cells) + " |"))
+    if not rows:
+        return ""
+    heads = "recipe | rate | test, towers frozen | validation | test | t2i R@1 | i2t R@1 | seeds | minutes"
+    return "\n".join([f"| {heads} |", "|---" * 9 + "|", *(row for _, row in sorted(rows, reverse=True))])
+
+
 def blocks() -> list[tuple[Path, str, str]]:
     """List all tables: page, name of the block, text."""
     measured = read()
-    return [(PAGE, "photographs", overview(*measured)), (PAGE, "photographs' tables", tables(*measured))]
+    return [
+        (PAGE, "photographs", overview(*measured)),
+        (PAGE, "photographs, both towers", towers_table(*read_towers(), measured[1])),
+        (PAGE, "photographs' tables", tables(*measured)),
+    ]
 
 
 def write() -> None:

@@ -162,7 +162,8 @@ class Pairs(torch.utils.data.Dataset):
 
     def __init__(self, groups: Dataset, processor: IConEProcessor):
         captions = [caption for group in groups["captions"] for caption in group]
-        tokens = processor.tokenizer(captions, padding="max_length", max_length=32, truncation=True)
+        length = min(32, processor.tokenizer.model_max_length)
+        tokens = processor.tokenizer(captions, padding="max_length", max_length=length, truncation=True)
         self.ids, self.masks = tokens["input_ids"], tokens["attention_mask"]
         self.rows = np.repeat(np.arange(len(groups)), [len(group) for group in groups["captions"]])
         self.groups, self.processor = groups, processor

@@ -1,0 +1,250 @@
+"""Train both towers on Flickr8k's photographs by the recipes of photographs_towers.yaml.
+
+    python -m benchmarks.photographs_towers [--flickr8k FOLDER] [--recipes icone] [--seeds 0 1 2] [--threads 2]
+    python -m benchmarks.photographs --report
+
+Run `python -m benchmarks.photographs --cells 160/128` first: what it chose is where these begin. Runs that
+results/photographs_towers.json already holds are not run again; an interrupted run of ours is resumed.
+"""
+
+import argparse
+import logging
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging as hf_logging
+
+from benchmarks import peers, photographs, photographs_report, recipes
+from benchmarks.performance.stage_two import Pairs, Tower, collate
+from benchmarks.photographs import Photographs
+from benchmarks.recipes_report import TUNING_SEED
+from icone_hf import (
+    IConEModel,
+    IConEProcessor,
+    IConETrainer,
+    IConETrainingArguments,
+    Stage,
+    retrieval_metrics,
+    sentence_metrics,
+)
+from icone_hf.embedding.encoding import encode_groups
+from icone_hf.training.trials import TUNED_ARGUMENTS
+
+HERE = Path(__file__).parent
+PLAN = yaml.safe_load((HERE / "photographs_towers.yaml").read_text())
+CELL = photographs.PLAN["cells"][PLAN["cell"]]
+RESULTS = recipes.Results(
+    HERE / "results" / "photographs_towers.json",
+    "python -m benchmarks.photographs_towers",
+    ("torch", "transformers", "sentence-transformers"),
+    photographs.WORK,
+)
+
+
+def chosen_values(recipe: str) -> dict[str, Any]:
+    """Read what a recipe of photographs.yaml chose in the cell."""
+    found = photographs_report.final_runs(photographs.RESULTS.read(), recipe, PLAN["cell"])
+    if not found:
+        cell = PLAN["cell"]
+        raise SystemExit(f"First run `python -m benchmarks.photographs --cells {cell} --recipes {recipe}`.")
+    return dict(found[0]["point"])
+
+
+# --- our recipes: frozen towers as in the cell, then InfoNCE through both ---
+
+
+def train_ours(recipe: Mapping[str, Any], rate: float, epochs: float, seed: int, data: Photographs) -> IConEModel:
+    """Train all stages; return the model."""
+    values = chosen_values(recipe["frozen"])
+    of_stage = {name: values.pop(name) for name in ("learning_rate", "instance_weight") if name in values}
+    arguments = {name: values.pop(name) for name in TUNED_ARGUMENTS if name in values}
+    stages = [
+        Stage(
+            f"frozen{number}",
+            photographs.EPOCHS * stage.get("share", 1),
+            of_stage["learning_rate"],
+            of_stage.get("instance_weight", 1) if stage["instance_weight"] else 0,
+            stage["contrastive_weight"],
+            train_encoders=False,
+        )
+        for number, stage in enumerate(photographs.PLAN["recipes"][recipe["frozen"]]["stages"])
+    ]
+    stages.append(Stage("joint", epochs, rate, instance_weight=0, contrastive_weight=1, train_encoders=True))
+    folder = photographs.WORK / "towers" / f"{recipe['frozen']}-{rate:g}-{epochs:g}-{seed}"
+    args = IConETrainingArguments(
+        str(folder),
+        per_device_train_batch_size=CELL["batch"],
+        seed=seed,
+        feature_cache_dir=str(data.features),
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=0.25,  # of a stage
+        save_steps=0.25,
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **arguments,
+    )
+    set_seed(seed)
+    model = data.model(values)
+    trainer = IConETrainer(model, args, data.groups["train"], data.groups["validation"], data.processor, stages)
+    trainer.train(resume_from_checkpoint="auto")
+    shutil.rmtree(folder)
+    return model
+
+
+# --- peers: new projections, both towers, their own trainers ---
+
+
+class NumberedImages(Tower):
+    """Run the vision tower over the images of row numbers.
+
+    sentence-transformers compares the values of a batch: numbers are compared at once, images would be decoded for it.
+    """
+
+    def __init__(self, tower: nn.Module, processor: IConEProcessor, groups: Dataset):
+        super().__init__(tower, processor)
+        self.groups = groups
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        return super().preprocess([self.groups[number]["image"] for number in inputs])
+
+
+class PooledOutput(nn.Module):
+    """Run a tower as VisionTextDualEncoderModel does."""
+
+    def __init__(self, tower: Tower):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, **inputs: Any) -> BaseModelOutputWithPooling:
+        features = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+        pooled = self.tower(features)["sentence_embedding"]
+        return BaseModelOutputWithPooling(last_hidden_state=pooled[:, None], pooler_output=pooled)
+
+
+def sizes(model: IConEModel) -> tuple[int, int, int]:
+    """Return the towers' widths and the projections' dimensions."""
+    heads = model.visual_projection, model.text_projection
+    return heads[0].in_features, heads[1].in_features, heads[0].out_features
+
+
+def train_sentence_transformers(
+    model: IConEModel, data: Photographs, point: dict[str, Any], epochs: float, seed: int
+) -> nn.Module:
+    """Train the model's towers by sentence-transformers; return its projections."""
+    groups = data.groups["train"]
+    vision = NumberedImages(model.vision_model, data.processor, groups)
+    text = Tower(model.text_model, data.processor)
+    trained, heads = peers.routed(vision, text, *sizes(model))
+    rows = data.caches["train"].text_to_image.tolist()
+    pairs = {"anchor": rows, "positive": [caption for captions in groups["captions"] for caption in captions]}
+    peers.fit_sentence_transformers(trained, pairs, point, epochs, CELL["batch"], seed, [])
+    return heads
+
+
+def train_dual_encoder(
+    model: IConEModel, data: Photographs, point: dict[str, Any], epochs: float, seed: int
+) -> nn.Module:
+    """Train the model's towers by transformers' example; return its projections."""
+    trained = peers.dual_encoder(*sizes(model))
+    trained.vision_model, trained.text_model = (
+        PooledOutput(Tower(tower, data.processor)) for tower in (model.vision_model, model.text_model)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = peers.common_arguments(folder, point, epochs, CELL["batch"], seed)
+        args = TrainingArguments(**arguments, remove_unused_columns=False)
+        pairs = Pairs(data.groups["train"], data.processor)
+        Trainer(trained, args, data_collator=collate, train_dataset=pairs).train()
+    return trained
+
+
+TRAINERS = {"sentence_transformers": train_sentence_transformers, "dual_encoder": train_dual_encoder}
+
+
+def train_peer(trainer: str, rate: float, epochs: float, seed: int, data: Photographs) -> IConEModel:
+    """Train a peer; return its weights in our model, to be measured."""
+    config = chosen_values(trainer)
+    config["learning_rate"] = rate
+    set_seed(seed)
+    model = data.model({})
+    point = {"learning_rate": config.pop("learning_rate"), "config": config}
+    heads: Any = TRAINERS[trainer](model, data, point, epochs, seed)
+    for name in ("visual_projection", "text_projection"):
+        getattr(model, name).load_state_dict(getattr(heads, name).state_dict())
+    return model
+
+
+# --- the protocol ---
+
+
+def train(recipe: Mapping[str, Any], rate: float, epochs: float, seed: int, data: Photographs) -> dict[str, Any]:
+    """Train one run; return what is kept of it.
+
+    The test split is looked at for the chosen rate alone.
+    """
+    began = time.perf_counter()
+    if "trainer" in recipe:
+        model = train_peer(recipe["trainer"], rate, epochs, seed, data)
+    else:
+        model = train_ours(recipe, rate, epochs, seed, data)
+    seconds = time.perf_counter() - began
+    found: dict[str, Any] = {"seconds": round(seconds, 1), "updates": updates_of(epochs, data)}
+    for split in ("validation",) if seed == TUNING_SEED else ("validation", "test"):
+        embeds = encode_groups(model, data.processor, data.groups[split])
+        of_captions = sentence_metrics(embeds.text_embeds, embeds.text_to_image) if split == "test" else {}
+        found[split] = {**retrieval_metrics(*embeds), **of_captions}
+    return found
+
+
+def updates_of(epochs: float, data: Photographs) -> int:
+    """Count the updates of both towers."""
+    return math.ceil(epochs * math.ceil(len(data.caches["train"].text_to_image) / CELL["batch"]))
+
+
+def run_recipe(name: str, seeds: Sequence[int], data: Photographs) -> None:
+    """Try a recipe's rates; train the best from all seeds."""
+
+    def run(rate: float, epochs: float, seed: int) -> dict[str, Any]:
+        settings = {"recipe": name, "rate": rate, "epochs": epochs, "seed": seed}
+        return photographs.run_once(settings, lambda: train(PLAN["recipes"][name], rate, epochs, seed, data), RESULTS)
+
+    tried = {rate: run(rate, PLAN["trial_epochs"], TUNING_SEED) for rate in PLAN["rates"]}
+    best = max(tried, key=lambda rate: tried[rate].get("validation", {}).get("rsum", 0.0))
+    for seed in seeds:
+        run(best, PLAN["epochs"], seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flickr8k", type=Path, default=Path("../shared/flickr8k"), help="Folder of the data set.")
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(recipes.SEEDS), help="None: only rates are tried.")
+    parser.add_argument("--threads", type=int, default=1, help="Cores of a run; with 1, several can run at once.")
+    options = recipes.parse_options(parser, PLAN["recipes"], "recipe", photographs_report.write)
+    if options is None:
+        return
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    photographs.WORK.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
+    data = Photographs(options.flickr8k, CELL)
+    for name in recipes.part_of(options.recipes, options.part):
+        run_recipe(name, options.seeds, data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The recipes that train both towers on photographs, on small data."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_groups
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import photographs, photographs_report, photographs_towers, recipes  # noqa: E402
+from icone_hf import FeatureCache  # noqa: E402
+from icone_hf.training.stage_trainer import StageTrainer  # noqa: E402
+
+GROUPS = {split: make_groups(8, start=8 * number) for number, split in enumerate(("train", "validation", "test"))}
+VALUES = {
+    "classifier_hard_negatives": {
+        "learning_rate": 1e-2,
+        "temperature": 0.07,
+        "vision_feature_dropout": 0.5,
+        "hard_negative_beta": 0.5,
+        "instance_logits": "cosine",
+        "instance_weight": 0.1,
+        "class_vectors": "group_means",
+    },
+    "sentence_transformers": {"symmetric": True, "temperature": 0.1, "learning_rate": 1e-2},
+    "dual_encoder": {"learning_rate": 1e-2},
+}
+
+
+class SmallData:
+    """Photographs in small."""
+
+    def __init__(self, make_model, processor, folder):
+        self.groups, self.processor, self.features = GROUPS, processor, folder / "features"
+        self.model = lambda config: make_model(num_groups=8, text_pooling="mean", projection_dim=8, **config)
+        model = self.model({})
+        self.caches = {
+            split: FeatureCache.build(self.features / split, model, processor, groups)
+            for split, groups in GROUPS.items()
+        }
+
+
+@pytest.fixture
+def data(make_model, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(photographs, "WORK", tmp_path)
+    monkeypatch.setattr(photographs_towers, "RESULTS", recipes.Results(tmp_path / "runs.json", "", work=tmp_path))
+    monkeypatch.setattr(photographs_towers, "CELL", {"batch": 4})
+    monkeypatch.setattr(photographs_towers, "chosen_values", lambda recipe: dict(VALUES[recipe]))
+    monkeypatch.setattr(photographs, "EPOCHS", 4)
+    return SmallData(make_model, processor, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["icone", "sentence_transformers", "dual_encoder"])
+def test_a_recipe_trains_towers_and_projections_and_is_tested_at_its_best_rate_alone(data, name, monkeypatch):
+    plan = {**photographs_towers.PLAN, "rates": [1e-9, 1e-2], "epochs": 1, "trial_epochs": 0.5}
+    monkeypatch.setattr(photographs_towers, "PLAN", plan)
+    trained = []
+    measure = photographs_towers.encode_groups
+    monkeypatch.setattr(
+        photographs_towers, "encode_groups", lambda model, *args: trained.append(model) or measure(model, *args)
+    )
+    photographs_towers.run_recipe(name, [0, 1], data)
+    runs = photographs_towers.RESULTS.read()
+    tried, final = runs[:2], runs[2:]
+    assert [(run["rate"], run["epochs"], run["seed"]) for run in tried] == [(1e-9, 0.5, 100), (1e-2, 0.5, 100)]
+    assert not any("test" in run for run in tried)
+    best = max(tried, key=lambda run: run["validation"]["rsum"])["rate"]
+    assert [(run["rate"], run["epochs"], run["seed"]) for run in final] == [(best, 1, 0), (best, 1, 1)]
+    assert all({"rsum", "t2i_r1", "t2t_r1"} <= set(run["test"]) for run in final)
+    # All parts moved at the second rate, and towers hardly at the first.
+    start = data.model({}).state_dict()
+    for model, moves in ((trained[0], False), (trained[1], True)):
+        for tower in ("vision_model", "text_model"):
+            weights = getattr(model, tower).state_dict()
+            apart = max(
+                (weights[key] - start[f"{tower}.{key}"]).abs().max()
+                for key in weights
+                if weights[key].is_floating_point()
+            )
+            assert (apart > 1e-4) == moves, tower
+        assert not torch.equal(model.visual_projection.weight, start["visual_projection.weight"])
+
+
+def test_an_interrupted_run_of_ours_is_resumed_to_the_same_weights(data, tmp_path, monkeypatch):
+    recipe = photographs_towers.PLAN["recipes"]["icone"]
+    whole = photographs_towers.train_ours(recipe, 1e-2, 2, 0, data)
+    step = StageTrainer.training_step
+
+    def stopped(trainer, *args, **kwargs):
+        if trainer.state.global_step == 4 and "joint" in trainer.args.output_dir:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "training_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            photographs_towers.train_ours(recipe, 1e-2, 2, 0, data)
+    assert list(tmp_path.rglob("*joint/checkpoint-3"))
+    resumed = photographs_towers.train_ours(recipe, 1e-2, 2, 0, data)
+    for name, weight in whole.state_dict().items():
+        assert torch.allclose(weight, resumed.state_dict()[name], atol=1e-5), name
+
+
+def test_values_are_those_that_the_frozen_cell_chose(monkeypatch, tmp_path):
+    monkeypatch.setattr(photographs, "RESULTS", recipes.Results(tmp_path / "runs.json", "", work=tmp_path))
+    with pytest.raises(SystemExit, match=r"--cells 160/128 --recipes infonce"):
+        photographs_towers.chosen_values("infonce")
+    run = {"recipe": "infonce", "cell": "160/128", "validation": {"rsum": 1.0}}
+    for seed, rate in ((100, 0.1), (100, 0.2), (0, 0.2)):
+        photographs.RESULTS.add({**run, "seed": seed, "point": {"learning_rate": rate}})
+    assert photographs_towers.chosen_values("infonce") == {"learning_rate": 0.2}
+
+
+def test_every_recipe_is_one_of_the_frozen_cells():
+    for name, recipe in photographs_towers.PLAN["recipes"].items():
+        frozen = photographs.PLAN["recipes"][recipe.get("frozen", name)]
+        assert ("trainer" in recipe) == ("trainer" in frozen)
+        assert recipe.get("trainer") in {None, *photographs_towers.TRAINERS}
+
+
+def test_the_table_has_the_last_chosen_rate_beside_frozen_towers():
+    def run(recipe, seed, rsum, **settings):
+        metrics = {"rsum": rsum, "t2i_r1": 1.0, "i2t_r1": 2.0}
+        tested = {} if seed == 100 else {"test": metrics}
+        made = {"recipe": recipe, "seed": seed, "rate": 0.1, "epochs": 1, "seconds": 120, "validation": metrics}
+        return {**made, **tested, **settings}
+
+    plan = {"cell": "c", "recipes": {"a": {"label": "A", "frozen": "x"}, "b": {"label": "B"}}}
+    frozen = [run("x", 0, 7.0, cell="c", point={}), run("x", 1, 9.0, cell="c", point={})]
+    runs = [run("a", 100, 99.0), run("a", 0, 50.0, rate=0.2), run("a", 0, 1.0), run("a", 1, 2.0), run("b", 0, 4.0)]
+    assert photographs_report.towers_table(plan, runs, frozen).splitlines()[2:] == [
+        "| B | 0.1 | - | 4.0 (4.0-4.0) | 4.0 (4.0-4.0) | 1.0 | 2.0 | 1 | 2 |",
+        "| A | 0.1 | 8.0 | 1.5 (1.0-2.0) | 1.5 (1.0-2.0) | 1.0 | 2.0 | 2 | 2 |",
+    ]
+    assert photographs_report.towers_table(plan, [], frozen) == ""
