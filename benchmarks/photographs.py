@@ -156,6 +156,28 @@ class RecipeTrainer(TrialTrainer):
         return best_epoch, updates
 
 
+def shares_of(recipe: Mapping[str, Any]) -> list[float]:
+    """List its stages' shares of the epochs."""
+    return [stage.get("share", 1) for stage in recipe["stages"]]
+
+
+def stages_of(recipe: Mapping[str, Any]) -> list[Stage]:
+    """Make a recipe's stages, without a candidate's values."""
+    return [
+        Stage(f"stage{i}", 1, 1e-3, stage["instance_weight"], stage["contrastive_weight"], train_encoders=False)
+        for i, stage in enumerate(recipe["stages"])
+    ]
+
+
+def with_values(stage: Stage, values: Mapping[str, Any], epochs: float) -> Stage:
+    """Give a stage a candidate's values.
+
+    A loss that the recipe leaves out of it stays out.
+    """
+    kept = {name: value for name, value in values.items() if not name.endswith("_weight") or getattr(stage, name)}
+    return replace(stage, num_train_epochs=epochs, **kept)
+
+
 class RecipeTrials(Trials):
     """Train a recipe's candidates.
 
@@ -173,11 +195,7 @@ class RecipeTrials(Trials):
         self, data: Photographs, recipe: Mapping[str, Any], cell: Mapping[str, Any], folder: str, device: str = "cpu"
     ):
         self.photographs = data
-        self.shares = [stage.get("share", 1) for stage in recipe["stages"]]
-        self.stages = [
-            Stage(f"stage{i}", 1, 1e-3, stage["instance_weight"], stage["contrastive_weight"], train_encoders=False)
-            for i, stage in enumerate(recipe["stages"])
-        ]
+        self.shares, self.stages = shares_of(recipe), stages_of(recipe)
         args = IConETrainingArguments(
             folder,
             per_device_train_batch_size=cell["batch"],
@@ -205,7 +223,7 @@ class RecipeTrials(Trials):
         began = time.perf_counter()
         set_seed(seed)  # as a run begins
         stages = [
-            replace(stage, num_train_epochs=epochs * share, **stage_values)
+            with_values(stage, stage_values, epochs * share)
             for stage, share in zip(self.stages, self.shares, strict=True)
         ]
         model = self.make_model(config)

@@ -115,6 +115,8 @@ def towers_table(plan: dict[str, Any], runs: list[dict[str, Any]], frozen: list[
         if not found:
             continue
         alike = final_runs(frozen, recipe.get("frozen", name), plan["cell"])
+        diverged = sum(run["recipe"] == name and run["seed"] != TUNING_SEED and "diverged" in run for run in runs)
+        seconds = [run["seconds"] for run in found if "seconds" in run]  # of a resumed run they aren't known
         rsums = [run["test"]["rsum"] for run in found]
         cells = [
             recipe["label"],
@@ -123,8 +125,8 @@ def towers_table(plan: dict[str, Any], runs: list[dict[str, Any]], frozen: list[
             spread([run["validation"]["rsum"] for run in found]),
             spread(rsums),
             *(f"{mean(run['test'][measure] for run in found):.1f}" for measure in ("t2i_r1", "i2t_r1")),
-            str(len(found)),
-            f"{mean(run['seconds'] for run in found) / 60:.0f}",
+            str(len(found)) + (f" ({diverged} more diverged)" if diverged else ""),
+            f"{mean(seconds) / 60:.0f}" if seconds else "-",
         ]
         rows.append((mean(rsums), "| " + " | ".join(cells) + " |"))
     if not rows:

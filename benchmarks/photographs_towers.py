@@ -1,6 +1,6 @@
 """Train both towers on Flickr8k's photographs by the recipes of photographs_towers.yaml.
 
-    python -m benchmarks.photographs_towers [--flickr8k FOLDER] [--recipes icone] [--seeds 0 1 2] [--threads 2]
+    python -m benchmarks.photographs_towers [--flickr8k FOLDER] [--recipes icone] [--seeds 0 1 2]
     python -m benchmarks.photographs --report
 
 Run `python -m benchmarks.photographs --cells 160/128` first: what it chose is where these begin. Runs that
@@ -64,24 +64,22 @@ def chosen_values(recipe: str) -> dict[str, Any]:
 # --- our recipes: frozen towers as in the cell, then InfoNCE through both ---
 
 
+def folder_of(recipe: Mapping[str, Any], rate: float, epochs: float, seed: int) -> Path:
+    """Name the folder of a run of ours: an interrupted one is found again."""
+    return photographs.WORK / "towers" / f"{recipe['frozen']}-{rate:g}-{epochs:g}-{seed}"
+
+
 def train_ours(recipe: Mapping[str, Any], rate: float, epochs: float, seed: int, data: Photographs) -> IConEModel:
     """Train all stages; return the model."""
-    values = chosen_values(recipe["frozen"])
+    frozen, values = photographs.PLAN["recipes"][recipe["frozen"]], chosen_values(recipe["frozen"])
     of_stage = {name: values.pop(name) for name in ("learning_rate", "instance_weight") if name in values}
     arguments = {name: values.pop(name) for name in TUNED_ARGUMENTS if name in values}
     stages = [
-        Stage(
-            f"frozen{number}",
-            photographs.EPOCHS * stage.get("share", 1),
-            of_stage["learning_rate"],
-            of_stage.get("instance_weight", 1) if stage["instance_weight"] else 0,
-            stage["contrastive_weight"],
-            train_encoders=False,
-        )
-        for number, stage in enumerate(photographs.PLAN["recipes"][recipe["frozen"]]["stages"])
+        photographs.with_values(stage, of_stage, photographs.EPOCHS * share)
+        for stage, share in zip(photographs.stages_of(frozen), photographs.shares_of(frozen), strict=True)
     ]
     stages.append(Stage("joint", epochs, rate, instance_weight=0, contrastive_weight=1, train_encoders=True))
-    folder = photographs.WORK / "towers" / f"{recipe['frozen']}-{rate:g}-{epochs:g}-{seed}"
+    folder = folder_of(recipe, rate, epochs, seed)
     args = IConETrainingArguments(
         str(folder),
         per_device_train_batch_size=CELL["batch"],
@@ -196,13 +194,15 @@ def train(recipe: Mapping[str, Any], rate: float, epochs: float, seed: int, data
 
     The test split is looked at for the chosen rate alone.
     """
-    began = time.perf_counter()
-    if "trainer" in recipe:
+    began, is_peer = time.perf_counter(), "trainer" in recipe
+    is_resumed = not is_peer and folder_of(recipe, rate, epochs, seed).is_dir()
+    if is_peer:
         model = train_peer(recipe["trainer"], rate, epochs, seed, data)
     else:
         model = train_ours(recipe, rate, epochs, seed, data)
-    seconds = time.perf_counter() - began
-    found: dict[str, Any] = {"seconds": round(seconds, 1), "updates": updates_of(epochs, data)}
+    found: dict[str, Any] = {"updates": updates_of(epochs, data)}
+    if not is_resumed:  # else only its second part was timed
+        found["seconds"] = round(time.perf_counter() - began, 1)
     for split in ("validation",) if seed == TUNING_SEED else ("validation", "test"):
         embeds = encode_groups(model, data.processor, data.groups[split])
         of_captions = sentence_metrics(embeds.text_embeds, embeds.text_to_image) if split == "test" else {}
@@ -232,7 +232,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flickr8k", type=Path, default=Path("../shared/flickr8k"), help="Folder of the data set.")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(recipes.SEEDS), help="None: only rates are tried.")
-    parser.add_argument("--threads", type=int, default=1, help="Cores of a run; with 1, several can run at once.")
     options = recipes.parse_options(parser, PLAN["recipes"], "recipe", photographs_report.write)
     if options is None:
         return
@@ -240,7 +239,7 @@ def main() -> None:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     photographs.WORK.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     data = Photographs(options.flickr8k, CELL)
     for name in recipes.part_of(options.recipes, options.part):
         run_recipe(name, options.seeds, data)

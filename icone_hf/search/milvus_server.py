@@ -26,7 +26,8 @@ _SECONDS_TO_PING = 330
 _SECONDS_STRONG = 10.0
 _IDS_AT_A_TIME = 1_000  # in an expression, of rows that come with their embeddings
 _NO_COLLECTION, _NOT_LOADED = 100, 101  # Milvus's codes
-_REFUSED = (6, 1100, 65_535)  # its codes for an expression that it can't take; the last one, of 2.3, for more than that
+_REFUSED = (6, 1100)  # its codes for an expression that it can't take
+_UNEXPECTED = 65_535  # its code for many errors, an expression's among them in 2.3
 _NOTHING: Any = object()
 _T = TypeVar("_T")
 
@@ -101,7 +102,8 @@ class MilvusCollection:
             if error.code == _NO_COLLECTION and empty is not _NOTHING:
                 return empty
             said = _said(error)
-            if where is not None and error.code in _REFUSED:
+            is_refused = error.code in _REFUSED or (error.code == _UNEXPECTED and "parse expression" in said)
+            if where is not None and is_refused:
                 known = self.ask(self.look, None)
                 raise no_condition(where, f"Milvus says {said}", list(known.kinds) if known else []) from error
             raise StorageError(
@@ -120,6 +122,7 @@ class MilvusCollection:
         """Choose the consistency level of an answer.
 
         It is the fastest by which the answer is of all that was written before this object was made, and by it since.
+        A server whose `common.gracefulTime` is longer than `_SECONDS_STRONG` (it has 5 s by default) is behind.
         """
         return "Strong" if time.monotonic() - self._written < _SECONDS_STRONG else "Bounded"
 
@@ -143,14 +146,8 @@ class MilvusCollection:
 
     def pages(self, client: Any, expression: str, fields: Sequence[str], size: int) -> Iterator[dict[str, Any]]:
         """Read rows page by page."""
-        read = client.query_iterator(
-            self.name,
-            size,
-            filter=expression,
-            output_fields=list(fields),
-            consistency_level=self.consistency(),
-            timeout=SECONDS,
-        )
+        # Its consistency level is always the collection's own: Strong.
+        read = client.query_iterator(self.name, size, filter=expression, output_fields=list(fields), timeout=SECONDS)
         try:
             while page := read.next():
                 yield from page

@@ -75,6 +75,18 @@ def test_stages_in_memory_end_with_the_weights_of_a_run_with_checkpoints(
         assert torch.allclose(weight, by_trial.heads().state_dict()[name], atol=1e-6), name
 
 
+def test_a_candidates_weight_is_for_the_stages_whose_loss_it_is():
+    recipe = {
+        "stages": [{"instance_weight": 0, "contrastive_weight": 1}, {"instance_weight": 1, "contrastive_weight": 1}]
+    }
+    stages = [
+        photographs.with_values(one, {"instance_weight": 0.1, "learning_rate": 1e-2}, 2)
+        for one in photographs.stages_of(recipe)
+    ]
+    assert [(one.instance_weight, one.contrastive_weight) for one in stages] == [(0, 1), (0.1, 1)]
+    assert [(one.learning_rate, one.num_train_epochs) for one in stages] == [(1e-2, 2)] * 2
+
+
 def test_open_clips_loss_is_its_formula_from_its_start_on():
     rng = np.random.default_rng(0)
     image, text = rng.standard_normal((6, 10), dtype=np.float32), rng.standard_normal((6, 8), dtype=np.float32)

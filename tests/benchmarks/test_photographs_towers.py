@@ -104,6 +104,18 @@ def test_an_interrupted_run_of_ours_is_resumed_to_the_same_weights(data, tmp_pat
         assert torch.allclose(weight, resumed.state_dict()[name], atol=1e-5), name
 
 
+def test_our_runs_begin_with_the_stages_of_the_frozen_cell(data, monkeypatch):
+    made = []
+    monkeypatch.setattr(photographs_towers, "IConETrainer", lambda *args: made.append(args[-1]) or 1 / 0)
+    for frozen, first in (("classifier_hard_negatives", 0.1), ("classifier_later", 0)):
+        values = VALUES["classifier_hard_negatives"]
+        monkeypatch.setattr(photographs_towers, "chosen_values", lambda recipe, values=values: dict(values))
+        with pytest.raises(ZeroDivisionError):
+            photographs_towers.train_ours({"frozen": frozen}, 1e-3, 1, 0, data)
+        stages = [(stage.num_train_epochs, stage.instance_weight, stage.learning_rate) for stage in made.pop()]
+        assert stages == [(1, first, 1e-2), (3, 0.1, 1e-2), (1, 0, 1e-3)]
+
+
 def test_values_are_those_that_the_frozen_cell_chose(monkeypatch, tmp_path):
     monkeypatch.setattr(photographs, "RESULTS", recipes.Results(tmp_path / "runs.json", "", work=tmp_path))
     with pytest.raises(SystemExit, match=r"--cells 160/128 --recipes infonce"):
@@ -131,8 +143,10 @@ def test_the_table_has_the_last_chosen_rate_beside_frozen_towers():
     plan = {"cell": "c", "recipes": {"a": {"label": "A", "frozen": "x"}, "b": {"label": "B"}}}
     frozen = [run("x", 0, 7.0, cell="c", point={}), run("x", 1, 9.0, cell="c", point={})]
     runs = [run("a", 100, 99.0), run("a", 0, 50.0, rate=0.2), run("a", 0, 1.0), run("a", 1, 2.0), run("b", 0, 4.0)]
+    del runs[-1]["seconds"]  # it was resumed
+    runs.append({"recipe": "b", "seed": 1, "rate": 0.1, "epochs": 1, "diverged": "The loss is nan."})
     assert photographs_report.towers_table(plan, runs, frozen).splitlines()[2:] == [
-        "| B | 0.1 | - | 4.0 (4.0-4.0) | 4.0 (4.0-4.0) | 1.0 | 2.0 | 1 | 2 |",
+        "| B | 0.1 | - | 4.0 (4.0-4.0) | 4.0 (4.0-4.0) | 1.0 | 2.0 | 1 (1 more diverged) | - |",
         "| A | 0.1 | 8.0 | 1.5 (1.0-2.0) | 1.5 (1.0-2.0) | 1.0 | 2.0 | 2 | 2 |",
     ]
     assert photographs_report.towers_table(plan, [], frozen) == ""

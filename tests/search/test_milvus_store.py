@@ -237,7 +237,7 @@ def test_answers_wait_for_the_server_only_for_what_may_just_have_been_written(mi
 
         return ask
 
-    for method in ("search", "query", "query_iterator"):
+    for method in ("search", "query"):
         monkeypatch.setattr(client, method, noting(getattr(client, method)))
 
     def levels():
@@ -245,7 +245,6 @@ def test_answers_wait_for_the_server_only_for_what_may_just_have_been_written(mi
         store.search(vectors(1)[0], 2)
         store.get(["000"])
         store.count()
-        store.listing()
         return asked
 
     def fail(*args, **kwargs):
@@ -253,18 +252,36 @@ def test_answers_wait_for_the_server_only_for_what_may_just_have_been_written(mi
 
     store.add(table_of(FILLED[:5]), vectors(5))
     now[0] += 9
-    assert levels() == ["Strong"] * 4
+    assert levels() == ["Strong"] * 3
     now[0] += 2
-    assert levels() == ["Bounded"] * 4
+    assert levels() == ["Bounded"] * 3
     store.delete(["001"])
-    assert levels() == ["Strong"] * 4
+    assert levels() == ["Strong"] * 3
     now[0] += 11
     monkeypatch.setattr(client, "upsert", fail)
     with pytest.raises(StorageError, match="the disk is full"):  # parts before it may be written
         store.add(table_of(FILLED[:5]), vectors(5))
-    assert levels() == ["Strong"] * 4
+    assert levels() == ["Strong"] * 3
     # What another process wrote before a store was opened is in its answers.
     assert MilvusStore(milvus, name).consistency() == "Strong"
+
+
+def test_a_condition_that_an_older_server_cannot_parse_is_told_as_one(milvus, name, monkeypatch):
+    from pymilvus.exceptions import MilvusException
+
+    store = MilvusStore(milvus, name)
+    store.add(table_of(FILLED[:5]), vectors(5))
+    said = ["cannot parse expression: 'and' can only be used between boolean expressions"]
+
+    def refuse(*args, **kwargs):
+        raise MilvusException(65535, said[0])
+
+    monkeypatch.setattr(store.connection(), "search", refuse)
+    with pytest.raises(InputError, match=r"year <> 2020.*cannot parse expression"):
+        store.search(vectors(1)[0], 2, "year <> 2020")
+    said[0] = "the disk is full"  # the same code
+    with pytest.raises(StorageError, match="the disk is full"):
+        store.search(vectors(1)[0], 2, "year <> 2020")
 
 
 # --- servers, and what an index keeps of them ---
