@@ -100,33 +100,35 @@ def read_towers() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return yaml.safe_load((HERE / "photographs_towers.yaml").read_text()), runs
 
 
-def towers_table(plan: dict[str, Any], runs: list[dict[str, Any]], frozen: list[dict[str, Any]]) -> str:
-    """Write the table of both towers trained, the best recipe first.
-
-    Args:
-        plan, runs: of both towers.
-        frozen: the runs on frozen towers, in whose cell each recipe has its counterpart.
-    """
+def towers_table(plan: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    """Write the table of both towers trained, the best recipe first."""
     rows = []
     for name, recipe in plan["recipes"].items():
         # Where the plan's rates or epochs have changed since, others may have been run before: the last ones count.
-        tested = [run for run in runs if run["recipe"] == name and "test" in run]
+        tested = [run for run in runs if run["recipe"] == name and run["rate"] and "test" in run]
         found = [run for run in tested if (run["rate"], run["epochs"]) == (tested[-1]["rate"], tested[-1]["epochs"])]
         if not found:
             continue
-        alike = final_runs(frozen, recipe.get("frozen", name), plan["cell"])
         diverged = sum(run["recipe"] == name and run["seed"] != TUNING_SEED and "diverged" in run for run in runs)
-        seconds = [run["seconds"] for run in found if "seconds" in run]  # of a resumed run they aren't known
+        seeds = {run["seed"] for run in found}
+        starts = [run for run in runs if run["recipe"] == recipe.get("frozen") and not run["rate"]]
+        starts = [run for run in starts if run["seed"] in seeds]
+        minutes = [
+            # Of a resumed run they aren't known.
+            f"{mean(known) / 60:.0f}" if (known := [run["seconds"] for run in some if "seconds" in run]) else "?"
+            for some in (starts, found)
+            if some
+        ]
         rsums = [run["test"]["rsum"] for run in found]
         cells = [
             recipe["label"],
             f"{found[0]['rate']:g}",
-            f"{mean(run['test']['rsum'] for run in alike):.1f}" if alike else "-",
+            f"{mean(run['test']['rsum'] for run in starts):.1f}" if starts else "-",
             spread([run["validation"]["rsum"] for run in found]),
             spread(rsums),
             *(f"{mean(run['test'][measure] for run in found):.1f}" for measure in ("t2i_r1", "i2t_r1")),
             str(len(found)) + (f" ({diverged} more diverged)" if diverged else ""),
-            f"{mean(seconds) / 60:.0f}" if seconds else "-",
+            " + ".join(minutes),
         ]
         rows.append((mean(rsums), "| " + " | ".join(cells) + " |"))
     if not rows:
@@ -140,7 +142,7 @@ def blocks() -> list[tuple[Path, str, str]]:
     measured = read()
     return [
         (PAGE, "photographs", overview(*measured)),
-        (PAGE, "photographs, both towers", towers_table(*read_towers(), measured[1])),
+        (PAGE, "photographs, both towers", towers_table(*read_towers())),
         (PAGE, "photographs' tables", tables(*measured)),
     ]
 

@@ -3,7 +3,7 @@
     python -m benchmarks.photographs_towers [--flickr8k FOLDER] [--recipes icone] [--seeds 0 1 2]
     python -m benchmarks.photographs --report
 
-Run `python -m benchmarks.photographs --cells 160/128` first: what it chose is where these begin. Runs that
+Values are those that `python -m benchmarks.photographs` has chosen for frozen towers. Runs that
 results/photographs_towers.json already holds are not run again; an interrupted run of ours is resumed.
 """
 
@@ -13,7 +13,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ from icone_hf.training.trials import TUNED_ARGUMENTS
 
 HERE = Path(__file__).parent
 PLAN = yaml.safe_load((HERE / "photographs_towers.yaml").read_text())
-CELL = photographs.PLAN["cells"][PLAN["cell"]]
 RESULTS = recipes.Results(
     HERE / "results" / "photographs_towers.json",
     "python -m benchmarks.photographs_towers",
@@ -53,36 +52,24 @@ RESULTS = recipes.Results(
 
 
 def chosen_values(recipe: str) -> dict[str, Any]:
-    """Read what a recipe of photographs.yaml chose in the cell."""
-    found = photographs_report.final_runs(photographs.RESULTS.read(), recipe, PLAN["cell"])
+    """Read what was chosen for a recipe of photographs.yaml."""
+    cell = PLAN["values_of"]
+    found = photographs_report.final_runs(photographs.RESULTS.read(), recipe, cell)
     if not found:
-        cell = PLAN["cell"]
         raise SystemExit(f"First run `python -m benchmarks.photographs --cells {cell} --recipes {recipe}`.")
     return dict(found[0]["point"])
 
 
-# --- our recipes: frozen towers as in the cell, then InfoNCE through both ---
+# --- our recipes: frozen towers, then InfoNCE through both ---
 
 
-def folder_of(recipe: Mapping[str, Any], rate: float, epochs: float, seed: int) -> Path:
-    """Name the folder of a run of ours: an interrupted one is found again."""
-    return photographs.WORK / "towers" / f"{recipe['frozen']}-{rate:g}-{epochs:g}-{seed}"
-
-
-def train_ours(recipe: Mapping[str, Any], rate: float, epochs: float, seed: int, data: Photographs) -> IConEModel:
-    """Train all stages; return the model."""
-    frozen, values = photographs.PLAN["recipes"][recipe["frozen"]], chosen_values(recipe["frozen"])
-    of_stage = {name: values.pop(name) for name in ("learning_rate", "instance_weight") if name in values}
-    arguments = {name: values.pop(name) for name in TUNED_ARGUMENTS if name in values}
-    stages = [
-        photographs.with_values(stage, of_stage, photographs.EPOCHS * share)
-        for stage, share in zip(photographs.stages_of(frozen), photographs.shares_of(frozen), strict=True)
-    ]
-    stages.append(Stage("joint", epochs, rate, instance_weight=0, contrastive_weight=1, train_encoders=True))
-    folder = folder_of(recipe, rate, epochs, seed)
+def train_stages(
+    model: IConEModel, stages: Sequence[Stage], folder: Path, seed: int, data: Photographs, **arguments: Any
+) -> None:
+    """Train stages by the package's trainer; resume them if they were begun."""
     args = IConETrainingArguments(
         str(folder),
-        per_device_train_batch_size=CELL["batch"],
+        per_device_train_batch_size=PLAN["batch"],
         seed=seed,
         feature_cache_dir=str(data.features),
         eval_strategy="steps",
@@ -96,11 +83,31 @@ def train_ours(recipe: Mapping[str, Any], rate: float, epochs: float, seed: int,
         use_cpu=True,
         **arguments,
     )
-    set_seed(seed)
-    model = data.model(values)
     trainer = IConETrainer(model, args, data.groups["train"], data.groups["validation"], data.processor, stages)
     trainer.train(resume_from_checkpoint="auto")
-    shutil.rmtree(folder)
+
+
+def train_frozen(frozen: str, folder: Path, seed: int, data: Photographs) -> IConEModel:
+    """Train the projections of a recipe of photographs.yaml."""
+    recipe, values = photographs.PLAN["recipes"][frozen], chosen_values(frozen)
+    of_stage = {name: values.pop(name) for name in ("learning_rate", "instance_weight") if name in values}
+    arguments = {name: values.pop(name) for name in TUNED_ARGUMENTS if name in values}
+    stages = [
+        photographs.with_values(stage, of_stage, photographs.EPOCHS * share)
+        for stage, share in zip(photographs.stages_of(recipe), photographs.shares_of(recipe), strict=True)
+    ]
+    set_seed(seed)
+    model = data.model(values)
+    train_stages(model, stages, folder, seed, data, **arguments)
+    return model
+
+
+def train_joint(start: Path, folder: Path, rate: float, epochs: float, seed: int, data: Photographs) -> IConEModel:
+    """Train both towers by InfoNCE, from a checkpoint on."""
+    set_seed(seed)
+    model = IConEModel.from_pretrained(start)
+    stage = Stage("joint", epochs, rate, instance_weight=0, contrastive_weight=1, train_encoders=True)
+    train_stages(model, [stage], folder, seed, data)
     return model
 
 
@@ -150,7 +157,7 @@ def train_sentence_transformers(
     trained, heads = peers.routed(vision, text, *sizes(model))
     rows = data.caches["train"].text_to_image.tolist()
     pairs = {"anchor": rows, "positive": [caption for captions in groups["captions"] for caption in captions]}
-    peers.fit_sentence_transformers(trained, pairs, point, epochs, CELL["batch"], seed, [])
+    peers.fit_sentence_transformers(trained, pairs, point, epochs, PLAN["batch"], seed, [])
     return heads
 
 
@@ -163,7 +170,7 @@ def train_dual_encoder(
         PooledOutput(Tower(tower, data.processor)) for tower in (model.vision_model, model.text_model)
     )
     with tempfile.TemporaryDirectory() as folder:
-        arguments = peers.common_arguments(folder, point, epochs, CELL["batch"], seed)
+        arguments = peers.common_arguments(folder, point, epochs, PLAN["batch"], seed)
         args = TrainingArguments(**arguments, remove_unused_columns=False)
         pairs = Pairs(data.groups["train"], data.processor)
         Trainer(trained, args, data_collator=collate, train_dataset=pairs).train()
@@ -189,20 +196,15 @@ def train_peer(trainer: str, rate: float, epochs: float, seed: int, data: Photog
 # --- the protocol ---
 
 
-def train(recipe: Mapping[str, Any], rate: float, epochs: float, seed: int, data: Photographs) -> dict[str, Any]:
-    """Train one run; return what is kept of it.
+def measured(train: Callable[[], IConEModel], is_resumed: bool, seed: int, data: Photographs) -> dict[str, Any]:
+    """Train a run; return what is kept of it.
 
     The test split is looked at for the chosen rate alone.
     """
-    began, is_peer = time.perf_counter(), "trainer" in recipe
-    is_resumed = not is_peer and folder_of(recipe, rate, epochs, seed).is_dir()
-    if is_peer:
-        model = train_peer(recipe["trainer"], rate, epochs, seed, data)
-    else:
-        model = train_ours(recipe, rate, epochs, seed, data)
-    found: dict[str, Any] = {"updates": updates_of(epochs, data)}
-    if not is_resumed:  # else only its second part was timed
-        found["seconds"] = round(time.perf_counter() - began, 1)
+    began = time.perf_counter()
+    model = train()
+    # Of a resumed run only the second part was timed.
+    found: dict[str, Any] = {} if is_resumed else {"seconds": round(time.perf_counter() - began, 1)}
     for split in ("validation",) if seed == TUNING_SEED else ("validation", "test"):
         embeds = encode_groups(model, data.processor, data.groups[split])
         of_captions = sentence_metrics(embeds.text_embeds, embeds.text_to_image) if split == "test" else {}
@@ -210,22 +212,46 @@ def train(recipe: Mapping[str, Any], rate: float, epochs: float, seed: int, data
     return found
 
 
+def run_one(name: str, rate: float, epochs: float, seed: int, data: Photographs) -> dict[str, Any]:
+    """Train a recipe at a rate, unless the results have it."""
+    recipe, folder = PLAN["recipes"][name], photographs.WORK / "towers" / f"{name}-{rate:g}-{epochs:g}-{seed}"
+
+    def train() -> dict[str, Any]:
+        if "trainer" in recipe:
+            found = measured(lambda: train_peer(recipe["trainer"], rate, epochs, seed, data), False, seed, data)
+        else:
+            start = frozen_start(recipe["frozen"], seed, data)
+            is_resumed = folder.is_dir()
+            found = measured(lambda: train_joint(start, folder, rate, epochs, seed, data), is_resumed, seed, data)
+            shutil.rmtree(folder)
+        return {**found, "updates": updates_of(epochs, data)}
+
+    settings = {"recipe": name, "rate": rate, "epochs": epochs, "seed": seed}
+    return photographs.run_once(settings, train, RESULTS)
+
+
+def frozen_start(frozen: str, seed: int, data: Photographs) -> Path:
+    """Train a recipe's projections once for all rates; return the checkpoint."""
+    folder = photographs.WORK / "towers" / f"{frozen}-{seed}"
+    settings = {"recipe": frozen, "rate": None, "epochs": photographs.EPOCHS, "seed": seed}
+    if not (folder / "metrics.json").is_file():  # the results may come from another machine
+        found = measured(lambda: train_frozen(frozen, folder, seed, data), folder.is_dir(), seed, data)
+        if RESULTS.find(settings) is None:
+            RESULTS.add({**settings, **found})
+    return folder
+
+
 def updates_of(epochs: float, data: Photographs) -> int:
     """Count the updates of both towers."""
-    return math.ceil(epochs * math.ceil(len(data.caches["train"].text_to_image) / CELL["batch"]))
+    return math.ceil(epochs * math.ceil(len(data.caches["train"].text_to_image) / PLAN["batch"]))
 
 
 def run_recipe(name: str, seeds: Sequence[int], data: Photographs) -> None:
     """Try a recipe's rates; train the best from all seeds."""
-
-    def run(rate: float, epochs: float, seed: int) -> dict[str, Any]:
-        settings = {"recipe": name, "rate": rate, "epochs": epochs, "seed": seed}
-        return photographs.run_once(settings, lambda: train(PLAN["recipes"][name], rate, epochs, seed, data), RESULTS)
-
-    tried = {rate: run(rate, PLAN["trial_epochs"], TUNING_SEED) for rate in PLAN["rates"]}
+    tried = {rate: run_one(name, rate, PLAN["trial_epochs"], TUNING_SEED, data) for rate in PLAN["rates"]}
     best = max(tried, key=lambda rate: tried[rate].get("validation", {}).get("rsum", 0.0))
     for seed in seeds:
-        run(best, PLAN["epochs"], seed)
+        run_one(name, best, PLAN["epochs"], seed, data)
 
 
 def main() -> None:
@@ -240,7 +266,7 @@ def main() -> None:
     hf_logging.disable_progress_bar()
     photographs.WORK.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    data = Photographs(options.flickr8k, CELL)
+    data = Photographs(options.flickr8k, PLAN)
     for name in recipes.part_of(options.recipes, options.part):
         run_recipe(name, options.seeds, data)
 

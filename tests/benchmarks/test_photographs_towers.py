@@ -47,7 +47,7 @@ class SmallData:
 def data(make_model, processor, tmp_path, monkeypatch):
     monkeypatch.setattr(photographs, "WORK", tmp_path)
     monkeypatch.setattr(photographs_towers, "RESULTS", recipes.Results(tmp_path / "runs.json", "", work=tmp_path))
-    monkeypatch.setattr(photographs_towers, "CELL", {"batch": 4})
+    monkeypatch.setitem(photographs_towers.PLAN, "batch", 4)
     monkeypatch.setattr(photographs_towers, "chosen_values", lambda recipe: dict(VALUES[recipe]))
     monkeypatch.setattr(photographs, "EPOCHS", 4)
     return SmallData(make_model, processor, tmp_path)
@@ -55,8 +55,8 @@ def data(make_model, processor, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["icone", "sentence_transformers", "dual_encoder"])
 def test_a_recipe_trains_towers_and_projections_and_is_tested_at_its_best_rate_alone(data, name, monkeypatch):
-    plan = {**photographs_towers.PLAN, "rates": [1e-9, 1e-2], "epochs": 1, "trial_epochs": 0.5}
-    monkeypatch.setattr(photographs_towers, "PLAN", plan)
+    for key, value in {"rates": [1e-9, 1e-2], "epochs": 1, "trial_epochs": 0.5}.items():
+        monkeypatch.setitem(photographs_towers.PLAN, key, value)
     trained = []
     measure = photographs_towers.encode_groups
     monkeypatch.setattr(
@@ -64,6 +64,10 @@ def test_a_recipe_trains_towers_and_projections_and_is_tested_at_its_best_rate_a
     )
     photographs_towers.run_recipe(name, [0, 1], data)
     runs = photographs_towers.RESULTS.read()
+    starts = [run for run in runs if run["recipe"] == "classifier_hard_negatives"]
+    assert [run["seed"] for run in starts] == ([100, 0, 1] if name == "icone" else [])
+    assert all({"validation", "seconds"} <= set(run) for run in starts)
+    runs = [run for run in runs if run["recipe"] == name]
     tried, final = runs[:2], runs[2:]
     assert [(run["rate"], run["epochs"], run["seed"]) for run in tried] == [(1e-9, 0.5, 100), (1e-2, 0.5, 100)]
     assert not any("test" in run for run in tried)
@@ -72,7 +76,8 @@ def test_a_recipe_trains_towers_and_projections_and_is_tested_at_its_best_rate_a
     assert all({"rsum", "t2i_r1", "t2t_r1"} <= set(run["test"]) for run in final)
     # All parts moved at the second rate, and towers hardly at the first.
     start = data.model({}).state_dict()
-    for model, moves in ((trained[0], False), (trained[1], True)):
+    trained = [trained[1], trained[2]] if starts else trained[:2]  # the first one of ours is the frozen start
+    for model, moves in zip(trained, (False, True), strict=True):
         for tower in ("vision_model", "text_model"):
             weights = getattr(model, tower).state_dict()
             apart = max(
@@ -85,48 +90,49 @@ def test_a_recipe_trains_towers_and_projections_and_is_tested_at_its_best_rate_a
 
 
 def test_an_interrupted_run_of_ours_is_resumed_to_the_same_weights(data, tmp_path, monkeypatch):
-    recipe = photographs_towers.PLAN["recipes"]["icone"]
-    whole = photographs_towers.train_ours(recipe, 1e-2, 2, 0, data)
+    start = photographs_towers.frozen_start("classifier_hard_negatives", 0, data)
+    made = start.stat().st_mtime_ns
+    assert photographs_towers.frozen_start("classifier_hard_negatives", 0, data).stat().st_mtime_ns == made
     step = StageTrainer.training_step
 
     def stopped(trainer, *args, **kwargs):
-        if trainer.state.global_step == 4 and "joint" in trainer.args.output_dir:
+        if trainer.state.global_step == 4:
             raise KeyboardInterrupt
         return step(trainer, *args, **kwargs)
 
+    whole = photographs_towers.train_joint(start, tmp_path / "whole", 1e-2, 2, 0, data)
     with monkeypatch.context() as patch:
         patch.setattr(StageTrainer, "training_step", stopped)
         with pytest.raises(KeyboardInterrupt):
-            photographs_towers.train_ours(recipe, 1e-2, 2, 0, data)
-    assert list(tmp_path.rglob("*joint/checkpoint-3"))
-    resumed = photographs_towers.train_ours(recipe, 1e-2, 2, 0, data)
+            photographs_towers.train_joint(start, tmp_path / "run", 1e-2, 2, 0, data)
+    assert list((tmp_path / "run").rglob("checkpoint-3"))
+    resumed = photographs_towers.train_joint(start, tmp_path / "run", 1e-2, 2, 0, data)
     for name, weight in whole.state_dict().items():
         assert torch.allclose(weight, resumed.state_dict()[name], atol=1e-5), name
 
 
-def test_our_runs_begin_with_the_stages_of_the_frozen_cell(data, monkeypatch):
+def test_frozen_stages_are_those_of_the_recipe(data, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(photographs_towers, "IConETrainer", lambda *args: made.append(args[-1]) or 1 / 0)
+    monkeypatch.setattr(photographs_towers, "train_stages", lambda model, stages, *args, **kwargs: made.append(stages))
+    values = VALUES["classifier_hard_negatives"]
+    monkeypatch.setattr(photographs_towers, "chosen_values", lambda recipe: dict(values))
     for frozen, first in (("classifier_hard_negatives", 0.1), ("classifier_later", 0)):
-        values = VALUES["classifier_hard_negatives"]
-        monkeypatch.setattr(photographs_towers, "chosen_values", lambda recipe, values=values: dict(values))
-        with pytest.raises(ZeroDivisionError):
-            photographs_towers.train_ours({"frozen": frozen}, 1e-3, 1, 0, data)
+        photographs_towers.train_frozen(frozen, tmp_path, 0, data)
         stages = [(stage.num_train_epochs, stage.instance_weight, stage.learning_rate) for stage in made.pop()]
-        assert stages == [(1, first, 1e-2), (3, 0.1, 1e-2), (1, 0, 1e-3)]
+        assert stages == [(1, first, 1e-2), (3, 0.1, 1e-2)]
 
 
-def test_values_are_those_that_the_frozen_cell_chose(monkeypatch, tmp_path):
+def test_values_are_those_chosen_for_frozen_towers(monkeypatch, tmp_path):
     monkeypatch.setattr(photographs, "RESULTS", recipes.Results(tmp_path / "runs.json", "", work=tmp_path))
-    with pytest.raises(SystemExit, match=r"--cells 160/128 --recipes infonce"):
+    with pytest.raises(SystemExit, match=r"--cells 224/128 --recipes infonce"):
         photographs_towers.chosen_values("infonce")
-    run = {"recipe": "infonce", "cell": "160/128", "validation": {"rsum": 1.0}}
+    run = {"recipe": "infonce", "cell": "224/128", "validation": {"rsum": 1.0}}
     for seed, rate in ((100, 0.1), (100, 0.2), (0, 0.2)):
         photographs.RESULTS.add({**run, "seed": seed, "point": {"learning_rate": rate}})
     assert photographs_towers.chosen_values("infonce") == {"learning_rate": 0.2}
 
 
-def test_every_recipe_is_one_of_the_frozen_cells():
+def test_every_recipe_is_one_of_those_on_frozen_towers():
     for name, recipe in photographs_towers.PLAN["recipes"].items():
         frozen = photographs.PLAN["recipes"][recipe.get("frozen", name)]
         assert ("trainer" in recipe) == ("trainer" in frozen)
@@ -140,13 +146,13 @@ def test_the_table_has_the_last_chosen_rate_beside_frozen_towers():
         made = {"recipe": recipe, "seed": seed, "rate": 0.1, "epochs": 1, "seconds": 120, "validation": metrics}
         return {**made, **tested, **settings}
 
-    plan = {"cell": "c", "recipes": {"a": {"label": "A", "frozen": "x"}, "b": {"label": "B"}}}
-    frozen = [run("x", 0, 7.0, cell="c", point={}), run("x", 1, 9.0, cell="c", point={})]
+    plan = {"recipes": {"a": {"label": "A", "frozen": "x"}, "b": {"label": "B"}}}
+    starts = [run("x", seed, rsum, rate=None) for seed, rsum in ((0, 7.0), (1, 9.0), (2, 99.0))]
     runs = [run("a", 100, 99.0), run("a", 0, 50.0, rate=0.2), run("a", 0, 1.0), run("a", 1, 2.0), run("b", 0, 4.0)]
     del runs[-1]["seconds"]  # it was resumed
     runs.append({"recipe": "b", "seed": 1, "rate": 0.1, "epochs": 1, "diverged": "The loss is nan."})
-    assert photographs_report.towers_table(plan, runs, frozen).splitlines()[2:] == [
-        "| B | 0.1 | - | 4.0 (4.0-4.0) | 4.0 (4.0-4.0) | 1.0 | 2.0 | 1 (1 more diverged) | - |",
-        "| A | 0.1 | 8.0 | 1.5 (1.0-2.0) | 1.5 (1.0-2.0) | 1.0 | 2.0 | 2 | 2 |",
+    assert photographs_report.towers_table(plan, starts + runs).splitlines()[2:] == [
+        "| B | 0.1 | - | 4.0 (4.0-4.0) | 4.0 (4.0-4.0) | 1.0 | 2.0 | 1 (1 more diverged) | ? |",
+        "| A | 0.1 | 8.0 | 1.5 (1.0-2.0) | 1.5 (1.0-2.0) | 1.0 | 2.0 | 2 | 2 + 2 |",
     ]
-    assert photographs_report.towers_table(plan, [], frozen) == ""
+    assert photographs_report.towers_table(plan, starts) == ""
