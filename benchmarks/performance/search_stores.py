@@ -3,9 +3,17 @@
 The vectors are synthetic, in clusters. The bare run reads the bytes of the exact store's file once, from the system's
 cache, and does nothing with them. Two more runs, of other sizes, check the formulas of docs/scaling.md, whose constants
 are fitted on the million alone.
+
+Milvus is measured if the command `milvus-server` is found, a whole server on one machine: `pip install milvus==2.3.5
+setuptools`, best in an environment of its own. The two runs of other sizes leave it out.
 """
 
+import contextlib
 import os
+import shutil
+import signal
+import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +23,14 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 
 from benchmarks import harness
+from icone_hf.errors import StorageError
 from icone_hf.search.exact_store import ExactStore
 from icone_hf.search.lance_store import LanceStore
+from icone_hf.search.milvus_store import MilvusStore
 from icone_hf.search.stores import Store
 
 PAGE = harness.HERE.parent / "docs" / "search.md"
@@ -31,11 +42,53 @@ CHECK_QUERIES = 100
 YEARS = 20  # values of the column that a filter asks for
 FILTERED = 100  # of the queries have a filter, and count for recall
 FILTERS = {"": None, " of a twentieth": "year = 2010"}
+MILVUS_COMMAND, ADDRESS = "milvus-server", "address"
+SECONDS_TO_START = 120
+
+
+def open_milvus(folder: Path) -> Store:
+    """Open the store of the server that runs in a folder."""
+    return MilvusStore((folder / ADDRESS).read_text(), "icone_benchmark")
+
+
 STORES: dict[str, Callable[[Path], Store]] = {
     "exact": ExactStore,
     "exact, binary": partial(ExactStore, precision="binary"),
     "lancedb": LanceStore,
+    "milvus": open_milvus,
 }
+
+
+@contextlib.contextmanager
+def serving(name: str, folder: Path) -> Iterator[subprocess.Popen[bytes] | None]:
+    """Run the server that a store needs, if it needs one."""
+    if name != "milvus":
+        yield None
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir()
+    (folder / ADDRESS).write_text(f"http://127.0.0.1:{port}")
+    command = [MILVUS_COMMAND, "--data", str(folder / "data"), "--proxy-port", str(port)]
+    with open(folder / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            ends = time.monotonic() + SECONDS_TO_START
+            while True:
+                try:
+                    open_milvus(folder).count()
+                    break
+                except StorageError as error:  # it doesn't answer yet
+                    if server.poll() is not None or time.monotonic() > ends:
+                        said = (folder / "log").read_text()[-1000:]
+                        raise RuntimeError(f"{MILVUS_COMMAND} didn't start: {said}") from error
+            yield server
+        finally:
+            server.send_signal(signal.SIGINT)
+            try:
+                server.wait(SECONDS_TO_START)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 def vectors(rows: int, dim: int = DIM, seed: int = 0) -> Iterator[np.ndarray]:
@@ -61,6 +114,16 @@ def rows_of(start: int, count: int) -> pa.Table:
     )
 
 
+def bytes_of(folder: Path) -> int:
+    """Sum the bytes of a server's files, which come and go."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.stat(os.path.join(place, name)).st_size
+    return size
+
+
 def build(store: Store, rows: int) -> float:
     """Fill a store; return the seconds, without drawing."""
     seconds, start = 0.0, 0
@@ -82,12 +145,20 @@ def open_and_search(folder: str, name: str, query: np.ndarray) -> None:
 
 def measure_store(folder: Path, name: str, rows: int, queries: np.ndarray, exact: ExactStore) -> dict[str, Any]:
     """Measure one store."""
-    store = exact if name == "exact" else STORES[name](folder)
-    seconds = 0.0 if name == "exact" else build(store, rows)
-    began = time.perf_counter()
-    STORES[name](folder).search(queries[0], K)
-    opened = time.perf_counter() - began
-    figures: dict[str, Any] = {"build": seconds, "open": opened, "bytes": store.info()["bytes"]}
+    with serving(name, folder) as server:
+        store = exact if name == "exact" else STORES[name](folder)
+        seconds = 0.0 if name == "exact" else build(store, rows)
+        began = time.perf_counter()
+        STORES[name](folder).search(queries[0], K)
+        opened = time.perf_counter() - began
+        return {"build": seconds, "open": opened, **measure_searches(folder, name, store, queries, exact, server)}
+
+
+def measure_searches(
+    folder: Path, name: str, store: Store, queries: np.ndarray, exact: ExactStore, server: Any
+) -> dict[str, Any]:
+    """Measure what searches take, and find."""
+    figures: dict[str, Any] = {}
     for label, where in FILTERS.items():
         times, hits = [], 0
         for number, query in enumerate(queries if where is None else queries[:FILTERED]):
@@ -99,14 +170,21 @@ def measure_store(folder: Path, name: str, rows: int, queries: np.ndarray, exact
         p50, p99 = (float(np.percentile(times, q)) for q in (50, 99))
         recall = 1.0 if name == "exact" else hits / (min(FILTERED, len(queries)) * K)
         figures |= {f"p50{label}": p50, f"p99{label}": p99, f"recall{label}": recall}
-    figures["memory"] = harness.peak_memory(open_and_search, str(folder), name, queries[0])
-    return figures
+    memory = harness.peak_memory(open_and_search, str(folder), name, queries[0])
+    size = store.info()["bytes"]
+    if server is not None:  # what lies there is the server's
+        running = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        memory["peak"] += sum(process.memory_info().rss for process in running) / 2**20
+        size = bytes_of(folder)
+    return {**figures, "memory": memory, "bytes": size}
 
 
 def measure_size(rows: int, queries: np.ndarray) -> dict[str, dict[str, float]]:
     """Measure what the formulas predict, of each store."""
     found = {}
     for name, open_store in STORES.items():
+        if name == "milvus":
+            continue
         with tempfile.TemporaryDirectory() as folder:
             store = open_store(Path(folder, name))
             seconds, times = build(store, rows), []
@@ -133,7 +211,8 @@ def measure(rows: int = ROWS, queries: int = QUERIES, checked: Sequence[int] = C
         number = iter(range(10**9))
         runs = {"read": read, "exact": lambda: exact.search(wanted[next(number) % queries], K)}
         times = harness.interleaved(runs, ROUNDS)
-        stores = {name: measure_store(Path(folder, name), name, rows, wanted, exact) for name in STORES}
+        named = [name for name in STORES if name != "milvus" or shutil.which(MILVUS_COMMAND)]
+        stores = {name: measure_store(Path(folder, name), name, rows, wanted, exact) for name in named}
         stores["exact"]["build"] = seconds
     sizes = {"rows": rows, "dim": DIM, "queries": queries, "cores": os.cpu_count()}
     checks = {str(size): measure_size(size, wanted[:CHECK_QUERIES]) for size in checked}
@@ -161,7 +240,7 @@ def table(results: dict[str, Any]) -> str:
         cells += [f"{memory['peak'] - memory['before']:,.0f} MiB", f"{figures['bytes'] / 2**20:,.0f} MiB"]
         rows.append(cells)
     heads = [*("store", "to build", "to open, and the first search", "p50 / p99", "recall@10", "of a twentieth")]
-    heads += ["recall@10", "memory of a new process, its file cache included", "on disk"]
+    heads += ["recall@10", "memory of a new process and its server, file cache included", "on disk"]
     times = f"{harness.ratio(results['seconds'], 'exact', to='read'):.2f}"
     note = f"An exact search takes {times} times what reading its bytes once takes, in turns with it."
     shown = f"{results['rows']:,} vectors of {results['dim']} dimensions, {results['queries']:,} queries."
