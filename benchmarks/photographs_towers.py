@@ -248,7 +248,9 @@ def updates_of(epochs: float, data: Photographs) -> int:
 
 def run_recipe(name: str, seeds: Sequence[int], data: Photographs) -> None:
     """Try a recipe's rates; train the best from all seeds."""
-    tried = {rate: run_one(name, rate, PLAN["trial_epochs"], TUNING_SEED, data) for rate in PLAN["rates"]}
+    tried = {
+        rate: run_one(name, rate, PLAN["trial_epochs"], TUNING_SEED, data) for rate in PLAN["recipes"][name]["rates"]
+    }
     best = max(tried, key=lambda rate: tried[rate].get("validation", {}).get("rsum", 0.0))
     for seed in seeds:
         run_one(name, best, PLAN["epochs"], seed, data)

@@ -55,8 +55,9 @@ def data(make_model, processor, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["icone", "sentence_transformers", "dual_encoder"])
 def test_a_recipe_trains_towers_and_projections_and_is_tested_at_its_best_rate_alone(data, name, monkeypatch):
-    for key, value in {"rates": [1e-9, 1e-2], "epochs": 1, "trial_epochs": 0.5}.items():
+    for key, value in {"epochs": 1, "trial_epochs": 0.5}.items():
         monkeypatch.setitem(photographs_towers.PLAN, key, value)
+    monkeypatch.setitem(photographs_towers.PLAN["recipes"][name], "rates", [1e-9, 1e-2])
     trained = []
     measure = photographs_towers.encode_groups
     monkeypatch.setattr(
@@ -137,6 +138,7 @@ def test_every_recipe_is_one_of_those_on_frozen_towers():
         frozen = photographs.PLAN["recipes"][recipe.get("frozen", name)]
         assert ("trainer" in recipe) == ("trainer" in frozen)
         assert recipe.get("trainer") in {None, *photographs_towers.TRAINERS}
+        assert len(recipe["rates"]) == 3, "tuned alike"
 
 
 def test_the_table_has_the_last_chosen_rate_beside_frozen_towers():
