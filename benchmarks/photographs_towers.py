@@ -90,8 +90,10 @@ def train_stages(
 def train_frozen(frozen: str, folder: Path, seed: int, data: Photographs) -> IConEModel:
     """Train the projections of a recipe of photographs.yaml."""
     recipe, values = photographs.PLAN["recipes"][frozen], chosen_values(frozen)
-    of_stage = {name: values.pop(name) for name in ("learning_rate", "instance_weight") if name in values}
-    arguments = {name: values.pop(name) for name in TUNED_ARGUMENTS if name in values}
+    stage_fields = [name for name in Stage.__dataclass_fields__ if name in values]
+    of_stage, arguments = (
+        {name: values.pop(name) for name in names if name in values} for names in (stage_fields, TUNED_ARGUMENTS)
+    )
     stages = [
         photographs.with_values(stage, of_stage, photographs.EPOCHS * share)
         for stage, share in zip(photographs.stages_of(recipe), photographs.shares_of(recipe), strict=True)
