@@ -156,26 +156,24 @@ class RecipeTrainer(TrialTrainer):
         return best_epoch, updates
 
 
-def shares_of(recipe: Mapping[str, Any]) -> list[float]:
-    """List its stages' shares of the epochs."""
-    return [stage.get("share", 1) for stage in recipe["stages"]]
-
-
 def stages_of(recipe: Mapping[str, Any]) -> list[Stage]:
-    """Make a recipe's stages, without a candidate's values."""
+    """Make a recipe's stages, without a candidate's values.
+
+    Their epochs are shares of a run's.
+    """
     return [
-        Stage(f"stage{i}", 1, 1e-3, stage["instance_weight"], stage["contrastive_weight"], train_encoders=False)
-        for i, stage in enumerate(recipe["stages"])
+        Stage(f"stage{i}", one.get("share", 1), 1e-3, one["instance_weight"], one["contrastive_weight"], False)
+        for i, one in enumerate(recipe["stages"])
     ]
 
 
 def with_values(stage: Stage, values: Mapping[str, Any], epochs: float) -> Stage:
-    """Give a stage a candidate's values.
+    """Give a stage a candidate's values, and its share of a run's epochs.
 
     A loss that the recipe leaves out of it stays out.
     """
     kept = {name: value for name, value in values.items() if not name.endswith("_weight") or getattr(stage, name)}
-    return replace(stage, num_train_epochs=epochs, **kept)
+    return replace(stage, num_train_epochs=epochs * stage.num_train_epochs, **kept)
 
 
 class RecipeTrials(Trials):
@@ -195,7 +193,7 @@ class RecipeTrials(Trials):
         self, data: Photographs, recipe: Mapping[str, Any], cell: Mapping[str, Any], folder: str, device: str = "cpu"
     ):
         self.photographs = data
-        self.shares, self.stages = shares_of(recipe), stages_of(recipe)
+        self.stages = stages_of(recipe)
         args = IConETrainingArguments(
             folder,
             per_device_train_batch_size=cell["batch"],
@@ -222,10 +220,7 @@ class RecipeTrials(Trials):
         stage_values, config, arguments = self.applied(values)
         began = time.perf_counter()
         set_seed(seed)  # as a run begins
-        stages = [
-            with_values(stage, stage_values, epochs * share)
-            for stage, share in zip(self.stages, self.shares, strict=True)
-        ]
+        stages = [with_values(stage, stage_values, epochs) for stage in self.stages]
         model = self.make_model(config)
         args = self._arguments({"seed": seed, "report_to": "none", **arguments}, model.config)
         trainer = RecipeTrainer(model, args, *self.data, stages)
@@ -340,6 +335,15 @@ def run_once(
     return run
 
 
+def prepare() -> None:
+    """Say little, compute on one thread, and make the folder of work."""
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    WORK.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flickr8k", type=Path, default=Path("../shared/flickr8k"), help="Folder of the data set.")
@@ -348,11 +352,7 @@ def main() -> None:
     options = recipes.parse_options(parser, PLAN["recipes"], "recipe of a cell", photographs_report.write)
     if options is None:
         return
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    WORK.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    prepare()
     data: dict[str, Photographs] = {}
     for of_cell in options.cells:
         cell = PLAN["cells"][of_cell]

@@ -28,11 +28,11 @@ NAMES = {
 }
 
 
-def read() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Read the plan, and all runs."""
-    results = HERE / "results" / "photographs.json"
+def read(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read the plan and all runs of a comparison."""
+    results = HERE / "results" / f"{name}.json"
     runs = json.loads(results.read_text())["runs"] if results.is_file() else []
-    return yaml.safe_load((HERE / "photographs.yaml").read_text()), runs
+    return yaml.safe_load((HERE / f"{name}.yaml").read_text()), runs
 
 
 def final_runs(runs: list[dict[str, Any]], recipe: str, cell: str) -> list[dict[str, Any]]:
@@ -93,13 +93,6 @@ def tables(plan: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     return "\n".join(blocks)
 
 
-def read_towers() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Read the plan of both towers trained, and its runs."""
-    results = HERE / "results" / "photographs_towers.json"
-    runs = json.loads(results.read_text())["runs"] if results.is_file() else []
-    return yaml.safe_load((HERE / "photographs_towers.yaml").read_text()), runs
-
-
 def towers_table(plan: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """Write the table of both towers trained, the best recipe first."""
     rows = []
@@ -139,10 +132,10 @@ def towers_table(plan: dict[str, Any], runs: list[dict[str, Any]]) -> str:
 
 def blocks() -> list[tuple[Path, str, str]]:
     """List all tables: page, name of the block, text."""
-    measured = read()
+    measured = read("photographs")
     return [
         (PAGE, "photographs", overview(*measured)),
-        (PAGE, "photographs, both towers", towers_table(*read_towers())),
+        (PAGE, "photographs, both towers", towers_table(*read("photographs_towers"))),
         (PAGE, "photographs' tables", tables(*measured)),
     ]
 

@@ -8,7 +8,6 @@ results/photographs_towers.json already holds are not run again; an interrupted 
 """
 
 import argparse
-import logging
 import math
 import shutil
 import tempfile
@@ -23,7 +22,6 @@ from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import logging as hf_logging
 
 from benchmarks import peers, photographs, photographs_report, recipes
 from benchmarks.performance.stage_two import Pairs, Tower, collate
@@ -38,8 +36,9 @@ from icone_hf import (
     retrieval_metrics,
     sentence_metrics,
 )
+from icone_hf.data.captions import Captions
 from icone_hf.embedding.encoding import encode_groups
-from icone_hf.training.trials import TUNED_ARGUMENTS
+from icone_hf.training.trials import Trials
 
 HERE = Path(__file__).parent
 PLAN = yaml.safe_load((HERE / "photographs_towers.yaml").read_text())
@@ -89,17 +88,13 @@ def train_stages(
 
 def train_frozen(frozen: str, folder: Path, seed: int, data: Photographs) -> IConEModel:
     """Train the projections of a recipe of photographs.yaml."""
-    recipe, values = photographs.PLAN["recipes"][frozen], chosen_values(frozen)
-    stage_fields = [name for name in Stage.__dataclass_fields__ if name in values]
-    of_stage, arguments = (
-        {name: values.pop(name) for name in names if name in values} for names in (stage_fields, TUNED_ARGUMENTS)
-    )
+    of_stage, config, arguments = Trials.applied(chosen_values(frozen))
     stages = [
-        photographs.with_values(stage, of_stage, photographs.EPOCHS * share)
-        for stage, share in zip(photographs.stages_of(recipe), photographs.shares_of(recipe), strict=True)
+        photographs.with_values(stage, of_stage, photographs.EPOCHS)
+        for stage in photographs.stages_of(photographs.PLAN["recipes"][frozen])
     ]
     set_seed(seed)
-    model = data.model(values)
+    model = data.model(config)
     train_stages(model, stages, folder, seed, data, **arguments)
     return model
 
@@ -153,12 +148,11 @@ def train_sentence_transformers(
     model: IConEModel, data: Photographs, point: dict[str, Any], epochs: float, seed: int
 ) -> nn.Module:
     """Train the model's towers by sentence-transformers; return its projections."""
-    groups = data.groups["train"]
-    vision = NumberedImages(model.vision_model, data.processor, groups)
+    vision = NumberedImages(model.vision_model, data.processor, data.groups["train"])
     text = Tower(model.text_model, data.processor)
     trained, heads = peers.routed(vision, text, *sizes(model))
-    rows = data.caches["train"].text_to_image.tolist()
-    pairs = {"anchor": rows, "positive": [caption for captions in groups["captions"] for caption in captions]}
+    captions = Captions.read(data.groups["train"])
+    pairs = {"anchor": captions.text_to_image.tolist(), "positive": captions.flat}
     peers.fit_sentence_transformers(trained, pairs, point, epochs, PLAN["batch"], seed, [])
     return heads
 
@@ -184,11 +178,9 @@ TRAINERS = {"sentence_transformers": train_sentence_transformers, "dual_encoder"
 
 def train_peer(trainer: str, rate: float, epochs: float, seed: int, data: Photographs) -> IConEModel:
     """Train a peer; return its weights in our model, to be measured."""
-    config = chosen_values(trainer)
-    config["learning_rate"] = rate
     set_seed(seed)
     model = data.model({})
-    point = {"learning_rate": config.pop("learning_rate"), "config": config}
+    point = {"learning_rate": rate, "config": chosen_values(trainer)}
     heads: Any = TRAINERS[trainer](model, data, point, epochs, seed)
     for name in ("visual_projection", "text_projection"):
         getattr(model, name).load_state_dict(getattr(heads, name).state_dict())
@@ -245,7 +237,7 @@ def frozen_start(frozen: str, seed: int, data: Photographs) -> Path:
 
 def updates_of(epochs: float, data: Photographs) -> int:
     """Count the updates of both towers."""
-    return math.ceil(epochs * math.ceil(len(data.caches["train"].text_to_image) / PLAN["batch"]))
+    return math.ceil(epochs * math.ceil(len(Captions.read(data.groups["train"])) / PLAN["batch"]))
 
 
 def run_recipe(name: str, seeds: Sequence[int], data: Photographs) -> None:
@@ -265,11 +257,7 @@ def main() -> None:
     options = recipes.parse_options(parser, PLAN["recipes"], "recipe", photographs_report.write)
     if options is None:
         return
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    photographs.WORK.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    photographs.prepare()
     data = Photographs(options.flickr8k, PLAN)
     for name in recipes.part_of(options.recipes, options.part):
         run_recipe(name, options.seeds, data)

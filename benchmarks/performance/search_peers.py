@@ -30,6 +30,7 @@ from icone_hf.data.pictures import find_pictures
 from icone_hf.search.exact_store import ExactStore
 from icone_hf.search.indexing import index
 from icone_hf.search.queries import Term, embed_terms
+from icone_hf.search.stores import bytes_of
 
 PAGE = harness.HERE.parent / "docs" / "search.md"
 IMAGES, SIDE, BATCH_SIZE = 512, 480, 64
@@ -283,7 +284,7 @@ def measure() -> dict[str, Any]:
                 began = time.perf_counter()
                 hold(query)
                 times.append(time.perf_counter() - began)
-            on_disk = sum(path.stat().st_size for path in (top / f"rows-{kind}").rglob("*") if path.is_file())
+            on_disk = bytes_of(top / f"rows-{kind}")
             # rclip's import changes both for its whole process.
             ImageFile.LOAD_TRUNCATED_IMAGES = kind == "rclip"
             Image.MAX_IMAGE_PIXELS = None if kind == "rclip" else LIMIT

@@ -31,7 +31,7 @@ from icone_hf.errors import StorageError
 from icone_hf.search.exact_store import ExactStore
 from icone_hf.search.lance_store import LanceStore
 from icone_hf.search.milvus_store import MilvusStore
-from icone_hf.search.stores import Store
+from icone_hf.search.stores import Store, bytes_of
 
 PAGE = harness.HERE.parent / "docs" / "search.md"
 ROWS, DIM, CLUSTERS, SPREAD = 1_000_000, 512, 10_000, 0.7
@@ -51,18 +51,18 @@ def open_milvus(folder: Path) -> Store:
     return MilvusStore((folder / ADDRESS).read_text(), "icone_benchmark")
 
 
-STORES: dict[str, Callable[[Path], Store]] = {
+IN_PROCESS: dict[str, Callable[[Path], Store]] = {
     "exact": ExactStore,
     "exact, binary": partial(ExactStore, precision="binary"),
     "lancedb": LanceStore,
-    "milvus": open_milvus,
 }
+STORES = {**IN_PROCESS, "milvus": open_milvus}
 
 
 @contextlib.contextmanager
 def serving(name: str, folder: Path) -> Iterator[subprocess.Popen[bytes] | None]:
     """Run the server that a store needs, if it needs one."""
-    if name != "milvus":
+    if name in IN_PROCESS:
         yield None
         return
     with socket.socket() as free:
@@ -112,16 +112,6 @@ def rows_of(start: int, count: int) -> pa.Table:
             "year": [2000 + number % YEARS for number in numbers],
         }
     )
-
-
-def bytes_of(folder: Path) -> int:
-    """Sum the bytes of a server's files, which come and go."""
-    size = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                size += os.stat(os.path.join(place, name)).st_size
-    return size
 
 
 def build(store: Store, rows: int) -> float:
@@ -182,9 +172,7 @@ def measure_searches(
 def measure_size(rows: int, queries: np.ndarray) -> dict[str, dict[str, float]]:
     """Measure what the formulas predict, of each store."""
     found = {}
-    for name, open_store in STORES.items():
-        if name == "milvus":
-            continue
+    for name, open_store in IN_PROCESS.items():
         with tempfile.TemporaryDirectory() as folder:
             store = open_store(Path(folder, name))
             seconds, times = build(store, rows), []
@@ -211,7 +199,7 @@ def measure(rows: int = ROWS, queries: int = QUERIES, checked: Sequence[int] = C
         number = iter(range(10**9))
         runs = {"read": read, "exact": lambda: exact.search(wanted[next(number) % queries], K)}
         times = harness.interleaved(runs, ROUNDS)
-        named = [name for name in STORES if name != "milvus" or shutil.which(MILVUS_COMMAND)]
+        named = STORES if shutil.which(MILVUS_COMMAND) else IN_PROCESS
         stores = {name: measure_store(Path(folder, name), name, rows, wanted, exact) for name in named}
         stores["exact"]["build"] = seconds
     sizes = {"rows": rows, "dim": DIM, "queries": queries, "cores": os.cpu_count()}

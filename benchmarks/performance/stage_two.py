@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.base.modules import Dense, InputModule, Router
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.modules import InputModule
 from sentence_transformers.base.sampler import BatchSamplers
 from torch import nn
 from torch.nn import functional as F
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from benchmarks.harness import interleaved, markdown, ratio
-from benchmarks.peers import ranking_loss
+from benchmarks.peers import ranking_loss, routed
 from benchmarks.recipes import TOWERS
 from icone_hf import (
     GroupBatchSampler,
@@ -38,6 +38,7 @@ from icone_hf import (
     Stage,
     load_groups,
 )
+from icone_hf.data.captions import Captions
 
 GROUPS, PIXELS, BATCH, DIM = 40, 96, 32, 512
 STEPS, NOT_COUNTED = 6, 1  # the first step allocates
@@ -161,18 +162,18 @@ class Pairs(torch.utils.data.Dataset):
     """
 
     def __init__(self, groups: Dataset, processor: IConEProcessor):
-        captions = [caption for group in groups["captions"] for caption in group]
+        captions = Captions.read(groups)
         length = min(32, processor.tokenizer.model_max_length)
-        tokens = processor.tokenizer(captions, padding="max_length", max_length=length, truncation=True)
+        tokens = processor.tokenizer(captions.flat, padding="max_length", max_length=length, truncation=True)
         self.ids, self.masks = tokens["input_ids"], tokens["attention_mask"]
-        self.rows = np.repeat(np.arange(len(groups)), [len(group) for group in groups["captions"]])
+        self.rows = captions.text_to_image.tolist()
         self.groups, self.processor = groups, processor
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self.groups[int(self.rows[index])]["image"]
+        image = self.groups[self.rows[index]]["image"]
         pixel_values = self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixel_values, "input_ids": self.ids[index], "attention_mask": self.masks[index]}
 
@@ -238,12 +239,10 @@ def sentence_transformers(groups: Dataset) -> float:
     """
     processor = IConEProcessor.from_encoders(*TOWERS)
     vision, text = (Tower(AutoModel.from_pretrained(tower), processor) for tower in TOWERS)
-    heads = [Dense(width, DIM, bias=False, activation_function=nn.Identity()) for width in (1280, 384)]
-    routes: dict[str, list[Any]] = {"image": [vision, heads[0]], "text": [text, heads[1]]}
-    model = SentenceTransformer(modules=[Router(routes)], device="cpu")
-    captions = [caption for group in groups["captions"] for caption in group]
-    rows = np.repeat(np.arange(len(groups)), [len(group) for group in groups["captions"]])
-    pairs = groups.select(rows).select_columns(["image"]).add_column("positive", captions)
+    model, _ = routed(vision, text, 1280, 384)
+    captions = Captions.read(groups)
+    images = groups.select(captions.text_to_image.tolist()).select_columns(["image"])
+    pairs = images.add_column("positive", captions.flat)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         SentenceTransformerTrainer(

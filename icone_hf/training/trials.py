@@ -139,7 +139,8 @@ class Trials:
             raise InputError(str(error)) from error
         check_recipe(model, args, len(self.data[0]), [replace(self.stage, **stage)])
 
-    def applied(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    @staticmethod
+    def applied(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Sort values by where they belong.
 
         Returns:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from search.servers import needs_milvus
 
 from icone_hf.errors import InputError
+from icone_hf.search import stores as stores_module
 from icone_hf.search.exact_store import ExactStore
 from icone_hf.search.lance_store import LanceStore
 from icone_hf.search.milvus_store import MilvusStore
@@ -381,3 +382,9 @@ def test_what_is_made_anew_under_an_open_store_is_seen(make_store, tmp_path):
         best = reader.search(vectors(20, seed=year)[3], 1)
         assert best["id"].to_pylist() == [f"{year} 3"]
         assert reader.count(f"year = {year}") == reader.count() == 20
+
+
+def test_a_file_that_goes_while_sizes_are_added_counts_nothing(tmp_path, monkeypatch):
+    (tmp_path / "there").write_bytes(b"123")
+    monkeypatch.setattr(stores_module.os, "walk", lambda folder: [(str(folder), [], ["gone", "there"])])
+    assert stores_module.bytes_of(tmp_path) == 3
