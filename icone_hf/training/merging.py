@@ -5,6 +5,7 @@ the two, a model often keeps what the base knew and most of what training added 
 fine-tuning of zero-shot models"). Of several tuned checkpoints the mean counts (Wortsman et al. 2022, "Model soups").
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,9 +101,13 @@ class CheckpointMerge:
     def interpolate(self, alpha: float) -> IConEModel:
         """Return the model with the weights of an alpha."""
         _check_alpha(alpha)
-        state = self.model.state_dict()
-        for name, mean in self._tuned_weights.items():
-            state[name].copy_(mean if self._base_weights is None else self._base_weights[name].lerp(mean, alpha))
+        base, tuned, state = self._base_weights, self._tuned_weights, self.model.state_dict()
+        mixed = {name: mean if base is None else base[name].lerp(mean, alpha) for name, mean in tuned.items()}
+        if self.model.logit_scale is None:
+            temperature = math.exp(-mixed.pop("logit_scale").item())
+            self.model.config.temperature = float(f"{temperature:.6g}")  # 0.05 stays 0.05 in float32
+        for name, value in mixed.items():
+            state[name].copy_(value)
         return self.model
 
     def sweep(
@@ -241,8 +246,14 @@ def _check_alpha(alpha: float) -> None:
 
 
 def _weights(model: IConEModel) -> dict[str, torch.Tensor]:
-    """Return a model's weights, without counters and the like."""
-    return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+    """Return a model's weights, without counters and the like.
+
+    The temperature is one of them, as its logarithm's negative, whether it is learned or not.
+    """
+    weights = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+    if model.logit_scale is None:
+        weights["logit_scale"] = torch.tensor(-math.log(model.config.temperature))
+    return weights
 
 
 def _class_vectors(infos: Mapping[str, Mapping[str, Any]]) -> str:
