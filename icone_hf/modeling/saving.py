@@ -4,7 +4,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .compat import BeforeUploadMixin
@@ -16,6 +18,25 @@ from .sentence_transformers_files import write_sentence_transformers_files
 from .sharded_classifier import ShardedClassifier
 
 logger = logging.get_logger(__name__)
+
+
+# Say where a checkpoint is, among the arguments of `from_pretrained`.
+OF_PLACE = (
+    *("subfolder", "variant", "revision", "use_safetensors"),
+    *("cache_dir", "token", "force_download", "local_files_only"),
+)
+
+
+class LearnedTemperature(PreTrainedModel):
+    """Read a checkpoint's learned temperature, and no other weight."""
+
+    config_class = PreTrainedConfig
+    _keys_to_ignore_on_load_unexpected = [r"^(?!logit_scale$)"]  # noqa: RUF012
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.post_init()
 
 
 class SavingMixin(BeforeUploadMixin):
@@ -35,7 +56,8 @@ class SavingMixin(BeforeUploadMixin):
 
         Its weights are read from safetensors files alone, unless `use_safetensors=False` is passed. `num_groups=0`
         leaves the class vectors on disk. With another `num_groups` than the checkpoint's the classifier starts fresh,
-        and a warning is logged.
+        and a warning is logged. `learn_temperature=False` fixes a learned temperature where it is, unless `temperature`
+        is passed too.
 
         Raises:
             RuntimeError: if any other weight differs in shape, unless `ignore_mismatched_sizes=True` is passed; if a
@@ -78,6 +100,13 @@ class SavingMixin(BeforeUploadMixin):
                 f"The checkpoint has class vectors for {saved[0]} groups, {wanted[0]} are wanted: the classifier "
                 "starts fresh, everything else is the checkpoint's."
             )
+        if "logit_scale" in info["unexpected_keys"] and "temperature" not in kwargs:
+            place = {name: value for name, value in kwargs.items() if name in OF_PLACE}
+            learned = LearnedTemperature.from_pretrained(
+                pretrained_model_name_or_path, config=PreTrainedConfig(), **place
+            )
+            model.config.temperature = torch.exp(-learned.logit_scale.detach().float()).item()
+            info["unexpected_keys"].discard("logit_scale")  # it was of use
         return (model, info) if return_info else model
 
     def save_pretrained(

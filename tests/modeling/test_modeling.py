@@ -1,4 +1,5 @@
 import logging as python_logging
+import math
 
 import children
 import numpy as np
@@ -335,6 +336,24 @@ def test_a_checkpoint_without_classifier_gets_one(make_model, tmp_path):
     assert class_vectors.shape == (6, 16)
     assert class_vectors.std().item() == pytest.approx(0.02, rel=0.3)  # as every new linear layer of the towers
     assert len(class_vectors.unique()) == 6 * 16
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "1KB"])
+def test_a_learned_temperature_stays_where_it_is_fixed(make_model, batch, tmp_path, max_shard_size):
+    model = make_model(learn_temperature=True, temperature=0.05).eval()
+    model.logit_scale.data.fill_(2.0)  # as training leaves it: the config keeps where it began
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    fixed, info = IConEModel.from_pretrained(tmp_path, learn_temperature=False, output_loading_info=True)
+    assert fixed.logit_scale is None
+    assert not info["unexpected_keys"]
+    assert fixed.temperature == pytest.approx(math.exp(-2))
+    torch.testing.assert_close(fixed(**batch).logits_per_image, model(**batch).logits_per_image)
+    fixed.save_pretrained(tmp_path / "again")
+    assert IConEModel.from_pretrained(tmp_path / "again").temperature == fixed.temperature
+    given = IConEModel.from_pretrained(tmp_path, learn_temperature=False, temperature=0.2)
+    assert given.temperature == 0.2
+    hinge = IConEModel.from_pretrained(tmp_path, learn_temperature=False, contrastive_loss="max_hinge")
+    torch.testing.assert_close(hinge(**batch).logits_per_image, model(**batch).logits_per_image)
 
 
 def test_any_other_mismatch_is_an_error(make_model, tmp_path):
