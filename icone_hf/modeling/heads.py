@@ -15,17 +15,17 @@ from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 
 from .compat import LeftOutOfDDPMixin
 from .configuration_icone import IConEConfig
+from .dropout import drop_features
 from .objective import (
     Teachers,
     check_pairs,
     contrastive_objective,
-    count_ranks,
     instance_objective,
-    rank_index,
     taught_objectives,
     with_taught,
 )
 from .projections import Projection
+from .ranks import count_ranks, rank_index
 from .sharded_classifier import ShardedClassifier
 
 LOWEST_TEMPERATURE = 0.01  # CLIP's bound for a learned one
@@ -150,30 +150,16 @@ class HeadsMixin(LeftOutOfDDPMixin):
         if self.logit_scale is not None:
             self.logit_scale.data.fill_(-math.log(temperature))
 
-    def drop_features(self, pooled: torch.Tensor, share: float) -> torch.Tensor:
-        """Set pooled features to 0 at random, in training.
-
-        Every rank draws the global batch's mask and takes its own rows of it: the ranks start with one random state,
-        and would otherwise all drop the same features.
-
-        Args:
-            pooled: `(batch, width)`, of one tower.
-            share: of its features.
-        """
-        if not self.training or not share:
-            return pooled
-        rows = len(pooled)
-        drawn = torch.rand(count_ranks() * rows, *pooled.shape[1:], device=pooled.device)
-        is_kept = drawn[rank_index() * rows :][:rows] >= share
-        return pooled * is_kept.to(pooled.dtype) / (1 - share)
-
     def project_image(self, pooled: torch.Tensor) -> torch.Tensor:
         """Project pooled image features, some of them dropped."""
-        return self.visual_projection(self.drop_features(pooled, self.config.vision_feature_dropout))
+        return self.visual_projection(self._dropped(pooled, self.config.vision_feature_dropout))
 
     def project_text(self, pooled: torch.Tensor) -> torch.Tensor:
         """Project pooled caption features, some of them dropped."""
-        return self.text_projection(self.drop_features(pooled, self.config.text_feature_dropout))
+        return self.text_projection(self._dropped(pooled, self.config.text_feature_dropout))
+
+    def _dropped(self, pooled: torch.Tensor, share: float) -> torch.Tensor:
+        return drop_features(pooled, share) if self.training and share else pooled
 
     def left_out_of_ddp(self) -> list[str]:
         """Name the parameters that DDP must not average.

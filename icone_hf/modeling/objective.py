@@ -10,6 +10,7 @@ from .class_sampling import sample_classes, scored_rows
 from .configuration_icone import IConEConfig
 from .errors import ModelError
 from .losses import IGNORED_GROUP, contrastive_loss, hinge_loss, instance_loss, nested_mean, sigmoid_loss
+from .ranks import count_ranks, rank_index
 from .taught_losses import distillation_loss, soft_target_loss, uni_modal_loss
 
 # The losses that have teachers, and the fields of the config that hold their weights.
@@ -34,17 +35,6 @@ class Teachers(NamedTuple):
     text: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
-
-
-def count_ranks() -> int:
-    """Count the processes that train together."""
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if is_distributed else 1
-
-
-def rank_index() -> int:
-    """Return this process's rank, from 0 on."""
-    return torch.distributed.get_rank() if count_ranks() > 1 else 0
 
 
 def check_pairs(

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .dropout import drop_features
 from .errors import ModelError
 
 PROJECTIONS = ("linear", "linear_bias", "identity", "mlp")
@@ -29,7 +30,7 @@ class MLPProjection(nn.Module):
     Args:
         in_features: width of the tower's pooled output.
         out_features: dimensions of the hidden layer, and of the common space.
-        dropout: after GELU, in training alone.
+        dropout: share of the values after GELU that training sets to 0 ([`drop_features`]).
     """
 
     def __init__(self, in_features: int, out_features: int, dropout: float = 0.0):
@@ -37,11 +38,14 @@ class MLPProjection(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.hidden = nn.Linear(in_features, out_features)
         self.activation = nn.GELU()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.output = nn.Linear(out_features, out_features)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        return self.output(self.dropout(self.activation(self.hidden(pooled))))
+        hidden = self.activation(self.hidden(pooled))
+        if self.training and self.dropout:
+            hidden = drop_features(hidden, self.dropout)
+        return self.output(hidden)
 
 
 Projection = nn.Linear | IdentityProjection | MLPProjection

@@ -13,7 +13,7 @@ from .compat import BeforeUploadMixin
 from .configuration_icone import IConEConfig
 from .errors import MissingWeightsError, ModelError
 from .lora import merged_state_dict
-from .objective import rank_index
+from .ranks import rank_index
 from .sentence_transformers_files import write_sentence_transformers_files
 from .sharded_classifier import ShardedClassifier
 

@@ -19,7 +19,8 @@ from torch import nn
 from .configuration_icone import IConEConfig
 from .errors import ModelError
 from .losses import IGNORED_GROUP, instance_scores, nested_mean
-from .objective import GatherRows, check_group_ids, count_ranks, gather_rows, rank_index
+from .objective import GatherRows, check_group_ids, gather_rows
+from .ranks import count_ranks, rank_index
 
 NAME = "classifier.weight"  # of the class vectors in a checkpoint of IConEModel
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..modeling.modeling_icone import IConEModel
-from ..modeling.objective import count_ranks
+from ..modeling.ranks import count_ranks
 from .stages import Stage
 
 

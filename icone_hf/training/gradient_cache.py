@@ -22,14 +22,8 @@ import torch.distributed
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..modeling.modeling_icone import IConEModel, IConEOutput
-from ..modeling.objective import (
-    Teachers,
-    contrastive_objective,
-    count_pairs,
-    count_ranks,
-    taught_objectives,
-    with_taught,
-)
+from ..modeling.objective import Teachers, contrastive_objective, count_pairs, taught_objectives, with_taught
+from ..modeling.ranks import count_ranks
 
 Chunk = Mapping[str, torch.Tensor]
 

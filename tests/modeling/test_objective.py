@@ -7,7 +7,7 @@ from thread_ranks import on_ranks
 from icone_hf import IConEConfig
 from icone_hf.modeling import class_sampling, losses, objective
 from icone_hf.modeling.losses import IGNORED_GROUP
-from icone_hf.modeling.objective import rank_index
+from icone_hf.modeling.ranks import count_ranks, rank_index
 
 
 def unit_embeds(output):
@@ -165,12 +165,12 @@ def test_a_chunk_counts_for_its_part_of_the_batch():
 def test_pairs_are_counted_over_all_ranks_and_rows_come_in_their_order(monkeypatch):
     def of_rank(rank):
         ids = torch.tensor([[4, IGNORED_GROUP], [5, 6], [IGNORED_GROUP, IGNORED_GROUP]][rank])
-        return objective.count_pairs(ids, 3).item(), objective.gather_rows(ids, 3).tolist(), objective.rank_index()
+        return objective.count_pairs(ids, 3).item(), objective.gather_rows(ids, 3).tolist(), rank_index()
 
     order = [4, IGNORED_GROUP, 5, 6, IGNORED_GROUP, IGNORED_GROUP]
     assert on_ranks(3, of_rank, monkeypatch) == [(3, order, rank) for rank in range(3)]
     assert objective.count_pairs(torch.tensor(order)).item() == 3
-    assert (objective.count_ranks(), objective.rank_index()) == (1, 0)
+    assert (count_ranks(), rank_index()) == (1, 0)
 
 
 def test_gathered_rows_pass_their_gradient_on_times_the_factor(monkeypatch):

@@ -13,7 +13,8 @@ from icone_hf import FeatureCache, encode_groups, retrieval_metrics
 from icone_hf.data.augmentation import Augmentation
 from icone_hf.data.batching import Pair
 from icone_hf.data.token_masking import TokenMasking
-from icone_hf.modeling import heads as heads_module
+from icone_hf.modeling import dropout
+from icone_hf.modeling.dropout import drop_features
 from icone_hf.modeling.errors import ModelError
 from icone_hf.training.feature_cache import Views
 
@@ -22,16 +23,14 @@ ALL = {"augment_crop_scale": 0.5, "augment_colour": 0.3, "mask_tokens": 0.2, "ca
 # --- dropped features ---
 
 
-def test_dropped_features_keep_their_mean(make_model):
-    heads = make_model().heads().train()
+def test_dropped_features_keep_their_mean():
     features = torch.rand(400, 64) + 0.5
-    dropped = heads.drop_features(features, 0.3)
+    dropped = drop_features(features, 0.3)
     is_kept = dropped != 0
     assert is_kept.float().mean().item() == pytest.approx(0.7, abs=0.01)
     np.testing.assert_allclose(dropped[is_kept], features[is_kept].numpy() / 0.7, rtol=1e-6)
     assert dropped.mean().item() == pytest.approx(features.mean().item(), rel=0.01)
-    assert heads.eval().drop_features(features, 0.3) is features
-    assert heads.drop_features(features.bfloat16(), 0.3).dtype == torch.bfloat16
+    assert drop_features(features.bfloat16(), 0.3).dtype == torch.bfloat16
 
 
 def seen_by_projections(module, **inputs):
@@ -64,18 +63,24 @@ def test_images_and_captions_drop_different_features_in_model_and_heads_alike(ma
     assert all((features == 1).all() for features in untouched.values())
 
 
-def test_ranks_drop_other_features_and_together_those_of_one_process(make_model, monkeypatch):
-    heads = make_model().heads().train()
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_ranks_drop_other_features_and_together_those_of_one_process(make_model, monkeypatch, kind):
+    """Before a projection and, in an MLP, between its layers."""
+    of_kind = {"vision_projection": "mlp", "projection_dropout": 0.5} if kind == "mlp" else {}
+    heads = make_model(vision_feature_dropout=0 if of_kind else 0.5, **of_kind).heads().train()
+    ones = torch.ones(8, heads.visual_projection.in_features)
     torch.manual_seed(1)
-    alone = heads.drop_features(torch.ones(8, 32), 0.5)
-    monkeypatch.setattr(heads_module, "count_ranks", lambda: 2)
+    alone = heads.project_image(ones)
+    assert not torch.equal(alone[0], alone[1])
+    monkeypatch.setattr(dropout, "count_ranks", lambda: 2)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr(heads_module, "rank_index", lambda rank=rank: rank)
+        monkeypatch.setattr(dropout, "rank_index", lambda rank=rank: rank)
         torch.manual_seed(1)
-        parts.append(heads.drop_features(torch.ones(4, 32), 0.5))
+        parts.append(heads.project_image(ones[:4]))
     assert not torch.equal(*parts)
-    assert torch.equal(torch.cat(parts), alone)
+    torch.testing.assert_close(torch.cat(parts), alone)
+    assert torch.equal(*heads.eval().project_image(ones[:2]))  # nothing is dropped
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
