@@ -267,6 +267,14 @@ class PeerTrials:
 # --- the protocol ---
 
 
+def recipes_of(cell: Mapping[str, Any]) -> list[str]:
+    """List the recipes that a cell compares.
+
+    A cell that names none has all but those that are only run where they are named.
+    """
+    return cell.get("recipes") or [name for name, one in PLAN["recipes"].items() if not one.get("only_where_named")]
+
+
 def space_of(recipe: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     """List the values that a recipe's candidates are drawn from.
 
@@ -356,7 +364,7 @@ def main() -> None:
     data: dict[str, Photographs] = {}
     for of_cell in options.cells:
         cell = PLAN["cells"][of_cell]
-        chosen = [name for name in options.recipes if name in cell.get("recipes", options.recipes)]
+        chosen = [name for name in options.recipes if name in recipes_of(cell)]
         key = key_of(cell)
         if key not in data:
             data[key] = Photographs(options.flickr8k, cell)

@@ -51,7 +51,13 @@ class Half:
                 f"The {self.modality} projection of {type(self.pair).__name__} is a {type(self.projection).__name__}, "
                 'which IConE does not have: pass projections="new" for a new one.'
             )
-        return {f"{self.modality}_projection": kind, f"{self.modality}_pooling": self.pooling}
+        assert self.pair is not None  # a tower that stands alone has nothing of its own
+        dropout = f"{self.modality}_feature_dropout"  # of dual encoders only IConE has it
+        return {
+            f"{self.modality}_projection": kind,
+            f"{self.modality}_pooling": self.pooling,
+            dropout: getattr(self.pair.config, dropout, 0.0),
+        }
 
     @property
     def dim(self) -> int:
@@ -187,13 +193,13 @@ def half_of(model: PreTrainedModel, modality: str) -> Half:
 def scale_of(pair: Any) -> tuple[dict[str, Any], torch.Tensor | None]:
     """Return a dual encoder's temperature, loss and bias.
 
-    The first two are fields of the config.
+    All but the bias are fields of the config. The loss weighs no negatives, unless it is IConE's.
 
     ALIGN keeps a temperature, as IConE does where it isn't learned, the others the logarithm of its reciprocal. A bias
     belongs to SigLIP's sigmoid loss.
     """
     scale, bias = getattr(pair, "logit_scale", None), getattr(pair, "logit_bias", None)
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"hard_negative_beta": getattr(pair.config, "hard_negative_beta", 0.0)}
     if isinstance(scale, torch.Tensor):
         highest = getattr(pair, "max_log_logit_scale", None)  # AIMv2 cuts it off whenever it is used
         used = scale.detach().double()

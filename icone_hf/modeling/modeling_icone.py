@@ -157,6 +157,9 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
         # Keep what the dual encoders trained.
         kept = keep_own(halves, projections, given)
         values = {**(defaults or {}), **kept.fields, **given}
+        is_infonce = values.get("contrastive_loss", "infonce") == "infonce" and not values.get("several_positives")
+        if not is_infonce and "hard_negative_beta" not in given:
+            values["hard_negative_beta"] = 0.0  # of the defaults, which give way
 
         # Give the config copies: a config that becomes part of another one loses its attention implementation. The
         # model then puts the towers' own configs in their place.

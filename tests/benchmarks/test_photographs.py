@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,17 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import peers, photographs, photographs_report, recipes  # noqa: E402
-from icone_hf import FeatureCache, IConEConfig, IConETrainer, IConETrainingArguments, Stage  # noqa: E402
+from icone_hf import (  # noqa: E402
+    RECOMMENDED_CONFIG,
+    RECOMMENDED_STAGES,
+    FeatureCache,
+    IConEConfig,
+    IConETrainer,
+    IConETrainingArguments,
+    Stage,
+)
 from icone_hf.training.search_space import all_candidates, draw_candidates, tunable_fields  # noqa: E402
+from icone_hf.training.trials import Trials  # noqa: E402
 
 PLAN = photographs.PLAN
 
@@ -24,7 +34,8 @@ PLAN = photographs.PLAN
 @pytest.mark.parametrize("cell", list(PLAN["cells"]))
 def test_every_recipe_has_as_many_candidates_of_fields_that_a_search_may_vary(cell):
     fields = tunable_fields(IConEConfig.__dataclass_fields__)
-    for name, recipe in PLAN["recipes"].items():
+    for name in photographs.recipes_of(PLAN["cells"][cell]):
+        recipe = PLAN["recipes"][name]
         space = photographs.space_of(recipe, PLAN["cells"][cell])
         if "trainer" in recipe:
             assert recipe["trainer"] in peers.TRAINERS
@@ -33,7 +44,24 @@ def test_every_recipe_has_as_many_candidates_of_fields_that_a_search_may_vary(ce
             assert sum(stage.get("share", 1) for stage in recipe["stages"]) == pytest.approx(1), name
         drawn = draw_candidates(space, PLAN["candidates"], 0, lambda values: None)
         assert len(drawn) == min(PLAN["candidates"], len(all_candidates(space, lambda values: None))), name
-        assert len(drawn) >= 9, name
+        assert len(drawn) >= 9 or recipe.get("only_where_named"), name
+
+
+def test_recipes_that_are_not_searched_run_only_where_they_are_named():
+    cells = {cell for cell in PLAN["cells"] if "default" in photographs.recipes_of(PLAN["cells"][cell])}
+    assert cells == {cell for cell in PLAN["cells"] if cell.endswith("six epochs")} != set()
+
+
+def test_the_default_that_was_measured_is_the_default():
+    (point,) = all_candidates(photographs.space_of(PLAN["recipes"]["default"], {"batch": 128}), lambda values: None)
+    heads = RECOMMENDED_STAGES[0]
+    (stage,) = photographs.stages_of(PLAN["recipes"]["default"])
+    of_stage, config, arguments = Trials.applied(point)
+    assert photographs.with_values(stage, of_stage, PLAN["cells"]["224/128, six epochs"]["epochs"]) == replace(
+        heads, name=stage.name
+    )
+    assert {"projection_dim": 512, **config} == RECOMMENDED_CONFIG
+    assert not arguments
 
 
 @pytest.mark.parametrize(("average", "taught"), [(0.0, False), (0.9, False), (0.0, True)])

@@ -163,7 +163,7 @@ def model_config(argv):
     """The config of the model that a command line asks for, in the fields that a recipe decides."""
     model, _, recipe, _ = parse_arguments(ALL, argv)
     config = IConEConfig(**model.config(recipe.config()))
-    return config.projection_dim, config.temperature, config.instance_logits, config.instance_temperature
+    return tuple(getattr(config, name) for name in RECOMMENDED_CONFIG)
 
 
 def test_the_recommended_recipe_runs_unless_another_is_named():
@@ -171,10 +171,11 @@ def test_the_recommended_recipe_runs_unless_another_is_named():
     stages = json.dumps([asdict(stage) for stage in RECOMMENDED_STAGES])
     assert parse_arguments(ALL, [])[2].parse() == RECOMMENDED_STAGES
     assert parse_arguments(ALL, ["--stages", "paper"])[2].parse() == PAPER_STAGES
-    assert model_config([]) == (512, 0.07, "cosine", 0.1) == tuple(RECOMMENDED_CONFIG.values())
-    assert model_config(["--stages", "paper"]) == (2048, 0.05, "dot", None)
-    assert model_config(["--stages", stages]) == (2048, 0.05, "dot", None)
-    assert model_config(["--instance_logits", "dot", "--temperature", "0.1"]) == (512, 0.1, "dot", 0.1)
+    assert model_config([]) == (512, 0.07, "cosine", 0.1, 0.3, 0.05, 0.5) == tuple(RECOMMENDED_CONFIG.values())
+    assert model_config(["--stages", "paper"]) == (2048, 0.05, "dot", None, 0, 0, 0)
+    assert model_config(["--stages", stages]) == (2048, 0.05, "dot", None, 0, 0, 0)
+    said = ["--instance_logits", "dot", "--temperature", "0.1", "--vision_feature_dropout", "0"]
+    assert model_config(said) == (512, 0.1, "dot", 0.1, 0, 0.05, 0.5)
 
 
 def test_other_defaults_are_the_papers(tmp_path):

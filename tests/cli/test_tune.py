@@ -173,6 +173,6 @@ def test_the_built_in_space_begins_with_the_recipe_as_it_is(call, capsys, monkey
     monkeypatch.setattr("icone_hf.cli.loading.load_groups", load)
     assert call("--trials", "2", "--json", "--per_device_train_batch_size", "8", space=None) == 0
     first = json.loads(capsys.readouterr().out)["trials"][0]["values"]
-    wanted = {"learning_rate": 1e-3, "temperature": 0.07, "instance_weight": 1, "contrastive_loss": "infonce"}
-    assert first == {**wanted, "vision_feature_dropout": 0, "text_feature_dropout": 0, "hard_negative_beta": 0}
+    wanted = {"learning_rate": 2e-3, "temperature": 0.07, "instance_weight": 1, "contrastive_loss": "infonce"}
+    assert first == {**wanted, "vision_feature_dropout": 0.3, "text_feature_dropout": 0.05, "hard_negative_beta": 0.5}
     assert loaded == {"train", "validation"}

@@ -7,7 +7,7 @@ from tiny import make_run, tiny_text_config, tiny_vision_config
 from tower_kinds import IDS, IMAGE, SHAPE, SPECIAL, TOKENS, bert_tokenizer, image_processor, without, word_tokenizer
 from transformers import AutoModel, BertConfig, BertModel
 
-from icone_hf import IConEModel, IConEProcessor, Stage
+from icone_hf import RECOMMENDED_CONFIG, IConEModel, IConEProcessor, Stage
 from icone_hf.errors import InputError
 from icone_hf.modeling.errors import ModelError
 
@@ -194,6 +194,34 @@ def test_what_is_said_wins_over_the_pair_and_the_pair_over_defaults():
     said = {"temperature": 0.2, "contrastive_loss": "infonce", "projection_dim": 24}
     config = IConEModel.from_encoders(original, original, defaults=defaults, **said).config
     assert {name: getattr(config, name) for name in said} == said
+
+
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_a_pair_is_tuned_as_it_was_trained_whatever_the_recipe_is(family, towers):
+    """No family has feature dropout or weighs negatives; a tower that joins a half has the recipe's dropout."""
+    original = build(family)
+    config = IConEModel.from_encoders(original, original, defaults=RECOMMENDED_CONFIG).config
+    assert (config.vision_feature_dropout, config.text_feature_dropout, config.hard_negative_beta) == (0, 0, 0)
+    said = {"vision_feature_dropout": 0.2, "contrastive_loss": "infonce", "hard_negative_beta": 0.25}
+    config = IConEModel.from_encoders(original, original, defaults=RECOMMENDED_CONFIG, **said).config
+    assert {name: getattr(config, name) for name in said} == said
+    config = IConEModel.from_encoders(original, towers[1], defaults=RECOMMENDED_CONFIG).config
+    assert (config.vision_feature_dropout, config.text_feature_dropout) == (0, 0.05)
+
+
+def test_a_checkpoint_keeps_its_dropout_and_its_hard_negatives(towers, tmp_path):
+    kept = {"vision_feature_dropout": 0.2, "text_feature_dropout": 0.1, "hard_negative_beta": 0.25}
+    IConEModel.from_encoders(*towers, **kept).save_pretrained(tmp_path / "one")
+    config = IConEModel.from_encoders(*[str(tmp_path / "one")] * 2, defaults=RECOMMENDED_CONFIG).config
+    assert {name: getattr(config, name) for name in kept} == kept
+
+
+@pytest.mark.parametrize("loss", [{"contrastive_loss": "sigmoid"}, {"several_positives": True}])
+def test_a_recipes_hard_negatives_give_way_to_another_loss(loss, towers):
+    config = IConEModel.from_encoders(*towers, defaults=RECOMMENDED_CONFIG, **loss).config
+    assert config.hard_negative_beta == 0
+    with pytest.raises(ModelError, match="hard_negative_beta"):
+        IConEModel.from_encoders(*towers, hard_negative_beta=0.5, **loss)
 
 
 @pytest.mark.parametrize("family", ["CLIP", "Siglip"])
