@@ -80,7 +80,10 @@ class ModelArguments:
     margin: float | None = field(default=None, metadata={"help": "Margin of the hinges. Default: 0.2."})
     hard_negative_beta: float | None = field(
         default=None,
-        metadata={"help": "Weigh InfoNCE's negatives by how hard they are, 0.25 or 0.5 (HN-NCE). 0: alike."},
+        metadata={
+            "help": "Weigh InfoNCE's negatives by how hard they are, 0.25 or 0.5 (HN-NCE). 0: alike. Default: for "
+            "towers that weren't trained together 0.5 with the recommended stages, otherwise 0."
+        },
     )
     soft_target_weight: float | None = field(
         default=None,
@@ -150,9 +153,15 @@ class ModelArguments:
         metadata={"help": "Train LoRA adapters of this rank in both towers' linear layers, not the towers. 0: none."},
     )
     vision_feature_dropout: float | None = field(
-        default=None, metadata={"help": "Share of the vision tower's pooled features that training drops at random."}
+        default=None,
+        metadata={
+            "help": "Share of the vision tower's pooled features that training drops at random. Default: for towers "
+            "that weren't trained together 0.3 with the recommended stages, otherwise 0."
+        },
     )
-    text_feature_dropout: float | None = field(default=None, metadata={"help": "The same for the text tower's."})
+    text_feature_dropout: float | None = field(
+        default=None, metadata={"help": "The same for the text tower's. Default: likewise, 0.05 or 0."}
+    )
 
     jpeg_draft: bool = field(
         default=False,

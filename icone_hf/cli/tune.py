@@ -157,9 +157,10 @@ def best_arguments(
     epochs = max(trial.epochs for trial in result.trials if trial.candidate == result.best)
     model = asdict(model_args)
     if model_args.model is None:
-        # A list of stages has no config of its own, so what came with the recipe's name is written out, and whose
-        # projections it takes.
-        model |= trials.own_values(recipe_args.config())
+        # A list of stages has no config of its own. So what came with the recipe's name is written out, as the best had
+        # it, and whose projections it takes.
+        of_best = trials.make_model(config).config
+        model |= {name: getattr(of_best, name) for name in recipe_args.config()}
         model["projections"] = model_args.projections or recipe_args.default_projections
     # What decides a run's numbers, all that we add to transformers' arguments, and what makes it faster.
     ours = {one.name for one in fields(IConETrainingArguments)} - {one.name for one in fields(TrainingArguments)}

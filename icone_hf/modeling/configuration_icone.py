@@ -1,6 +1,7 @@
 """The configuration of IConE."""
 
 import math
+from collections.abc import Container, Mapping
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -256,6 +257,17 @@ class IConEConfig(PreTrainedConfig):
         for sub_config in (self.vision_config, self.text_config):
             if isinstance(sub_config, PreTrainedConfig):
                 tower_width(sub_config)
+
+
+def give_up_hard_negatives(values: Mapping[str, Any], given: Container[str]) -> dict[str, Any]:
+    """Leave hard negatives out where the loss has none.
+
+    Args:
+        values: fields of [`IConEConfig`].
+        given: names of those that were asked for. Hard negatives among them stay, for the config to refuse.
+    """
+    has_them = values.get("contrastive_loss", "infonce") == "infonce" and not values.get("several_positives")
+    return dict(values) if has_them or "hard_negative_beta" in given else {**values, "hard_negative_beta": 0.0}
 
 
 _set_checked = IConEConfig.__setattr__

@@ -21,6 +21,10 @@ logger = logging.get_logger(__name__)
 _FIRST_TOKEN_TEXT = ("align", "altclip", "chinese_clip")
 
 
+# Fields of the config that no other dual encoder has: 0 where a pair is of another family.
+OF_ICONE = ("vision_feature_dropout", "text_feature_dropout", "hard_negative_beta")
+
+
 @dataclass
 class Half:
     """Hold a tower and what was trained with it.
@@ -51,13 +55,7 @@ class Half:
                 f"The {self.modality} projection of {type(self.pair).__name__} is a {type(self.projection).__name__}, "
                 'which IConE does not have: pass projections="new" for a new one.'
             )
-        assert self.pair is not None  # a tower that stands alone has nothing of its own
-        dropout = f"{self.modality}_feature_dropout"  # of dual encoders only IConE has it
-        return {
-            f"{self.modality}_projection": kind,
-            f"{self.modality}_pooling": self.pooling,
-            dropout: getattr(self.pair.config, dropout, 0.0),
-        }
+        return {f"{self.modality}_projection": kind, f"{self.modality}_pooling": self.pooling}
 
     @property
     def dim(self) -> int:
@@ -193,13 +191,14 @@ def half_of(model: PreTrainedModel, modality: str) -> Half:
 def scale_of(pair: Any) -> tuple[dict[str, Any], torch.Tensor | None]:
     """Return a dual encoder's temperature, loss and bias.
 
-    All but the bias are fields of the config. The loss weighs no negatives, unless it is IConE's.
+    All but the bias are fields of the config, and so are feature dropout and hard negatives, of which dual encoders
+    other than IConE have none.
 
     ALIGN keeps a temperature, as IConE does where it isn't learned, the others the logarithm of its reciprocal. A bias
     belongs to SigLIP's sigmoid loss.
     """
     scale, bias = getattr(pair, "logit_scale", None), getattr(pair, "logit_bias", None)
-    fields: dict[str, Any] = {"hard_negative_beta": getattr(pair.config, "hard_negative_beta", 0.0)}
+    fields: dict[str, Any] = {name: getattr(pair.config, name, 0.0) for name in OF_ICONE}
     if isinstance(scale, torch.Tensor):
         highest = getattr(pair, "max_log_logit_scale", None)  # AIMv2 cuts it off whenever it is used
         used = scale.detach().double()

@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from .configuration_icone import IConEConfig, tower_width
+from .configuration_icone import IConEConfig, give_up_hard_negatives, tower_width
 from .dual_encoders import keep_own, load_halves
 from .errors import ModelError
 from .heads import HeadsMixin, IConEHeads, IConEOutput, teachers_of
@@ -156,10 +156,7 @@ class IConEModel(HeadsMixin, LoraTowersMixin, SavingMixin, PreTrainedModel):  # 
 
         # Keep what the dual encoders trained.
         kept = keep_own(halves, projections, given)
-        values = {**(defaults or {}), **kept.fields, **given}
-        is_infonce = values.get("contrastive_loss", "infonce") == "infonce" and not values.get("several_positives")
-        if not is_infonce and "hard_negative_beta" not in given:
-            values["hard_negative_beta"] = 0.0  # of the defaults, which give way
+        values = give_up_hard_negatives({**(defaults or {}), **kept.fields, **given}, given)
 
         # Give the config copies: a config that becomes part of another one loses its attention implementation. The
         # model then puts the towers' own configs in their place.

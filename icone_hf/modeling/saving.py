@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .compat import BeforeUploadMixin
-from .configuration_icone import IConEConfig
+from .configuration_icone import IConEConfig, give_up_hard_negatives
 from .errors import MissingWeightsError, ModelError
+from .heads import LOWEST_TEMPERATURE
 from .lora import merged_state_dict
 from .ranks import rank_index
 from .sentence_transformers_files import write_sentence_transformers_files
@@ -57,7 +58,7 @@ class SavingMixin(BeforeUploadMixin):
         Its weights are read from safetensors files alone, unless `use_safetensors=False` is passed. `num_groups=0`
         leaves the class vectors on disk. With another `num_groups` than the checkpoint's the classifier starts fresh,
         and a warning is logged. `learn_temperature=False` fixes a learned temperature where it is, unless `temperature`
-        is passed too.
+        is passed too. Another loss than the checkpoint's gives up its hard negatives.
 
         Raises:
             RuntimeError: if any other weight differs in shape, unless `ignore_mismatched_sizes=True` is passed; if a
@@ -66,48 +67,75 @@ class SavingMixin(BeforeUploadMixin):
             ImportError: if the checkpoint has adapters (`config.vision_lora`, `text_lora`) and peft is missing.
         """
         kwargs.setdefault("use_safetensors", True)  # any other format is a pickle
-        if kwargs.get("ignore_mismatched_sizes"):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
-
         # Let transformers accept every shape, then refuse all mismatches but the classifier's.
         return_info = kwargs.pop("output_loading_info", False)
+        is_any_shape_fine = kwargs.pop("ignore_mismatched_sizes", False)
         loaded: Any = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, **kwargs, ignore_mismatched_sizes=True, output_loading_info=True
         )
         model, info = loaded
+        if not is_any_shape_fine:
+            cls._check_loaded(model, info, pretrained_model_name_or_path)
+        config = model.config
+        names = ("contrastive_loss", "several_positives", "hard_negative_beta")
+        fitting = give_up_hard_negatives({name: getattr(config, name) for name in names}, kwargs)
+        config.hard_negative_beta = fitting["hard_negative_beta"]
+        if "logit_scale" in info["unexpected_keys"]:
+            cls._keep_learned_temperature(model, pretrained_model_name_or_path, kwargs)
+            info["unexpected_keys"].discard("logit_scale")  # it was of use
+        return (model, info) if return_info else model
+
+    @staticmethod
+    def _check_loaded(model: Any, info: dict[str, Any], checkpoint: Any) -> None:
+        """Refuse weights that are missing or of other shapes.
+
+        Raises what [`from_pretrained`] says.
+        """
         # A stage with frozen towers saves the heads alone, whose towers would be random here.
         for tower in ("vision_model", "text_model"):
             names = {f"{tower}.{name}" for name, _ in getattr(model, tower).named_parameters()}
             if names and names <= set(info["missing_keys"]):
                 raise MissingWeightsError(
-                    f"{pretrained_model_name_or_path} has no weights of the {tower.removesuffix('_model')} tower. If "
+                    f"{checkpoint} has no weights of the {tower.removesuffix('_model')} tower. If "
                     "it is a checkpoint of a stage with frozen towers (OUTPUT_DIR/stages/*/checkpoint-*), it holds the "
                     "heads alone, to resume from: the model is in OUTPUT_DIR itself once the run is done."
                 )
         # peft renames an adapted layer's own weights, so the checkpoint's weights don't find their layers.
         if any(".base_layer." in name for name in info["missing_keys"]):
             raise ModelError(
-                f"{pretrained_model_name_or_path} has no adapters, but vision_lora or text_lora was asked for: load it "
+                f"{checkpoint} has no adapters, but vision_lora or text_lora was asked for: load it "
                 "without, then call model.add_adapter(LoraConfig(...))."
             )
         for name, saved, wanted in sorted(info["mismatched_keys"]):
             if name != "classifier.weight":
                 raise MissingWeightsError(
-                    f"{name} is {tuple(saved)} in {pretrained_model_name_or_path} but {tuple(wanted)} in the config. "
+                    f"{name} is {tuple(saved)} in {checkpoint} but {tuple(wanted)} in the config. "
                     "Load it with the config it was saved with, or pass ignore_mismatched_sizes=True to start it fresh."
                 )
             logger.warning(
                 f"The checkpoint has class vectors for {saved[0]} groups, {wanted[0]} are wanted: the classifier "
                 "starts fresh, everything else is the checkpoint's."
             )
-        if "logit_scale" in info["unexpected_keys"] and "temperature" not in kwargs:
-            place = {name: value for name, value in kwargs.items() if name in OF_PLACE}
-            learned = LearnedTemperature.from_pretrained(
-                pretrained_model_name_or_path, config=PreTrainedConfig(), **place
-            )
-            model.config.temperature = torch.exp(-learned.logit_scale.detach().float()).item()
-            info["unexpected_keys"].discard("logit_scale")  # it was of use
-        return (model, info) if return_info else model
+
+    @staticmethod
+    def _keep_learned_temperature(model: Any, name: Any, options: dict[str, Any]) -> None:
+        """Fix a checkpoint's learned temperature where it is.
+
+        A temperature that was asked for stays: as an option, or in a config that differs from the checkpoint's.
+
+        Args:
+            model: loaded from the checkpoint, without its `logit_scale`.
+            name: of the checkpoint.
+            options: keywords of `from_pretrained`.
+        """
+        place = {key: value for key, value in options.items() if key in OF_PLACE}
+        weights, start = options.get("state_dict"), model.config.temperature
+        if weights is None:
+            weights = LearnedTemperature.from_pretrained(name, config=PreTrainedConfig(), **place).state_dict()
+            start = IConEConfig.from_pretrained(name, **place).temperature
+        if "temperature" not in options and model.config.temperature == start:
+            learned = torch.exp(-weights["logit_scale"].float()).item()
+            model.config.temperature = max(learned, min(LOWEST_TEMPERATURE, start))  # as it was used
 
     def save_pretrained(
         self,

@@ -13,7 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..data.batching import PairDataset
 from ..embedding.digests import digest_weights
 from ..errors import InputError
-from ..modeling.configuration_icone import IConEConfig
+from ..modeling.configuration_icone import IConEConfig, give_up_hard_negatives
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.processing_icone import IConEProcessor
 from .arguments import IConETrainingArguments
@@ -198,7 +198,7 @@ class Trials:
         """Return the model's config with these values."""
         whole = self._base.model.config.to_dict()
         kept = {one.name: whole[one.name] for one in fields(IConEConfig) if one.name in whole}
-        return IConEConfig(**{**kept, **values})
+        return IConEConfig(**give_up_hard_negatives({**kept, **values}, values))
 
     def _arguments(self, values: Mapping[str, Any], config: IConEConfig) -> IConETrainingArguments:
         """Return the arguments with these values.

@@ -13,6 +13,7 @@ from icone_hf import IConEConfig, IConEModel
 from icone_hf.cli import main
 from icone_hf.cli.arguments import ModelArguments, RecipeArguments
 from icone_hf.cli.starting import CHANGEABLE, start_model
+from icone_hf.modeling.errors import ModelError
 from icone_hf.modeling.sharded_classifier import ShardedClassifier
 
 STAGE = {"name": "more", "num_train_epochs": 1, "learning_rate": 1e-4, "instance_weight": 1, "contrastive_weight": 1}
@@ -76,6 +77,16 @@ def test_losses_may_change(run):
     assert model.temperature.item() == pytest.approx(0.3)
     assert model.logit_bias.item() == -10
     assert model.config.instance_logits == "cosine"
+
+
+@pytest.mark.parametrize("loss", [{"contrastive_loss": "sigmoid"}, {"several_positives": True}])
+def test_another_loss_gives_up_the_checkpoints_hard_negatives(loss, run, tmp_path):
+    IConEModel.from_pretrained(run, hard_negative_beta=0.5).save_pretrained(tmp_path)
+    model = start(str(tmp_path), make_groups(16), **loss)
+    assert model.config.hard_negative_beta == 0
+    model.config.validate_architecture()  # as a run does first
+    with pytest.raises(ModelError, match=r"hard_negative_beta=0\.5 weighs"):
+        start(str(tmp_path), make_groups(16), hard_negative_beta=0.5, **loss).config.validate_architecture()
 
 
 def test_a_checkpoint_may_get_nested_sizes_keep_them_and_lose_them(run, tmp_path):

@@ -156,6 +156,28 @@ def test_values_that_no_run_could_have_are_refused_before_the_features_are_compu
     assert not (tmp_path / "out" / "feature_cache").exists()
 
 
+@pytest.mark.parametrize("varied", [{"contrastive_loss": ["sum_hinge"]}, {"several_positives": [True]}])
+def test_a_loss_without_hard_negatives_gives_up_the_recipes(varied, call, tmp_path, capsys):
+    """In its trial and in the file of the best."""
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({**varied, "learning_rate": [0.05, 0.1]}))
+    assert call("--trials", "all", "--json") == 0, capsys.readouterr().err
+    told = json.loads(capsys.readouterr().out)
+    assert told["best"].get("hard_negative_beta", 0) == 0
+    trained, searched = train_best(tmp_path, capsys, told)
+    assert trained == searched
+
+
+def test_the_best_of_a_pair_has_the_values_that_its_projections_brought(call, checkpoint, tmp_path, capsys):
+    """Other dimensions make new projections, whose recipe is the recommended one and not the pair's."""
+    names = ["--vision_model_name_or_path", checkpoint, "--text_model_name_or_path", checkpoint]
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({"projection_dim": [16], "learning_rate": [0.05]}))
+    assert call("--trials", "all", "--json", *names) == 0, capsys.readouterr().err
+    told = json.loads(capsys.readouterr().out)
+    assert (told["best"]["temperature"], told["best"]["vision_feature_dropout"]) == (0.07, 0.3), "the pair's: 0.05, 0"
+    trained, searched = train_best(tmp_path, capsys, told)
+    assert trained == searched
+
+
 @pytest.mark.parametrize("argv", [["--contrastive_loss", "sigmoid"], ["--learn_temperature"]])
 def test_the_built_in_space_fits_any_recipe(argv, call, capsys):
     assert call("--trials", "2", "--json", "--max_epochs", "1", *argv, space=None) == 0

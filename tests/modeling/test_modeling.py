@@ -356,6 +356,25 @@ def test_a_learned_temperature_stays_where_it_is_fixed(make_model, batch, tmp_pa
     torch.testing.assert_close(hinge(**batch).logits_per_image, model(**batch).logits_per_image)
 
 
+def test_a_learned_temperature_stays_however_the_checkpoint_is_loaded(make_model, tmp_path):
+    model = make_model(learn_temperature=True, temperature=0.05)
+    model.logit_scale.data.fill_(2.0)
+    model.save_pretrained(tmp_path)
+    config = IConEConfig.from_pretrained(tmp_path, learn_temperature=False)
+    for how in (
+        {"config": config},
+        {"learn_temperature": False, "ignore_mismatched_sizes": True},
+        {"pretrained_model_name_or_path": None, "config": config, "state_dict": model.state_dict()},
+    ):
+        fixed = IConEModel.from_pretrained(**{"pretrained_model_name_or_path": tmp_path, **how})
+        assert fixed.temperature == pytest.approx(math.exp(-2)), how
+    asked = AutoModel.from_pretrained(tmp_path, learn_temperature=False, temperature=0.2)
+    assert asked.temperature == 0.2, "AutoModel passes a config"
+    model.logit_scale.data.fill_(6.0)  # beyond its bound, which a fixed one hasn't
+    model.save_pretrained(tmp_path)
+    assert IConEModel.from_pretrained(tmp_path, learn_temperature=False).temperature == pytest.approx(0.01)
+
+
 def test_any_other_mismatch_is_an_error(make_model, tmp_path):
     make_model().save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match=r"projection.weight is \(16, .*\) in .* but \(12, "):
