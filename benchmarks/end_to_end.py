@@ -46,13 +46,14 @@ def train(recipe: dict[str, Any], batch: int, seed: int, config: dict[str, Any])
     weights = "-".join(f"{first:g}{second:g}" for first, second in recipe["stages"].values())
     arguments, rates = recipe.get("arguments", {}), recipe.get("rates", RATES)
     values = [f"{name}{value}" for name, value in {**config, **arguments}.items()]
+    values += [f"{name}{value}" for stage in recipe["stages"] for name, value in recipe.get(stage, {}).items()]
     folder = WORK / "-".join([weights, *values, *map(str, rates.values()), str(batch), str(seed)])
     splits = {
         split: load_groups("openmoji-scenes", split, num_groups=count, image_size=PIXELS)
         for split, count in SIZES.items()
     }
     stages = [
-        Stage(name, EPOCHS[name], rates[name], instance, contrastive, train_encoders=name == "joint")
+        Stage(name, EPOCHS[name], rates[name], instance, contrastive, name == "joint", **recipe.get(name, {}))
         for name, (instance, contrastive) in recipe["stages"].items()
     ]
     args = IConETrainingArguments(

@@ -12,7 +12,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,23 @@ def train_frozen(frozen: str, folder: Path, seed: int, data: Photographs) -> ICo
     return model
 
 
-def train_joint(start: Path, folder: Path, rate: float, epochs: float, seed: int, data: Photographs) -> IConEModel:
-    """Train both towers by InfoNCE, from a checkpoint on."""
+def train_joint(
+    start: Path, folder: Path, rate: float, epochs: float, seed: int, data: Photographs, values: Mapping[str, Any]
+) -> IConEModel:
+    """Train both towers by InfoNCE, from a checkpoint on.
+
+    Args:
+        start: the checkpoint.
+        folder: of the run.
+        rate: of learning.
+        epochs: of the stage.
+        seed: of the run.
+        data: the photographs.
+        values: of the stage's other fields.
+    """
     set_seed(seed)
     model = IConEModel.from_pretrained(start)
-    stage = Stage("joint", epochs, rate, instance_weight=0, contrastive_weight=1, train_encoders=True)
+    stage = Stage("joint", epochs, rate, instance_weight=0, contrastive_weight=1, train_encoders=True, **values)
     train_stages(model, [stage], folder, seed, data)
     return model
 
@@ -216,7 +228,10 @@ def run_one(name: str, rate: float, epochs: float, seed: int, data: Photographs)
         else:
             start = frozen_start(recipe["frozen"], seed, data)
             is_resumed = folder.is_dir()
-            found = measured(lambda: train_joint(start, folder, rate, epochs, seed, data), is_resumed, seed, data)
+            values = recipe.get("joint", {})
+            found = measured(
+                lambda: train_joint(start, folder, rate, epochs, seed, data, values), is_resumed, seed, data
+            )
             shutil.rmtree(folder)
         return {**found, "updates": updates_of(epochs, data)}
 

@@ -109,6 +109,9 @@ class HeadsMixin(LeftOutOfDDPMixin):
     classifier: "nn.Linear | ShardedClassifier | None"
     logit_scale: nn.Parameter | None
     logit_bias: nn.Parameter | None
+    # What a stage may leave out of training, whatever the config says.
+    drops_features: bool = True
+    weighs_negatives: bool = True
 
     # The losses are means over the batch; a Trainer must divide them by the accumulation steps itself.
     accepts_loss_kwargs = False
@@ -159,7 +162,7 @@ class HeadsMixin(LeftOutOfDDPMixin):
         return self.text_projection(self._dropped(pooled, self.config.text_feature_dropout))
 
     def _dropped(self, pooled: torch.Tensor, share: float) -> torch.Tensor:
-        return drop_features(pooled, share) if self.training and share else pooled
+        return drop_features(pooled, share) if self.training and self.drops_features and share else pooled
 
     def left_out_of_ddp(self) -> list[str]:
         """Name the parameters that DDP must not average.
@@ -264,7 +267,8 @@ class HeadsMixin(LeftOutOfDDPMixin):
         total = None
         if contrastive_weight:
             embeds, scale = (image_embeds, text_embeds), (self.temperature, self.logit_bias)
-            contrastive = contrastive_objective(self.config, *scale, *embeds, group_ids, num_ranks)
+            options = num_ranks, self.weighs_negatives
+            contrastive = contrastive_objective(self.config, *scale, *embeds, group_ids, *options)
             taught = taught_objectives(self.config, *embeds, teachers, group_ids, num_ranks)
             total = with_taught(self.config, contrastive, taught)
 

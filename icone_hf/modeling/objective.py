@@ -170,6 +170,7 @@ def contrastive_objective(
     text_embeds: torch.Tensor,
     group_ids: torch.Tensor | None,
     num_ranks: int = 1,
+    hard_negatives: bool = True,
 ) -> torch.Tensor:
     """Compute equation (8), or the loss chosen instead.
 
@@ -184,10 +185,12 @@ def contrastive_objective(
         image_embeds, text_embeds: `(batch, dim)`, L2-normalised.
         group_ids: `(batch,)`, or `None` if all pairs are of different groups.
         num_ranks: number of processes that hold a share of the batch.
+        hard_negatives: `False` weighs all negatives alike, whatever `config.hard_negative_beta` is.
     """
     embeds, group_ids = _gather_pairs(image_embeds, text_embeds, group_ids, num_ranks)
     if config.contrastive_loss == "infonce":
-        options = temperature, group_ids, config.several_positives, config.hard_negative_beta
+        beta = config.hard_negative_beta if hard_negatives else 0.0
+        options = temperature, group_ids, config.several_positives, beta
         return _nested(config, contrastive_loss, embeds, *options)
     if config.contrastive_loss == "sigmoid":
         assert bias is not None

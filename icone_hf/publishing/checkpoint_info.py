@@ -19,12 +19,14 @@ LOSSES = ("instance_logits", "instance_temperature", "contrastive_loss", "temper
 UNSET = {
     "layer_decay": 1.0,
     "train_embeddings": True,
+    "feature_dropout": True,
+    "hard_negatives": True,
     "augment_crop_scale": 1.0,
     "cached_views": 1,
     "pairs_per_group": 1,
 }
 OF_STAGES = (
-    *("weight_average", "layer_decay", "trained_blocks", "train_embeddings"),
+    *("weight_average", "feature_dropout", "hard_negatives", "layer_decay", "trained_blocks", "train_embeddings"),
     *("vision_frozen_epochs", "text_frozen_epochs"),
 )
 OF_CONFIG = (

@@ -92,9 +92,8 @@ def backward_in_chunks(
         states, embeds, sizes = _embed(model, read_chunks())
         # Step 2: the loss of all embeddings, and its gradient with respect to each.
         with autocast():
-            contrastive = contrastive_objective(
-                model.config, model.temperature, model.logit_bias, *embeds, group_ids, num_ranks
-            )
+            scale, options = (model.temperature, model.logit_bias), (num_ranks, model.weighs_negatives)
+            contrastive = contrastive_objective(model.config, *scale, *embeds, group_ids, *options)
             taught = taught_objectives(model.config, *embeds, teachers, group_ids, num_ranks)
             total = with_taught(model.config, contrastive, taught)
         backward(contrastive_weight * total)

@@ -102,9 +102,12 @@ class StageTrainer(OptimizingTrainer):
         self._resumed_from = resume_from_checkpoint
         if resume_from_checkpoint is not None and self._take_up_the_end(resume_from_checkpoint):
             return None
+        part = self.trained_part
+        part.drops_features, part.weighs_negatives = self.stage.feature_dropout, self.stage.hard_negatives
         try:
             return super().train(resume_from_checkpoint)
         finally:
+            part.drops_features = part.weighs_negatives = True
             self._progress.close()
             if self._frozen_towers is not None:
                 self._frozen_towers.thaw()

@@ -27,6 +27,8 @@ class Stage:
         train_encoders: `False` freezes both towers. Their outputs are then computed once and read from a cache.
         weight_average: decay of a running average of the trained weights, such as 0.999. Validation measures the
             average, the best epoch is one of the average, and the next stage starts from it. 0: no average.
+        feature_dropout, hard_negatives: `False` leaves the model's feature dropout, or its hard negatives, out of this
+            stage.
         vision_learning_rate, text_learning_rate: the towers' own peaks; `learning_rate` is then that of what is not a
             tower: projections, classifier, temperature. `None`: `learning_rate`.
         layer_decay: factor on the rate from a tower's block to the one below it. The embeddings are below the first
@@ -49,6 +51,8 @@ class Stage:
     contrastive_weight: float
     train_encoders: bool
     weight_average: float = 0.0
+    feature_dropout: bool = True
+    hard_negatives: bool = True
     vision_learning_rate: float | None = None
     text_learning_rate: float | None = None
     layer_decay: float = 1.0
@@ -73,8 +77,9 @@ class Stage:
                 f"Stage {self.name!r}: weight_average={self.weight_average!r} must be 0 (no average) or more, and less "
                 "than 1."
             )
-        if not isinstance(self.train_encoders, bool):  # a string "false" would count as true
-            raise InputError(f"Stage {self.name!r}: train_encoders={self.train_encoders!r} must be true or false.")
+        for field in ("train_encoders", "feature_dropout", "hard_negatives", "train_embeddings"):
+            if not isinstance(getattr(self, field), bool):  # a string "false" would count as true
+                raise InputError(f"Stage {self.name!r}: {field}={getattr(self, field)!r} must be true or false.")
         if not self.instance_weight and not self.contrastive_weight:
             raise InputError(
                 f"Stage {self.name!r}: instance_weight and contrastive_weight are both 0, so nothing is trained."
@@ -95,8 +100,6 @@ class Stage:
                 f"Stage {self.name!r}: trained_blocks={blocks!r} must be a whole number of 1 or more, or null. To "
                 "train no block: train_encoders=False."
             )
-        if not isinstance(self.train_embeddings, bool):
-            raise InputError(f"Stage {self.name!r}: train_embeddings={self.train_embeddings!r} must be true or false.")
         frozen = {field: getattr(self, field) for field in ("vision_frozen_epochs", "text_frozen_epochs")}
         for field, value in frozen.items():
             if not _is_number(value) or not 0 <= value < math.inf:
@@ -152,10 +155,10 @@ PAPER_STAGES = (
 
 # What did best on equal terms with both towers trained (docs/recipes.md): the shared classifier on the cosine while the
 # towers are frozen, InfoNCE alone once they are trained. The rate of the second stage is the paper's, for large towers.
-# Dropout, hard negatives and the first rate are what real images need and drawn scenes do not mind.
+# Dropout and hard negatives are what heads need on real images; beside trained towers they cost.
 RECOMMENDED_STAGES = (
     Stage("heads", 6, 2e-3, instance_weight=1, contrastive_weight=1, train_encoders=False),
-    Stage("joint", 3, 1e-5, instance_weight=0, contrastive_weight=1, train_encoders=True),
+    Stage("joint", 3, 1e-5, 0, 1, train_encoders=True, feature_dropout=False, hard_negatives=False),
 )
 # The fields of IConEConfig that go with these stages.
 RECOMMENDED_CONFIG: Mapping[str, Any] = {

@@ -235,6 +235,8 @@ STAGE_FIELDS = {
     "contrastive_weight": lambda value: is_number(value) and 0 <= value < math.inf,
     "train_encoders": lambda value: isinstance(value, bool),
     "weight_average": lambda value: is_number(value) and 0 <= value < 1,
+    "feature_dropout": lambda value: isinstance(value, bool),
+    "hard_negatives": lambda value: isinstance(value, bool),
     "vision_learning_rate": lambda value: value is None or is_positive(value),
     "text_learning_rate": lambda value: value is None or is_positive(value),
     "layer_decay": lambda value: is_number(value) and 0 < value <= 1,

@@ -13,7 +13,19 @@ from icone_hf.publishing.checkpoint_info import OF_ARGUMENTS, OF_CONFIG, OF_STAG
 from icone_hf.publishing.hub import model_card
 from icone_hf.training.arguments import DECISIVE_ARGUMENTS
 
-STAGE = Stage("joint", 1, 1e-3, 0, 1, True, weight_average=0.9, vision_learning_rate=1e-4, layer_decay=0.5)
+STAGE = Stage(
+    "joint",
+    1,
+    1e-3,
+    0,
+    1,
+    True,
+    0.9,
+    feature_dropout=False,
+    hard_negatives=False,
+    vision_learning_rate=1e-4,
+    layer_decay=0.5,
+)
 
 
 def test_nothing_that_is_at_its_default_is_told_and_all_else_is():
@@ -49,7 +61,13 @@ def run(make_model, processor, tmp_path):
 
 def test_a_card_tells_rates_averages_and_regularisation(run):
     for text in (model_card(run).text, as_text(describe(run))):
-        for said in ("weight_average 0.9", "vision_learning_rate 0.0001", "layer_decay 0.5"):
+        for said in (
+            "weight_average 0.9",
+            "feature_dropout False",
+            "hard_negatives False",
+            "vision_learning_rate 0.0001",
+            "layer_decay 0.5",
+        ):
             assert said in text, said
         for said in ("hard_negative_beta 0.5", "vision_feature_dropout 0.25", "mask_tokens 0.125"):
             assert said in text, said

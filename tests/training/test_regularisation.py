@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -230,6 +231,42 @@ def test_resuming_is_exact(run, stage, workers):
     assert losses(resumed) == losses(whole)
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_stage_may_leave_feature_dropout_out(run, chunk):
+    """It then trains as a model without any does. The model has it again afterwards."""
+    plain = [replace(stage, feature_dropout=False) for stage in STAGES]
+    options = {"global_batch_size": 8, "per_device_chunk_size": chunk} if chunk else {}
+    of_stages, of_config, dropped = (
+        run("a", stages=plain, **options),
+        run("b", dropout=0, **options),
+        run("c", **options),
+    )
+    for trainer in (of_stages, of_config, dropped):
+        trainer.train()
+    assert losses(of_stages) == losses(of_config) != losses(dropped)
+    assert of_stages.model.config.vision_feature_dropout == 0.3
+    ones = {"pooled_image": torch.ones(4, 32), "pooled_text": torch.ones(4, 24)}
+    assert (seen_by_projections(of_stages.model.train(), **ones)["visual_projection"] == 0).any()
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_stage_may_leave_hard_negatives_out(make_model, processor, tmp_path, chunk):
+    options = {"global_batch_size": 8, "per_device_chunk_size": chunk} if chunk else {}
+
+    def run(folder, beta, **changes):
+        stages = [replace(stage, contrastive_weight=1, **changes) for stage in STAGES]
+        trainer = make_run(
+            tmp_path / folder, make_model(num_groups=16, hard_negative_beta=beta), processor, stages, **options
+        )
+        trainer.train()
+        return trainer
+
+    of_stages, of_config, weighed = run("a", 0.5, hard_negatives=False), run("b", 0), run("c", 0.5)
+    assert losses(of_stages) == losses(of_config) != losses(weighed)
+    assert of_stages.model.config.hard_negative_beta == 0.5
+    assert of_stages.model.weighs_negatives
 
 
 def test_validation_sees_plain_images_and_captions(run, processor):
