@@ -244,7 +244,7 @@ class IConEConfig(PreTrainedConfig):
                 "several_positives and learn_temperature to False."
             )
 
-        if self.hard_negative_beta and (self.contrastive_loss != "infonce" or self.several_positives):
+        if self.hard_negative_beta and not _weighs_negatives(self.contrastive_loss, self.several_positives):
             raise ModelError(
                 f"hard_negative_beta={self.hard_negative_beta} weighs InfoNCE's negatives of one positive: it needs "
                 "contrastive_loss='infonce' and several_positives=False."
@@ -259,6 +259,11 @@ class IConEConfig(PreTrainedConfig):
                 tower_width(sub_config)
 
 
+def _weighs_negatives(contrastive_loss: str, several_positives: bool) -> bool:
+    """Say whether a loss can have hard negatives."""
+    return contrastive_loss == "infonce" and not several_positives
+
+
 def give_up_hard_negatives(values: Mapping[str, Any], given: Container[str]) -> dict[str, Any]:
     """Leave hard negatives out where the loss has none.
 
@@ -266,7 +271,7 @@ def give_up_hard_negatives(values: Mapping[str, Any], given: Container[str]) -> 
         values: fields of [`IConEConfig`].
         given: names of those that were asked for. Hard negatives among them stay, for the config to refuse.
     """
-    has_them = values.get("contrastive_loss", "infonce") == "infonce" and not values.get("several_positives")
+    has_them = _weighs_negatives(values.get("contrastive_loss", "infonce"), values.get("several_positives", False))
     return dict(values) if has_them or "hard_negative_beta" in given else {**values, "hard_negative_beta": 0.0}
 
 
