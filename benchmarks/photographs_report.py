@@ -93,41 +93,50 @@ def tables(plan: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     return "\n".join(blocks)
 
 
+def towers_row(name: str, epochs: float, recipe: dict[str, Any], runs: list[dict[str, Any]]) -> tuple[float, str]:
+    """Write a recipe's row of both towers trained.
+
+    Returns:
+        Its mean test Rsum and the row.
+    """
+    final = [run for run in runs if (run["recipe"], run["epochs"]) == (name, epochs) and run["seed"] != TUNING_SEED]
+    tested = [run for run in final if "test" in run]
+    # Where the plan's rates have changed since, others may have been chosen before: the last one counts.
+    found = [run for run in tested if run["rate"] == tested[-1]["rate"]]
+    diverged = sum("diverged" in run for run in final)
+    seeds = {run["seed"] for run in found}
+    starts = [run for run in runs if run["recipe"] == recipe.get("frozen") and not run["rate"]]
+    starts = [run for run in starts if run["seed"] in seeds]
+    minutes = [
+        # Of a resumed run they aren't known.
+        f"{mean(known) / 60:.0f}" if (known := [run["seconds"] for run in some if "seconds" in run]) else "?"
+        for some in (starts, found)
+        if some
+    ]
+    rsums = [run["test"]["rsum"] for run in found]
+    cells = [
+        recipe["label"],
+        f"{epochs:g}",
+        f"{found[0]['rate']:g}",
+        f"{mean(run['test']['rsum'] for run in starts):.1f}" if starts else "-",
+        spread([run["validation"]["rsum"] for run in found]),
+        spread(rsums),
+        *(f"{mean(run['test'][measure] for run in found):.1f}" for measure in ("t2i_r1", "i2t_r1")),
+        str(len(found)) + (f" ({diverged} more diverged)" if diverged else ""),
+        " + ".join(minutes),
+    ]
+    return mean(rsums), "| " + " | ".join(cells) + " |"
+
+
 def towers_table(plan: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """Write the table of both towers trained, the best recipe first."""
-    rows = []
-    for name, recipe in plan["recipes"].items():
-        # Where the plan's rates or epochs have changed since, others may have been run before: the last ones count.
-        tested = [run for run in runs if run["recipe"] == name and run["rate"] and "test" in run]
-        found = [run for run in tested if (run["rate"], run["epochs"]) == (tested[-1]["rate"], tested[-1]["epochs"])]
-        if not found:
-            continue
-        diverged = sum(run["recipe"] == name and run["seed"] != TUNING_SEED and "diverged" in run for run in runs)
-        seeds = {run["seed"] for run in found}
-        starts = [run for run in runs if run["recipe"] == recipe.get("frozen") and not run["rate"]]
-        starts = [run for run in starts if run["seed"] in seeds]
-        minutes = [
-            # Of a resumed run they aren't known.
-            f"{mean(known) / 60:.0f}" if (known := [run["seconds"] for run in some if "seconds" in run]) else "?"
-            for some in (starts, found)
-            if some
-        ]
-        rsums = [run["test"]["rsum"] for run in found]
-        cells = [
-            recipe["label"],
-            f"{found[0]['rate']:g}",
-            f"{mean(run['test']['rsum'] for run in starts):.1f}" if starts else "-",
-            spread([run["validation"]["rsum"] for run in found]),
-            spread(rsums),
-            *(f"{mean(run['test'][measure] for run in found):.1f}" for measure in ("t2i_r1", "i2t_r1")),
-            str(len(found)) + (f" ({diverged} more diverged)" if diverged else ""),
-            " + ".join(minutes),
-        ]
-        rows.append((mean(rsums), "| " + " | ".join(cells) + " |"))
+    # A recipe has a row for each number of epochs that it was trained for.
+    epochs_of = {(run["recipe"], run["epochs"]) for run in runs if run["rate"] and "test" in run}
+    rows = [towers_row(name, epochs, plan["recipes"][name], runs) for name, epochs in epochs_of]
     if not rows:
         return ""
-    heads = "recipe | rate | test, towers frozen | validation | test | t2i R@1 | i2t R@1 | seeds | minutes"
-    return "\n".join([f"| {heads} |", "|---" * 9 + "|", *(row for _, row in sorted(rows, reverse=True))])
+    heads = "recipe | epochs | rate | test, towers frozen | validation | test | t2i R@1 | i2t R@1 | seeds | minutes"
+    return "\n".join([f"| {heads} |", "|---" * 10 + "|", *(row for _, row in sorted(rows, reverse=True))])
 
 
 def blocks() -> list[tuple[Path, str, str]]:

@@ -1,6 +1,6 @@
 """Train both towers on Flickr8k's photographs by the recipes of photographs_towers.yaml.
 
-    python -m benchmarks.photographs_towers [--flickr8k FOLDER] [--recipes icone] [--seeds 0 1 2]
+    python -m benchmarks.photographs_towers [--flickr8k FOLDER] [--recipes icone] [--epochs 1] [--seeds 0 1 2]
     python -m benchmarks.photographs --report
 
 Values are those that `python -m benchmarks.photographs` has chosen for frozen towers. Runs that
@@ -255,27 +255,28 @@ def updates_of(epochs: float, data: Photographs) -> int:
     return math.ceil(epochs * math.ceil(len(Captions.read(data.groups["train"])) / PLAN["batch"]))
 
 
-def run_recipe(name: str, seeds: Sequence[int], data: Photographs) -> None:
+def run_recipe(name: str, epochs: float, seeds: Sequence[int], data: Photographs) -> None:
     """Try a recipe's rates; train the best from all seeds."""
     tried = {
         rate: run_one(name, rate, PLAN["trial_epochs"], TUNING_SEED, data) for rate in PLAN["recipes"][name]["rates"]
     }
     best = max(tried, key=lambda rate: tried[rate].get("validation", {}).get("rsum", 0.0))
     for seed in seeds:
-        run_one(name, best, PLAN["epochs"], seed, data)
+        run_one(name, best, epochs, seed, data)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flickr8k", type=Path, default=Path("../shared/flickr8k"), help="Folder of the data set.")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(recipes.SEEDS), help="None: only rates are tried.")
+    parser.add_argument("--epochs", type=float, default=PLAN["epochs"], help="Of both towers.")
     options = recipes.parse_options(parser, PLAN["recipes"], "recipe", photographs_report.write)
     if options is None:
         return
     photographs.prepare()
     data = Photographs(options.flickr8k, PLAN)
     for name in recipes.part_of(options.recipes, options.part):
-        run_recipe(name, options.seeds, data)
+        run_recipe(name, options.epochs, options.seeds, data)
 
 
 if __name__ == "__main__":

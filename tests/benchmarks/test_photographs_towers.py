@@ -55,15 +55,14 @@ def data(make_model, processor, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["icone", "sentence_transformers", "dual_encoder"])
 def test_a_recipe_trains_towers_and_projections_and_is_tested_at_its_best_rate_alone(data, name, monkeypatch):
-    for key, value in {"epochs": 1, "trial_epochs": 0.5}.items():
-        monkeypatch.setitem(photographs_towers.PLAN, key, value)
+    monkeypatch.setitem(photographs_towers.PLAN, "trial_epochs", 0.5)
     monkeypatch.setitem(photographs_towers.PLAN["recipes"][name], "rates", [1e-9, 1e-2])
     trained = []
     measure = photographs_towers.encode_groups
     monkeypatch.setattr(
         photographs_towers, "encode_groups", lambda model, *args: trained.append(model) or measure(model, *args)
     )
-    photographs_towers.run_recipe(name, [0, 1], data)
+    photographs_towers.run_recipe(name, 1, [0, 1], data)
     runs = photographs_towers.RESULTS.read()
     starts = [run for run in runs if run["recipe"] == "classifier_hard_negatives"]
     assert [run["seed"] for run in starts] == ([100, 0, 1] if name == "icone" else [])
@@ -163,8 +162,10 @@ def test_the_table_has_the_last_chosen_rate_beside_frozen_towers():
     runs = [run("a", 100, 99.0), run("a", 0, 50.0, rate=0.2), run("a", 0, 1.0), run("a", 1, 2.0), run("b", 0, 4.0)]
     del runs[-1]["seconds"]  # it was resumed
     runs.append({"recipe": "b", "seed": 1, "rate": 0.1, "epochs": 1, "diverged": "The loss is nan."})
+    runs.append(run("a", 1, 3.0, epochs=4))
     assert photographs_report.towers_table(plan, starts + runs).splitlines()[2:] == [
-        "| B | 0.1 | - | 4.0 (4.0-4.0) | 4.0 (4.0-4.0) | 1.0 | 2.0 | 1 (1 more diverged) | ? |",
-        "| A | 0.1 | 8.0 | 1.5 (1.0-2.0) | 1.5 (1.0-2.0) | 1.0 | 2.0 | 2 | 2 + 2 |",
+        "| B | 1 | 0.1 | - | 4.0 (4.0-4.0) | 4.0 (4.0-4.0) | 1.0 | 2.0 | 1 (1 more diverged) | ? |",
+        "| A | 4 | 0.1 | 9.0 | 3.0 (3.0-3.0) | 3.0 (3.0-3.0) | 1.0 | 2.0 | 1 | 2 + 2 |",
+        "| A | 1 | 0.1 | 8.0 | 1.5 (1.0-2.0) | 1.5 (1.0-2.0) | 1.0 | 2.0 | 2 | 2 + 2 |",
     ]
     assert photographs_report.towers_table(plan, starts) == ""
