@@ -93,19 +93,22 @@ def tables(plan: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     return "\n".join(blocks)
 
 
-def towers_row(name: str, epochs: float, recipe: dict[str, Any], runs: list[dict[str, Any]]) -> tuple[float, str]:
+def towers_row(label: str, runs: list[dict[str, Any]], starts: list[dict[str, Any]]) -> tuple[float, str]:
     """Write a recipe's row of both towers trained.
 
+    Args:
+        label: of the recipe.
+        runs: of all its seeds, for one number of epochs.
+        starts: its runs on frozen towers.
+
     Returns:
-        Its mean test Rsum and the row.
+        Its mean test Rsum, by which rows are sorted, and the row.
     """
-    final = [run for run in runs if (run["recipe"], run["epochs"]) == (name, epochs) and run["seed"] != TUNING_SEED]
-    tested = [run for run in final if "test" in run]
+    tested = [run for run in runs if "test" in run]
     # Where the plan's rates have changed since, others may have been chosen before: the last one counts.
     found = [run for run in tested if run["rate"] == tested[-1]["rate"]]
-    diverged = sum("diverged" in run for run in final)
+    diverged = sum("diverged" in run for run in runs)
     seeds = {run["seed"] for run in found}
-    starts = [run for run in runs if run["recipe"] == recipe.get("frozen") and not run["rate"]]
     starts = [run for run in starts if run["seed"] in seeds]
     minutes = [
         # Of a resumed run they aren't known.
@@ -115,8 +118,8 @@ def towers_row(name: str, epochs: float, recipe: dict[str, Any], runs: list[dict
     ]
     rsums = [run["test"]["rsum"] for run in found]
     cells = [
-        recipe["label"],
-        f"{epochs:g}",
+        label,
+        f"{found[0]['epochs']:g}",
         f"{found[0]['rate']:g}",
         f"{mean(run['test']['rsum'] for run in starts):.1f}" if starts else "-",
         spread([run["validation"]["rsum"] for run in found]),
@@ -130,9 +133,13 @@ def towers_row(name: str, epochs: float, recipe: dict[str, Any], runs: list[dict
 
 def towers_table(plan: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """Write the table of both towers trained, the best recipe first."""
-    # A recipe has a row for each number of epochs that it was trained for.
-    epochs_of = {(run["recipe"], run["epochs"]) for run in runs if run["rate"] and "test" in run}
-    rows = [towers_row(name, epochs, plan["recipes"][name], runs) for name, epochs in epochs_of]
+    rows = []
+    for name, recipe in plan["recipes"].items():
+        # A recipe on frozen towers may have the same name; its runs have no rate.
+        starts = [run for run in runs if run["recipe"] == recipe.get("frozen") and not run["rate"]]
+        trained = [run for run in runs if run["recipe"] == name and run["rate"] and run["seed"] != TUNING_SEED]
+        for epochs in {run["epochs"] for run in trained if "test" in run}:
+            rows.append(towers_row(recipe["label"], [run for run in trained if run["epochs"] == epochs], starts))
     if not rows:
         return ""
     heads = "recipe | epochs | rate | test, towers frozen | validation | test | t2i R@1 | i2t R@1 | seeds | minutes"

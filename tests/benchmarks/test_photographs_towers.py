@@ -169,3 +169,9 @@ def test_the_table_has_the_last_chosen_rate_beside_frozen_towers():
         "| A | 1 | 0.1 | 8.0 | 1.5 (1.0-2.0) | 1.5 (1.0-2.0) | 1.0 | 2.0 | 2 | 2 + 2 |",
     ]
     assert photographs_report.towers_table(plan, starts) == ""
+    # A recipe may be named as its start on frozen towers; runs of a recipe that has left the plan are passed over.
+    plan = {"recipes": {"x": {"label": "X", "frozen": "x"}}}
+    runs = [*runs, run("x", 0, 5.0, epochs=1)]
+    assert photographs_report.towers_table(plan, starts + runs).splitlines()[2:] == [
+        "| X | 1 | 0.1 | 7.0 | 5.0 (5.0-5.0) | 5.0 (5.0-5.0) | 1.0 | 2.0 | 1 | 2 + 2 |",
+    ]
