@@ -99,7 +99,8 @@ def starting_towers(
 ) -> str | None:
     """Return the digest of a run's first towers.
 
-    They count while what goes on is computed from them. Once a stage has trained them, its checkpoints hold them.
+    They count while what goes on is computed from them. Once a stage has trained them, its checkpoints hold them; but
+    no checkpoint holds the towers that teach as they were at first.
 
     Args:
         saved: the recipe of the run that goes on. `None`: it starts. An earlier version's names no towers.
@@ -113,12 +114,20 @@ def starting_towers(
     now = recipe["starting_towers"]
     was = now if saved is None else saved.get("starting_towers")
     is_held = any(stage.train_encoders for stage in stages[: first + (checkpoint is not None)])
-    if first < len(stages) and not is_held and was not in (None, now):
+    is_needed = not is_held or _own_towers_teach(recipe["decisive"], stages[first:])
+    if first < len(stages) and is_needed and was not in (None, now):
         raise InputError(
             f"The run started from towers of other weights (digest {was[:12]}, these have {now[:12]}): load the towers "
             "that it started from, or start anew in another output_dir."
         )
     return was
+
+
+def _own_towers_teach(decisive: Mapping[str, Any], stages: Sequence[Stage]) -> bool:
+    """Say whether a stage learns from the run's towers."""
+    model, named = decisive["model"], (decisive["image_teacher"], decisive["text_teacher"])
+    is_taught = model["soft_target_weight"] or model["uni_modal_weight"]
+    return bool(is_taught) and None in named and any(stage.contrastive_weight for stage in stages)
 
 
 def _defaults(kind: type, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,13 @@ from transformers import AutoConfig
 from ..data.batching import Pair
 from ..embedding.encoding import embed_pooled
 from ..errors import InputError
+from ..modeling.dual_encoders import load_halves
+from ..modeling.errors import ModelError
 from ..modeling.heads import IConEHeads
 from ..modeling.modeling_icone import IConEModel
 from ..modeling.objective import TAUGHT_LOSSES
 from ..modeling.processing_icone import IConEProcessor, load_image_processor
+from ..modeling.towers import guess_pooling, saved_pooling
 from .arguments import IConETrainingArguments
 from .feature_cache import FeatureCache
 from .stages import Stage
@@ -43,7 +46,7 @@ def check_teachers(model: IConEModel, args: IConETrainingArguments, stages: Sequ
                 f"{name}={teacher!r} would teach nothing: set soft_target_weight or uni_modal_weight above 0 in the "
                 "model's config, or leave it out."
             )
-        _read_config(name, teacher)
+        _check_pooling(name, teacher)
     if config.distillation_weight and args.distillation_teacher is None:
         raise InputError(
             f"distillation_weight={config.distillation_weight:g} needs a teacher: name an IConE checkpoint with "
@@ -68,6 +71,22 @@ def _read_config(name: str, checkpoint: str | None) -> Any:
         return None if checkpoint is None else AutoConfig.from_pretrained(checkpoint)
     except (ValueError, OSError) as error:  # transformers says so of a folder or Hub id that holds no model
         raise InputError(f"{name}={checkpoint!r} can't be loaded: {error}") from error
+
+
+def _check_pooling(name: str, checkpoint: str | None) -> None:
+    """Refuse a teacher whose pooling nothing tells."""
+    config = _read_config(name, checkpoint)
+    modality = "vision" if name == "image_teacher" else "text"
+    if checkpoint is None or hasattr(config, f"{modality}_config"):  # two towers come with their pooling
+        return
+    try:
+        if modality == "vision" or saved_pooling(checkpoint) is None:
+            guess_pooling(config, f"{modality}_pooling")
+    except ModelError as error:
+        raise InputError(
+            f"{name}={checkpoint!r} can't teach: how a tower of type {config.model_type!r} is pooled is not known. "
+            "Name another teacher, or an IConE checkpoint with this tower, which says how it pools."
+        ) from error
 
 
 class PairTeachers:
@@ -151,17 +170,21 @@ def load_teachers(
 ) -> tuple[IConEModel, IConEProcessor]:
     """Load the teachers named, with their processor.
 
-    The model's own tower stands where none is named.
+    The model's own tower stands where none is named. Pooled outputs teach, so projections are whatever they are.
     """
     # Copies: a tower that becomes part of another model is started anew where it has adapters.
     vision = args.image_teacher or copy.deepcopy(model.vision_model)
     text = args.text_teacher or copy.deepcopy(model.text_model)
-    poolings: dict[str, Any] = {}
+    halves = load_halves(vision, text, {"dtype": model.dtype})
+    poolings: dict[str, Any] = {f"{half.modality}_pooling": half.pooling for half in halves}
     if args.image_teacher is None:
         poolings["vision_pooling"] = model.config.vision_pooling
     if args.text_teacher is None:
         poolings["text_pooling"] = model.config.text_pooling
-    teachers = IConEModel.from_encoders(vision, text, dtype=model.dtype, **poolings).eval()
+    elif halves[1].pair is None:
+        poolings["text_pooling"] = saved_pooling(args.text_teacher)
+    towers = halves[0].tower, halves[1].tower
+    teachers = IConEModel.from_encoders(*towers, projections="new", **poolings).eval()
     if args.text_teacher is None:
         assert args.image_teacher is not None
         of_teachers = copy.copy(processor)

@@ -2,8 +2,18 @@
 
 import pytest
 import torch
+from PIL import Image
 from tiny import WORDS, StopAt, count_pooled, losses, make_run, tiny_text_config, tiny_vision_config
-from transformers import BertModel, BertTokenizer, CLIPImageProcessorPil, CLIPVisionModel
+from transformers import (
+    BertModel,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPVisionModel,
+    MobileViTConfig,
+    T5Config,
+)
 
 from icone_hf import IConEModel, IConEProcessor, IConETrainingArguments, Stage
 from icone_hf.data.batching import GroupBatchSampler
@@ -88,9 +98,12 @@ def test_a_run_that_goes_on_has_the_teachers_of_one_that_never_stopped(make_mode
     fields = {**WEIGHTS, "num_groups": 16, "projection_dim": 8}
     start = make_model(**fields).state_dict()
 
-    def run(folder, callbacks=None):
+    def run(folder, callbacks=None, moved=0.0):
         model = make_model(**fields)
         model.load_state_dict(start)
+        for tower in (model.vision_model, model.text_model):
+            for weights in tower.parameters():
+                weights.data += moved
         stages = (Stage("instance", 2, 1e-3, 1, 1, False), Stage("joint", 2, 5e-4, 1, 1, True))
         steps = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 3, "eval_steps": 3}
         return make_run(tmp_path / folder, model, processor, stages, callbacks, **steps)
@@ -99,6 +112,8 @@ def test_a_run_that_goes_on_has_the_teachers_of_one_that_never_stopped(make_mode
     whole.train()
     with pytest.raises(KeyboardInterrupt):
         run("cut", [StopAt(*stop)]).train()
+    with pytest.raises(InputError, match="started from towers of other weights"):  # a notebook's model, trained since
+        run("cut", moved=1e-3).train(resume_from_checkpoint="auto")
     again = run("cut")
     again.train(resume_from_checkpoint="auto")
     assert losses(again) == losses(whole)
@@ -162,6 +177,59 @@ def test_a_named_teacher_leaves_the_adapters_of_the_other_tower_alone(make_model
     args = IConETrainingArguments(str(tmp_path), use_cpu=True, image_teacher=str(others[0]))
     load_teachers(model, processor, args)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def tiny_pair(folder, dim):
+    """A CLIP of both towers, with its processors."""
+    text_config = {"vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    text_config |= {"num_attention_heads": 2, "bos_token_id": 2, "eos_token_id": 3}
+    vision_config = tiny_vision_config().to_dict()
+    config = CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=dim)
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False).save_pretrained(folder)
+    BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_towers_of_pairs_with_other_spaces_teach_together(make_model, processor, tmp_path):
+    """Two CLIPs, of 16 and 12 dimensions: what they pool teaches, and their projections have no part in it."""
+    pairs = [tiny_pair(tmp_path / str(dim), dim) for dim in (16, 12)]
+    args = IConETrainingArguments(str(tmp_path / "run"), use_cpu=True, image_teacher=pairs[0], text_teacher=pairs[1])
+    teachers, of_teachers = load_teachers(make_model(**WEIGHTS), processor, args)
+    inputs = of_teachers(images=[Image.new("RGB", (32, 32), "red")], text=["a red square"], return_tensors="pt")
+    images, texts = (CLIPModel.from_pretrained(name).eval() for name in pairs)
+    with torch.no_grad():
+        image = teachers.pool_image(teachers.run_vision_tower(inputs["pixel_values"]))
+        of_texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        text = teachers.pool_text(teachers.text_model(**of_texts), inputs["attention_mask"])
+        assert torch.equal(image, images.vision_model(inputs["pixel_values"]).pooler_output)
+        assert torch.equal(text, texts.text_model(**of_texts).pooler_output)
+
+
+def test_a_checkpoint_teaches_as_it_pools(make_model, processor, others, tmp_path):
+    IConEModel.from_encoders(*others, text_pooling="mean", vision_pooling="cls").save_pretrained(tmp_path / "pair")
+    IConEProcessor.from_encoders(*others).save_pretrained(tmp_path / "pair")
+    pair = str(tmp_path / "pair")
+    args = IConETrainingArguments(str(tmp_path / "run"), use_cpu=True, image_teacher=pair, text_teacher=pair)
+    config = load_teachers(make_model(**WEIGHTS), processor, args)[0].config
+    assert (config.vision_pooling, config.text_pooling) == ("cls", "mean")
+
+
+def test_a_teacher_that_nobody_can_pool_is_refused_before_any_work(make_model, processor, others, tmp_path):
+    """A tower of such a type serves a run that names its pooling; nothing names a teacher's."""
+    folder = str(tmp_path / "mobilevit")
+    MobileViTConfig(image_size=32).save_pretrained(folder)
+    with pytest.raises(InputError, match=r"image_teacher=.* can't teach: how a tower of type 'mobilevit' is pooled"):
+        make_run(tmp_path / "run", make_model(num_groups=16, **WEIGHTS), processor, image_teacher=folder)
+    assert not (tmp_path / "run" / "recipe.json").exists()
+    # A text tower may say so in a file of sentence-transformers.
+    text = tmp_path / "t5"
+    T5Config(d_model=16, num_layers=1, num_heads=2, d_ff=16, d_kv=8).save_pretrained(text)
+    with pytest.raises(InputError, match=r"text_teacher=.* can't teach"):
+        make_run(tmp_path / "run", make_model(num_groups=16, **WEIGHTS), processor, text_teacher=str(text))
+    (text / "1_Pooling").mkdir()
+    (text / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    make_run(tmp_path / "run", make_model(num_groups=16, **WEIGHTS), processor, text_teacher=str(text))
 
 
 @pytest.fixture
