@@ -51,6 +51,22 @@ def test_the_best_is_trained_by_icone_train_with_the_same_rsum(call, tmp_path, c
     assert "holds another search (trials was 4, is 5)" in capsys.readouterr().err
 
 
+def test_the_best_keeps_the_schedule(call, tmp_path, capsys):
+    """Its name and all that was given with it, since both decide the numbers."""
+    argv = ["--trials", "2", "--lr_scheduler_type", "cosine_with_min_lr"]
+    assert call(*argv, "--lr_scheduler_kwargs", '{"min_lr_rate": 0.5}', "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    best = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())
+    assert best["lr_scheduler_kwargs"] == {"min_lr_rate": 0.5}
+    assert best["lr_scheduler_type"] == "cosine_with_min_lr"
+    assert main(["train", "out/best.yaml"]) == 0
+    metrics = json.loads((tmp_path / "out" / "best" / "metrics.json").read_text())
+    (trial,) = [t for t in told["trials"] if t["candidate"] == told["candidate"] and t["epochs"] == 4]
+    assert metrics["validation"]["rsum"] == trial["outcome"]["rsum"]
+    assert call(*argv, "--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}') == 2
+    assert "lr_scheduler_kwargs.min_lr_rate was 0.5, is 0.1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

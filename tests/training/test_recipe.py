@@ -39,6 +39,19 @@ def test_what_an_earlier_version_did_not_have_counts_as_its_default(tmp_path):
     assert difference == "model.nested_dims was None, is [64]"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr_scheduler_kwargs", {"num_cycles": 2}),
+        ("optim_args", "rank=4"),
+        ("optim_target_modules", ["visual_projection"]),
+    ],
+)
+def test_what_is_given_to_the_schedule_and_the_optimizer_is_a_difference(tmp_path, name, value):
+    (difference,) = differences(decisive(tmp_path), decisive(tmp_path, **{name: value}))
+    assert difference == f"{name} was None, is {value}"
+
+
 def test_a_run_goes_on_from_the_towers_that_it_started_from(make_model, processor, tmp_path):
     """Until its own checkpoints hold them."""
 
