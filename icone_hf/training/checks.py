@@ -109,10 +109,17 @@ def check_trained_parts(model: IConEModel, stages: Sequence[Stage]) -> None:
     has_projection = any(kind != "identity" for kind in (config.vision_projection, config.text_projection))
     for stage in stages:
         has_scale = stage.contrastive_weight and (config.learn_temperature or config.contrastive_loss == "sigmoid")
-        if not (stage.train_encoders or stage.instance_weight or has_projection or has_scale):
+        if stage.instance_weight or has_projection or has_scale:
+            continue
+        if not stage.train_encoders:
             raise InputError(
                 f"The stage {stage.name!r} has nothing to train: its towers are frozen, and both projections are the "
                 "identity. Set its train_encoders or instance_weight, or build the model with projections='new'."
+            )
+        if (epochs := min(stage.vision_frozen_epochs, stage.text_frozen_epochs)) > 0:
+            raise InputError(
+                f"The stage {stage.name!r} has nothing to train for {epochs:g} epochs: vision_frozen_epochs and "
+                "text_frozen_epochs freeze both towers, and both projections are the identity. Set one of them to 0."
             )
 
 

@@ -1,5 +1,7 @@
 """Pairs that were trained together keep what they were trained with: ours equal the original models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -80,11 +82,12 @@ def inputs_of(family):
 
 def patches(pixel_values):
     """Cut images into patches as NaFlex's processor does, row by row, each patch's channels last."""
+    count = len(pixel_values)
     rows = [image[:, y : y + 8, x : x + 8] for image in pixel_values for y in range(0, 32, 8) for x in range(0, 32, 8)]
     return {
-        "pixel_values": torch.stack([patch.permute(1, 2, 0).flatten() for patch in rows]).unflatten(0, (3, 16)),
-        "pixel_attention_mask": torch.ones(3, 16, dtype=torch.long),
-        "spatial_shapes": torch.tensor([[4, 4]] * 3),
+        "pixel_values": torch.stack([patch.permute(1, 2, 0).flatten() for patch in rows]).unflatten(0, (count, 16)),
+        "pixel_attention_mask": torch.ones(count, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4]] * count),
     }
 
 
@@ -259,6 +262,22 @@ def test_towers_that_no_checkpoint_could_be_loaded_into_are_refused(towers, proj
         IConEModel.from_encoders(towers[0], owl, projections=projections, text_pooling="pooler")
 
 
+def test_a_dual_encoder_whose_towers_are_in_other_places_is_refused(towers):
+    """FLAVA calls its vision tower image_model."""
+    flava = transformers.FlavaModel(
+        transformers.FlavaConfig(
+            image_config={**SHAPE, **IMAGE},
+            text_config=without(TEXT, "bos_token_id", "eos_token_id"),
+            projection_dim=16,
+        )
+    )
+    with pytest.raises(ModelError, match="FlavaModel has no vision_model that is a model of its own: pass a tower"):
+        IConEModel.from_encoders(flava, towers[1])
+    # Its towers are models of their own.
+    model = IConEModel.from_encoders(flava.image_model, flava.text_model, vision_pooling="cls", text_pooling="cls")
+    assert model.config.vision_config.model_type == "flava_image_model"
+
+
 def test_contradictions_are_refused_by_name(towers):
     clip, other, siglip = build("CLIP"), build("CLIP", projection_dim=12), build("Siglip")
     with pytest.raises(ModelError, match="vision in 16 dimensions and text in 12"):
@@ -372,3 +391,17 @@ def test_a_stage_with_nothing_to_train_is_refused(tmp_path):
     stage = Stage("heads", 1, 1e-3, instance_weight=0, contrastive_weight=1, train_encoders=False)
     with pytest.raises(InputError, match="The stage 'heads' has nothing to train"):
         make_run(tmp_path / "run", model, IConEProcessor.from_encoders(folder, folder), [stage]).train()
+
+
+def test_an_epoch_with_nothing_to_train_is_refused(tmp_path):
+    """Both towers frozen for an epoch, and nothing beside them that could learn."""
+    folder = siglip_folder(tmp_path / "pair", bert_tokenizer())
+    model = IConEModel.from_encoders(folder, folder, contrastive_loss="infonce")
+    processor = IConEProcessor.from_encoders(folder, folder)
+    frozen = {"vision_frozen_epochs": 2, "text_frozen_epochs": 1}
+    stage = Stage("joint", 3, 1e-3, instance_weight=0, contrastive_weight=1, train_encoders=True, **frozen)
+    with pytest.raises(InputError, match="The stage 'joint' has nothing to train for 1 epochs: vision_frozen_epochs"):
+        make_run(tmp_path / "run", model, processor, [stage])
+    # One tower, the temperature or the bias would be enough.
+    make_run(tmp_path / "run", model, processor, [replace(stage, text_frozen_epochs=0)])
+    make_run(tmp_path / "run", IConEModel.from_encoders(folder, folder), processor, [stage])
