@@ -1,10 +1,12 @@
-"""SugarCrepe's accuracy and Winoground's scores, beside the definitions of their papers."""
+"""SugarCrepe's accuracy and Winoground's scores, beside their papers' definitions and CLIP_benchmark's code."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peer_code import load_file
+from torch.nn import functional as F
 
 from icone_hf.evaluation.compositional import negative_accuracy, winoground_scores
 
@@ -39,6 +41,34 @@ def test_scores_are_winogrounds(seed, count, dim):
             found[name].append(is_right)
     expected = {name: pytest.approx(100 * np.mean(values)) for name, values in found.items()}
     assert winoground_scores(*floats(images, texts)) == expected
+
+
+def clip_benchmark(images, texts):
+    """Its evaluation itself, of a model that looks its embeddings up: `(examples, images or texts, dim)`."""
+    peer = load_file("clip_benchmark", "clip_benchmark/metrics/image_caption_selection.py")
+    numbers = torch.arange(images[..., 0].numel()).view(*images.shape[:2], 1, 1, 1)
+    captions = [[str(row * texts.shape[1] + one) for one in range(texts.shape[1])] for row in range(len(texts))]
+
+    class LooksUp:
+        encode_image = staticmethod(lambda rows: images.flatten(0, 1)[rows.flatten()])
+        encode_text = staticmethod(lambda rows: texts.flatten(0, 1)[rows])
+
+    tokenizer = lambda names: torch.tensor([int(name) for name in names])  # noqa: E731
+    found = peer.evaluate(LooksUp(), [(numbers, captions)], tokenizer, "cpu", amp=False)
+    return {name: 100 * value for name, value in found.items()}
+
+
+def test_both_are_clip_benchmarks():
+    """Where no two scores are equal: it takes the first of equals."""
+    generator = torch.Generator().manual_seed(0)
+    images, texts = F.normalize(torch.randn(2, 200, 2, 3, generator=generator), dim=-1)
+    expected = clip_benchmark(images, texts)
+    ours = {"text_score": "text_acc", "image_score": "image_acc", "group_score": "acc"}
+    scores = winoground_scores(images, texts)
+    assert 0 < scores["group_score"] < scores["text_score"] < 100  # the comparison says something
+    assert scores == {name: pytest.approx(expected[theirs], abs=1e-4) for name, theirs in ours.items()}
+    expected = clip_benchmark(images[:, :1], texts)["text_acc"]
+    assert negative_accuracy(images[:, 0], *texts.unbind(1)) == {"accuracy": pytest.approx(expected, abs=1e-4)}
 
 
 def test_a_model_that_says_the_same_of_everything_is_never_right():

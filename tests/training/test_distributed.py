@@ -18,7 +18,7 @@ from ranks import fork_ranks
 from safetensors.torch import load_file
 from tiny import free_port
 
-from icone_hf import IConEModel
+from icone_hf import IConEModel, IConEProcessor
 
 TESTS = Path(__file__).parents[1]
 
@@ -183,12 +183,24 @@ def test_two_ranks_average_their_weights_as_one_process_does(towers, tmp_path):
     assert_same(read(tmp_path / "run", 4), expected)
 
 
-def test_ranks_learn_from_the_teachers_of_all(towers, tmp_path):
-    """Five groups on two ranks: each batch has a filler. A tower that is named teaches beside the run's own."""
-    few = {"num_groups": 5, "num_eval": 3, "image_teacher": towers[0]}
-    few["config"] = {"soft_target_weight": 0.5, "uni_modal_weight": 1.0}
+@pytest.mark.parametrize("options", [{}, {"per_device_chunk_size": 1}, {"shard_classifier": True}], ids=str)
+def test_ranks_learn_from_the_teachers_of_all(towers, tmp_path, options):
+    """Five groups on two ranks: each batch has a filler. All that is added to the plain losses is on.
+
+    A tower that is named teaches beside the run's own, and a checkpoint beside both.
+    """
+    IConEModel.from_encoders(*towers, projection_dim=12).save_pretrained(tmp_path / "teacher")
+    IConEProcessor.from_encoders(*towers).save_pretrained(tmp_path / "teacher")
+    few = {
+        "num_groups": 5,
+        "num_eval": 3,
+        "image_teacher": towers[0],
+        "distillation_teacher": str(tmp_path / "teacher"),
+    }
+    few["config"] = {"soft_target_weight": 0.5, "uni_modal_weight": 1.0, "distillation_weight": 1.0}
+    few["config"] |= {"hard_negative_beta": 0.5, "instance_label_smoothing": 0.1}
     expected = run_few(towers, tmp_path / "one", 1, **few)
-    assert_same(run_few(towers, tmp_path / "two", 2, **few), expected)
+    assert_same(run_few(towers, tmp_path / "two", 2, **few, **options), expected)
 
 
 @pytest.mark.slow

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from tiny import STAGES, StopAt, count_pooled, losses, make_groups, make_run
+from tiny import STAGES, StopAt, count_pooled, draw, losses, make_groups, make_run
 
 import icone_hf.training.feature_cache as feature_cache
 from icone_hf import FeatureCache, encode_groups, retrieval_metrics
@@ -277,18 +278,21 @@ def test_validation_sees_plain_images_and_captions(run, processor):
         assert metrics["validation"]["rsum"] == pytest.approx(plain["rsum"], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["augment_crop_scale", "augment_colour", "mask_tokens"])
-def test_each_changes_both_stages_and_the_recipe(run, name):
-    nothing = {"augment_crop_scale": 1.0, "augment_colour": 0.0, "mask_tokens": 0.0}
+@pytest.mark.parametrize("name", ["augment_crop_scale", "augment_colour", "augment_flip", "mask_tokens"])
+def test_each_changes_both_stages_and_the_recipe(run, name, monkeypatch):
+    # The squares stand in the middle: of a whole image flipping would change nothing.
+    monkeypatch.setattr(tiny, "draw", lambda *colours: draw(*colours).crop((0, 0, 25, 40)))
+    nothing = {"augment_crop_scale": 1.0, "augment_colour": 0.0, "augment_flip": False, "mask_tokens": 0.0}
     plain = run("plain", 0.0, **nothing, cached_views=1)
     plain.train()
-    changed = run("changed", 0.0, **{**nothing, name: ALL[name]})
+    value = {**ALL, "augment_flip": True}[name]
+    changed = run("changed", 0.0, **{**nothing, name: value})
     changed.train()
     for stage in ("instance", "joint"):
         ours, expected = ([loss for key, loss in losses(one).items() if key[0] == stage] for one in (changed, plain))
         assert not np.allclose(ours, expected)
     decisive = json.loads((changed.folder.path / "recipe.json").read_text())["decisive"]
-    assert (decisive[name], decisive["cached_views"]) == (ALL[name], 3)
+    assert (decisive[name], decisive["cached_views"]) == (value, 3)
 
 
 @pytest.mark.parametrize(
