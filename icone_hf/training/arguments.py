@@ -39,6 +39,7 @@ DECISIVE_ARGUMENTS = (
     "class_vectors",
     "feature_cache_dtype",
     "shard_classifier",
+    "metric_for_best_model",
     "early_stopping_patience",
     "augment_crop_scale",
     "augment_colour",

@@ -45,11 +45,15 @@ def test_what_an_earlier_version_did_not_have_counts_as_its_default(tmp_path):
         ("lr_scheduler_kwargs", {"num_cycles": 2}),
         ("optim_args", "rank=4"),
         ("optim_target_modules", ["visual_projection"]),
+        ("metric_for_best_model", "t2i_r1"),  # one epoch's Rsum is not to be compared with another's R@1
     ],
 )
-def test_what_is_given_to_the_schedule_and_the_optimizer_is_a_difference(tmp_path, name, value):
-    (difference,) = differences(decisive(tmp_path), decisive(tmp_path, **{name: value}))
-    assert difference == f"{name} was None, is {value}"
+def test_what_decides_updates_and_the_best_epoch_is_a_difference(tmp_path, name, value):
+    usual = decisive(tmp_path)
+    (difference,) = differences(usual, decisive(tmp_path, **{name: value}))
+    assert difference == f"{name} was {usual[name]}, is {value}"
+    earlier = {field: one for field, one in usual.items() if field != name}  # of a version that did not keep it
+    assert differences(earlier, usual) == []
 
 
 def test_a_run_goes_on_from_the_towers_that_it_started_from(make_model, processor, tmp_path):
