@@ -238,8 +238,15 @@ def load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, option
     except (ValueError, OSError) as error:  # transformers says so of a folder or Hub id that holds no model
         raise ModelError(f"The {modality} tower {os.fspath(tower)!r} can't be loaded: {error}") from error
     is_dual = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
-    has_both_towers = hasattr(config, f"{modality}_config") and not is_dual
-    return getattr(model, f"{modality}_model") if has_both_towers else model
+    if is_dual or not hasattr(config, f"{modality}_config"):
+        return model
+    half = getattr(model, f"{modality}_model", None)
+    if not isinstance(half, PreTrainedModel):
+        raise ModelError(
+            f"The {modality} tower {os.fspath(tower)!r} is a {type(model).__name__} with parts of other names: pass "
+            "the part that is a tower, a PreTrainedModel."
+        )
+    return half
 
 
 def run_vision_tower(tower: Any, pixel_values: torch.Tensor, **kwargs: Any) -> Any:

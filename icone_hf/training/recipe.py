@@ -118,7 +118,8 @@ def starting_towers(
     if first < len(stages) and is_needed and was not in (None, now):
         raise InputError(
             f"The run started from towers of other weights (digest {was[:12]}, these have {now[:12]}): load the towers "
-            "that it started from, or start anew in another output_dir."
+            "that it started from, or start anew in another output_dir. What a checkpoint lacks, such as a pooler, is "
+            "drawn at random: call set_seed before the model is built."
         )
     return was
 

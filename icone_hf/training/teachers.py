@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from ..data.batching import Pair
 from ..embedding.encoding import embed_pooled
 from ..errors import InputError
-from ..modeling.dual_encoders import load_halves
+from ..modeling.dual_encoders import Half, load_halves
 from ..modeling.errors import ModelError
 from ..modeling.heads import IConEHeads
 from ..modeling.modeling_icone import IConEModel
@@ -23,6 +23,7 @@ from ..modeling.towers import guess_pooling, saved_pooling
 from .arguments import IConETrainingArguments
 from .feature_cache import FeatureCache
 from .stages import Stage
+from .unused_parameters import embed_blank_pair
 
 
 def check_teachers(model: IConEModel, args: IConETrainingArguments, stages: Sequence[Stage]) -> None:
@@ -46,7 +47,7 @@ def check_teachers(model: IConEModel, args: IConETrainingArguments, stages: Sequ
                 f"{name}={teacher!r} would teach nothing: set soft_target_weight or uni_modal_weight above 0 in the "
                 "model's config, or leave it out."
             )
-        _check_pooling(name, teacher)
+        _read_config(name, teacher)
     if config.distillation_weight and args.distillation_teacher is None:
         raise InputError(
             f"distillation_weight={config.distillation_weight:g} needs a teacher: name an IConE checkpoint with "
@@ -71,22 +72,6 @@ def _read_config(name: str, checkpoint: str | None) -> Any:
         return None if checkpoint is None else AutoConfig.from_pretrained(checkpoint)
     except (ValueError, OSError) as error:  # transformers says so of a folder or Hub id that holds no model
         raise InputError(f"{name}={checkpoint!r} can't be loaded: {error}") from error
-
-
-def _check_pooling(name: str, checkpoint: str | None) -> None:
-    """Refuse a teacher whose pooling nothing tells."""
-    config = _read_config(name, checkpoint)
-    modality = "vision" if name == "image_teacher" else "text"
-    if checkpoint is None or hasattr(config, f"{modality}_config"):  # two towers come with their pooling
-        return
-    try:
-        if modality == "vision" or saved_pooling(checkpoint) is None:
-            guess_pooling(config, f"{modality}_pooling")
-    except ModelError as error:
-        raise InputError(
-            f"{name}={checkpoint!r} can't teach: how a tower of type {config.model_type!r} is pooled is not known. "
-            "Name another teacher, or an IConE checkpoint with this tower, which says how it pools."
-        ) from error
 
 
 class PairTeachers:
@@ -116,6 +101,92 @@ class PairTeachers:
         return inputs
 
 
+def load_teachers(
+    model: IConEModel, processor: IConEProcessor, args: IConETrainingArguments, stages: Sequence[Stage]
+) -> dict[str, tuple[IConEModel, IConEProcessor]]:
+    """Load the teachers that are named, with their processors.
+
+    Args:
+        model: whose tower stands where a pair has one name alone.
+        processor: of the model.
+        args: name the teachers.
+        stages: that are still to come.
+
+    Returns:
+        Both teachers of soft targets as one model, and the teacher of distillation, by the name of their caches. None
+        that no stage needs.
+
+    Raises:
+        InputError, ModelError: if one can't teach. Nothing has been written by then.
+    """
+    config, teachers = model.config, {}
+    if not any(stage.contrastive_weight for stage in stages):
+        return {}
+    is_named = args.image_teacher is not None or args.text_teacher is not None
+    if is_named and (config.soft_target_weight or config.uni_modal_weight):
+        teachers["train_teachers"] = load_pair(model, processor, args)
+    if config.distillation_weight:
+        assert args.distillation_teacher is not None  # check_teachers has looked
+        teacher = IConEModel.from_pretrained(args.distillation_teacher, num_groups=0, dtype=torch.float32).eval()
+        teachers["train_distillation"] = teacher, IConEProcessor.from_pretrained(args.distillation_teacher)
+    return teachers
+
+
+def load_pair(
+    model: IConEModel, processor: IConEProcessor, args: IConETrainingArguments
+) -> tuple[IConEModel, IConEProcessor]:
+    """Load the towers that are named, with their processor.
+
+    The model's own tower stands where none is named. Pooled outputs teach, so projections are whatever they are.
+    """
+    # Copies: a tower that becomes part of another model is started anew where it has adapters.
+    vision = args.image_teacher or copy.deepcopy(model.vision_model)
+    text = args.text_teacher or copy.deepcopy(model.text_model)
+    of_image, of_text = load_halves(vision, text, {"dtype": model.dtype})
+    poolings: dict[str, Any] = {
+        "vision_pooling": _pooling_of(of_image, "image_teacher", args.image_teacher, model.config.vision_pooling),
+        "text_pooling": _pooling_of(of_text, "text_teacher", args.text_teacher, model.config.text_pooling),
+    }
+    teachers = IConEModel.from_encoders(of_image.tower, of_text.tower, projections="new", **poolings).eval()
+    for name, tower in ((args.image_teacher, "vision_model"), (args.text_teacher, "text_model")):
+        if name is None:  # adapters have been started anew
+            getattr(teachers, tower).load_state_dict(getattr(model, tower).state_dict())
+    embed_blank_pair(teachers)  # a tower that can't run by images or captions alone fails now
+    if args.text_teacher is None:
+        assert args.image_teacher is not None
+        of_teachers = copy.copy(processor)
+        images = load_image_processor(args.image_teacher)
+        of_teachers.image_processor = IConEProcessor(images, processor.tokenizer).image_processor
+        return teachers, of_teachers
+    with tempfile.TemporaryDirectory() as folder:
+        if args.image_teacher is None:
+            processor.image_processor.save_pretrained(folder)
+        images = args.image_teacher or folder
+        return teachers, IConEProcessor.from_encoders(images, args.text_teacher, processor.jpeg_draft)
+
+
+def _pooling_of(half: Half, argument: str, name: str | None, own: str | None) -> str:
+    """Say how a teacher is pooled.
+
+    Args:
+        half: the teacher.
+        argument: that may name it.
+        name: of its checkpoint. `None`: it is the model's own tower.
+        own: the pooling of that.
+    """
+    if name is None:
+        assert own is not None  # a config keeps what was guessed
+        return own
+    try:
+        saved = saved_pooling(name) if half.modality == "text" and half.pair is None else half.pooling
+        return saved or guess_pooling(half.tower.config, f"{half.modality}_pooling")
+    except ModelError as error:
+        raise InputError(
+            f"{argument}={name!r} can't teach, since how it is pooled can't be told for a teacher: name another one, "
+            f"or an IConE checkpoint with this tower. ({error})"
+        ) from error
+
+
 def find_teachers(
     model: IConEModel,
     processor: IConEProcessor,
@@ -124,17 +195,19 @@ def find_teachers(
     stages: Sequence[Stage],
     first: int,
     folder: Path,
+    named: Mapping[str, tuple[IConEModel, IConEProcessor]],
 ) -> PairTeachers | None:
     """Cache what teachers say of the training split.
 
     Args:
         model: whose towers are their own teachers, as they are now, where no others are named.
         processor: of the model.
-        args: name the teachers.
+        args: of the run.
         groups: the training split.
         stages: of the run.
         first: of those that are still to come.
         folder: of the run.
+        named: what [`load_teachers`] has loaded.
 
     Returns:
         `None` if no loss needs them, or if every batch holds the outputs of the towers that teach: no stage trains
@@ -148,54 +221,18 @@ def find_teachers(
         precision = args.feature_cache_dtype, args.autocast
         return FeatureCache.build(place, teacher, of_teacher, groups, batch_size, num_workers, *precision)
 
-    config, features, embedder = model.config, None, None
+    config = model.config
     if not any(stage.contrastive_weight for stage in stages[first:]):
         return None
-    if config.soft_target_weight or config.uni_modal_weight:
-        if args.image_teacher is not None or args.text_teacher is not None:
-            features = cache("train_teachers", *load_teachers(model, processor, args))
-        elif any(stage.train_encoders for stage in stages):
-            features = cache("train", model, processor)
-    if config.distillation_weight:
-        assert args.distillation_teacher is not None  # check_teachers has looked
-        teacher = IConEModel.from_pretrained(args.distillation_teacher, num_groups=0, dtype=torch.float32).eval()
-        of_teacher = IConEProcessor.from_pretrained(args.distillation_teacher)
-        rows = cache("train_distillation", teacher, of_teacher)
-        embedder = teacher.heads().to("cpu").eval(), rows
+    caches = {name: cache(name, *teacher) for name, teacher in named.items()}
+    features = caches.get("train_teachers")
+    is_taught = config.soft_target_weight or config.uni_modal_weight
+    if features is None and is_taught and any(stage.train_encoders for stage in stages):
+        features = cache("train", model, processor)
+    embedder = None
+    if "train_distillation" in caches:
+        embedder = named["train_distillation"][0].heads().to("cpu").eval(), caches["train_distillation"]
     return PairTeachers(features, embedder) if features is not None or embedder is not None else None
-
-
-def load_teachers(
-    model: IConEModel, processor: IConEProcessor, args: IConETrainingArguments
-) -> tuple[IConEModel, IConEProcessor]:
-    """Load the teachers named, with their processor.
-
-    The model's own tower stands where none is named. Pooled outputs teach, so projections are whatever they are.
-    """
-    # Copies: a tower that becomes part of another model is started anew where it has adapters.
-    vision = args.image_teacher or copy.deepcopy(model.vision_model)
-    text = args.text_teacher or copy.deepcopy(model.text_model)
-    halves = load_halves(vision, text, {"dtype": model.dtype})
-    poolings: dict[str, Any] = {f"{half.modality}_pooling": half.pooling for half in halves}
-    if args.image_teacher is None:
-        poolings["vision_pooling"] = model.config.vision_pooling
-    if args.text_teacher is None:
-        poolings["text_pooling"] = model.config.text_pooling
-    elif halves[1].pair is None:
-        poolings["text_pooling"] = saved_pooling(args.text_teacher)
-    towers = halves[0].tower, halves[1].tower
-    teachers = IConEModel.from_encoders(*towers, projections="new", **poolings).eval()
-    if args.text_teacher is None:
-        assert args.image_teacher is not None
-        of_teachers = copy.copy(processor)
-        images = load_image_processor(args.image_teacher)
-        of_teachers.image_processor = IConEProcessor(images, processor.tokenizer).image_processor
-        return teachers, of_teachers
-    with tempfile.TemporaryDirectory() as folder:
-        if args.image_teacher is None:
-            processor.image_processor.save_pretrained(folder)
-        images = args.image_teacher or folder
-        return teachers, IConEProcessor.from_encoders(images, args.text_teacher, processor.jpeg_draft)
 
 
 class TaughtBatches(torch.utils.data.Dataset):

@@ -5,7 +5,7 @@ import copy
 import gc
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from .sharded_trainer import ShardedStageTrainer, load_weights
 from .stage_trainer import StageTrainer, embed_cached, validation_metrics
 from .stages import PAPER_STAGES, START, Stage
 from .start_metrics import measure_start
-from .teachers import PairTeachers, find_teachers
+from .teachers import PairTeachers, find_teachers, load_teachers
 from .termination import ends_in_order
 from .whole_files import step_of
 
@@ -121,6 +121,7 @@ class IConETrainer:
         with together():  # all have looked at the folder before one writes to it
             first, checkpoint = self.folder.resume_point(resume_from_checkpoint, recipe)
             towers = starting_towers(self.folder.read_recipe(), recipe, self.stages, first, checkpoint)
+        named = load_teachers(self.model, self.processor, self.args, self.stages[first:])
         with together():
             if PartialState().is_main_process:
                 self._open_repository()
@@ -129,7 +130,7 @@ class IConETrainer:
                 if not resume_from_checkpoint:
                     self.folder.forget_start()
         # Run the stages, from the first that is not done. Own towers teach as they are now, before any is trained.
-        self._teachers = self._find_teachers(first)
+        self._teachers = self._find_teachers(named, first)
         self._load_finished_stages(first)
         for index in range(first, len(self.stages)):
             self._run_stage(index, checkpoint if index == first else None)
@@ -154,10 +155,10 @@ class IConETrainer:
                 fresh = ShardedClassifier(len(self.train_dataset), dim, dtype=dtype)
             self.model.shard_classifier(fresh)
 
-    def _find_teachers(self, first: int = 0) -> PairTeachers | None:
+    def _find_teachers(self, named: Mapping[str, Any], first: int = 0) -> PairTeachers | None:
         """Cache what teachers say, for stages from `first` on."""
         parts = self.model, self.processor, self.args, self.train_dataset
-        return find_teachers(*parts, self.stages, first, self.folder.path)
+        return find_teachers(*parts, self.stages, first, self.folder.path, named)
 
     def _open_repository(self) -> None:
         """Make the repository: the Hub's refusal shows now."""

@@ -23,7 +23,7 @@ from .progress import TrainingProgress
 from .search_space import TUNED_ARGUMENTS
 from .stage_trainer import StageTrainer, validation_metrics
 from .stages import Stage
-from .teachers import PairTeachers
+from .teachers import PairTeachers, load_teachers
 from .trainer import IConETrainer
 from .tuning import Outcome
 
@@ -261,7 +261,8 @@ class TrialTrainer(IConETrainer):
         needs = bool(config.soft_target_weight or config.uni_modal_weight), bool(config.distillation_weight)
         if stage.contrastive_weight:
             if needs not in self.teachers_found:
-                self.teachers_found[needs] = self._find_teachers()
+                named = load_teachers(self.model, self.processor, self.args, self.stages)
+                self.teachers_found[needs] = self._find_teachers(named)
             self._teachers = self.teachers_found[needs]
         self._freeze(stage)
         train_data, eval_data = self._stage_data(stage, args)

@@ -12,6 +12,7 @@ from tiny import StopAt, make_run
 from icone_hf import PAPER_STAGES, IConEConfig, IConETrainingArguments
 from icone_hf.errors import InputError
 from icone_hf.training.recipe import differences, make_recipe, starting_towers
+from icone_hf.training.run_folder import RunFolder
 
 
 def decisive(tmp_path, stages=PAPER_STAGES, config=None, **arguments):
@@ -54,6 +55,22 @@ def test_what_decides_updates_and_the_best_epoch_is_a_difference(tmp_path, name,
     assert difference == f"{name} was {usual[name]}, is {value}"
     earlier = {field: one for field, one in usual.items() if field != name}  # of a version that did not keep it
     assert differences(earlier, usual) == []
+
+
+def test_what_an_earlier_version_kept_among_all_arguments_alone_counts(tmp_path):
+    """It trained by it, whatever the default is."""
+
+    def recipe(metric):
+        args = IConETrainingArguments(output_dir=str(tmp_path), use_cpu=True, metric_for_best_model=metric)
+        groups = Dataset.from_dict({"captions": [["a dog"]]})
+        return make_recipe(IConEConfig(), args, PAPER_STAGES, groups, groups, "pets", "1234")
+
+    folder, saved = RunFolder(tmp_path, [stage.name for stage in PAPER_STAGES]), recipe("t2i_r1")
+    del saved["decisive"]["metric_for_best_model"]
+    folder.write_recipe(saved)
+    assert folder.resume_point("auto", recipe("t2i_r1")) == (0, None)
+    with pytest.raises(InputError, match="metric_for_best_model was t2i_r1, is rsum"):
+        folder.resume_point("auto", recipe("rsum"))
 
 
 def test_a_run_goes_on_from_the_towers_that_it_started_from(make_model, processor, tmp_path):

@@ -12,7 +12,11 @@ from transformers import (
     CLIPModel,
     CLIPVisionModel,
     MobileViTConfig,
+    MobileViTModel,
+    SamConfig,
+    SamModel,
     T5Config,
+    T5Model,
 )
 
 from icone_hf import IConEModel, IConEProcessor, IConETrainingArguments, Stage
@@ -20,7 +24,7 @@ from icone_hf.data.batching import GroupBatchSampler
 from icone_hf.errors import InputError
 from icone_hf.modeling import taught_losses as bare
 from icone_hf.training import feature_cache
-from icone_hf.training.teachers import load_teachers
+from icone_hf.training.teachers import load_pair
 
 WEIGHTS = {"soft_target_weight": 0.3, "uni_modal_weight": 0.7}
 JOINT = (Stage("joint", 1, 5e-4, instance_weight=1, contrastive_weight=1, train_encoders=True),)
@@ -170,13 +174,17 @@ def test_other_towers_teach_by_name(make_model, processor, towers, others, tmp_p
     assert trainer.recipe()["decisive"].items() >= given.items()
 
 
-def test_a_named_teacher_leaves_the_adapters_of_the_other_tower_alone(make_model, processor, others, tmp_path):
+def test_an_own_tower_with_adapters_teaches_as_it_is(make_model, processor, others, tmp_path):
+    """Beside one that is named: peft would draw new adapters for a tower of another model."""
     pytest.importorskip("peft")
     model = make_model(num_groups=16, text_lora={"r": 2, "lora_alpha": 4})
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     args = IConETrainingArguments(str(tmp_path), use_cpu=True, image_teacher=str(others[0]))
-    load_teachers(model, processor, args)
+    teachers, _ = load_pair(model, processor, args)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    taught = teachers.text_model.state_dict()
+    assert taught.keys() == model.text_model.state_dict().keys()
+    assert all(torch.equal(taught[name], weight) for name, weight in model.text_model.state_dict().items())
 
 
 def tiny_pair(folder, dim):
@@ -195,7 +203,7 @@ def test_towers_of_pairs_with_other_spaces_teach_together(make_model, processor,
     """Two CLIPs, of 16 and 12 dimensions: what they pool teaches, and their projections have no part in it."""
     pairs = [tiny_pair(tmp_path / str(dim), dim) for dim in (16, 12)]
     args = IConETrainingArguments(str(tmp_path / "run"), use_cpu=True, image_teacher=pairs[0], text_teacher=pairs[1])
-    teachers, of_teachers = load_teachers(make_model(**WEIGHTS), processor, args)
+    teachers, of_teachers = load_pair(make_model(**WEIGHTS), processor, args)
     inputs = of_teachers(images=[Image.new("RGB", (32, 32), "red")], text=["a red square"], return_tensors="pt")
     images, texts = (CLIPModel.from_pretrained(name).eval() for name in pairs)
     with torch.no_grad():
@@ -211,25 +219,44 @@ def test_a_checkpoint_teaches_as_it_pools(make_model, processor, others, tmp_pat
     IConEProcessor.from_encoders(*others).save_pretrained(tmp_path / "pair")
     pair = str(tmp_path / "pair")
     args = IConETrainingArguments(str(tmp_path / "run"), use_cpu=True, image_teacher=pair, text_teacher=pair)
-    config = load_teachers(make_model(**WEIGHTS), processor, args)[0].config
+    config = load_pair(make_model(**WEIGHTS), processor, args)[0].config
     assert (config.vision_pooling, config.text_pooling) == ("cls", "mean")
 
 
-def test_a_teacher_that_nobody_can_pool_is_refused_before_any_work(make_model, processor, others, tmp_path):
-    """A tower of such a type serves a run that names its pooling; nothing names a teacher's."""
-    folder = str(tmp_path / "mobilevit")
-    MobileViTConfig(image_size=32).save_pretrained(folder)
-    with pytest.raises(InputError, match=r"image_teacher=.* can't teach: how a tower of type 'mobilevit' is pooled"):
-        make_run(tmp_path / "run", make_model(num_groups=16, **WEIGHTS), processor, image_teacher=folder)
-    assert not (tmp_path / "run" / "recipe.json").exists()
-    # A text tower may say so in a file of sentence-transformers.
+def refusal(folder, make_model, processor, **named):
+    """What a run with this teacher says before it has written anything."""
+    with pytest.raises(ValueError, match=r"teacher|tower|specify") as refused:
+        make_run(folder, make_model(num_groups=16, **WEIGHTS), processor, **named).train()
+    assert not (folder / "recipe.json").exists()
+    return str(refused.value)
+
+
+def test_a_teacher_that_cant_teach_is_refused_before_any_work(make_model, processor, others, tmp_path):
+    run = tmp_path / "run", make_model, processor
+    # A tower of an unknown kind serves a run that names its pooling; nothing names a teacher's.
+    name = str(tmp_path / "mobilevit")
+    MobileViTModel(MobileViTConfig(image_size=32)).save_pretrained(name)
+    said = refusal(*run, image_teacher=name)
+    assert said.startswith(f"image_teacher={name!r} can't teach, since how it is pooled can't be told")
+    # A pooling of sentence-transformers that IConE has not.
+    text = tmp_path / "max"
+    BertModel(tiny_text_config()).save_pretrained(text)
+    (text / "1_Pooling").mkdir()
+    (text / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    assert "asks for the pooling pooling_mode_max_tokens" in refusal(*run, text_teacher=str(text))
+    # A tower with a decoder, which asks for more than captions.
     text = tmp_path / "t5"
-    T5Config(d_model=16, num_layers=1, num_heads=2, d_ff=16, d_kv=8).save_pretrained(text)
-    with pytest.raises(InputError, match=r"text_teacher=.* can't teach"):
-        make_run(tmp_path / "run", make_model(num_groups=16, **WEIGHTS), processor, text_teacher=str(text))
+    sizes = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 16, "d_kv": 8}
+    T5Model(T5Config(vocab_size=len(WORDS), **sizes)).save_pretrained(text)
     (text / "1_Pooling").mkdir()
     (text / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    make_run(tmp_path / "run", make_model(num_groups=16, **WEIGHTS), processor, text_teacher=str(text))
+    refusal(*run, text_teacher=str(text))
+    # A model whose parts have other names.
+    name = str(tmp_path / "sam")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    vision = {**small, "output_channels": 16, "global_attn_indexes": [0], "mlp_dim": 16}
+    SamModel(SamConfig(vision_config=vision)).save_pretrained(name)
+    assert "is a SamModel with parts of other names" in refusal(*run, image_teacher=name)
 
 
 @pytest.fixture
