@@ -63,6 +63,15 @@ def make_recipe(
     return json.loads(json.dumps(recipe, default=str))  # as a file gives it back, so that two runs compare
 
 
+def decisive_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decided a saved run's numbers.
+
+    An earlier version kept fewer of the arguments apart, but all of them beside.
+    """
+    others = {name: value for name, value in saved.get("arguments", {}).items() if name in DECISIVE_ARGUMENTS}
+    return {**others, **saved["decisive"]}
+
+
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Say in what two decisive parts differ.
 

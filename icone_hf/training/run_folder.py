@@ -26,8 +26,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import InputError
-from .arguments import DECISIVE_ARGUMENTS
-from .recipe import differences
+from .recipe import decisive_of, differences
 from .whole_files import WEIGHTS, checkpoint_fault, checkpoints_of, last_whole_checkpoint, step_of, write_json
 
 METRICS_FILE = "metrics.json"
@@ -133,7 +132,7 @@ class RunFolder:
                 )
             return 0, None
         # A resumed run needs the recipe of the run that it goes on with.
-        if saved is not None and (differing := differences(_decisive_of(saved), recipe["decisive"])):
+        if saved is not None and (differing := differences(decisive_of(saved), recipe["decisive"])):
             raise InputError(
                 f"{self.path} holds a run of another recipe ({'; '.join(differing)}): resume it as it was, or start "
                 "anew in another output_dir."
@@ -202,15 +201,6 @@ class RunFolder:
         A test of an older model goes: it says nothing of this one.
         """
         write_json(self.path / METRICS_FILE, metrics)
-
-
-def _decisive_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decided a saved run's numbers.
-
-    An earlier version kept fewer of the arguments apart, but all of them beside.
-    """
-    others = {name: value for name, value in saved.get("arguments", {}).items() if name in DECISIVE_ARGUMENTS}
-    return {**others, **saved["decisive"]}
 
 
 def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> dict[str, Any]:

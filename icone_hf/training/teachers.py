@@ -221,12 +221,10 @@ def find_teachers(
         precision = args.feature_cache_dtype, args.autocast
         return FeatureCache.build(place, teacher, of_teacher, groups, batch_size, num_workers, *precision)
 
-    config = model.config
-    if not any(stage.contrastive_weight for stage in stages[first:]):
-        return None
     caches = {name: cache(name, *teacher) for name, teacher in named.items()}
     features = caches.get("train_teachers")
-    is_taught = config.soft_target_weight or config.uni_modal_weight
+    is_taught = model.config.soft_target_weight or model.config.uni_modal_weight
+    is_taught = is_taught and any(stage.contrastive_weight for stage in stages[first:])
     if features is None and is_taught and any(stage.train_encoders for stage in stages):
         features = cache("train", model, processor)
     embedder = None
