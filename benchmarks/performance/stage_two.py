@@ -86,26 +86,22 @@ def common(folder: str) -> dict[str, Any]:
 # --- the limit ---
 
 
-def ready_batches(groups: Dataset) -> list[dict[str, torch.Tensor]]:
-    """Collate the batches before the clock starts."""
-    pairs, processor = PairDataset(groups), IConEProcessor.from_encoders(*TOWERS)
+def decoded_batches(groups: Dataset) -> list[list[dict[str, Any]]]:
+    """Draw the batches and decode their images before the clock starts."""
+    pairs = PairDataset(groups)
     sampler = GroupBatchSampler(pairs.captions_per_group, BATCH)
     batches = itertools.islice(itertools.cycle(sampler), STEPS + NOT_COUNTED)
-    return [PairCollator(processor)([pairs[pair] for pair in batch]) for batch in batches]
+    return [[pairs[pair] for pair in batch] for batch in batches]
 
 
-def augmented_batches(groups: Dataset) -> Iterator[dict[str, torch.Tensor]]:
-    """Crop and change the colours of decoded images batch by batch, while the clock runs."""
-    pairs, processor = PairDataset(groups), IConEProcessor.from_encoders(*TOWERS)
+def augmented_batches(
+    batches: Iterable[list[dict[str, Any]]], collator: PairCollator
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Crop decoded images, change their colours and collate, batch by batch, while the clock runs."""
     augmentation = Augmentation(AUGMENTED["augment_crop_scale"], AUGMENTED["augment_colour"])
-    sampler = GroupBatchSampler(pairs.captions_per_group, BATCH)
-    batches = itertools.islice(itertools.cycle(sampler), STEPS + NOT_COUNTED)
-    decoded = [[pairs[pair] for pair in batch] for batch in batches]
-    collator = PairCollator(processor)
-    for epoch, items in enumerate(decoded):
-        for number, item in enumerate(items):
-            item["image"] = augmentation.image(item["image"], epoch, number)
-        yield collator(items)
+    for epoch, items in enumerate(batches):
+        changed = (augmentation.image(item["image"], epoch, number) for number, item in enumerate(items))
+        yield collator([{**item, "image": image} for item, image in zip(items, changed, strict=True)])
 
 
 def bare_loop(batches: Iterable[dict[str, torch.Tensor]], losses: bool) -> float:
@@ -286,11 +282,12 @@ def sentence_transformers(groups: Dataset) -> float:
 def contenders() -> Iterator[tuple[str, Any]]:
     """Yield what is timed, by key in the results."""
     groups = load_groups("openmoji-scenes", "train", num_groups=GROUPS, image_size=PIXELS)
-    batches = ready_batches(groups)
+    decoded, collator = decoded_batches(groups), PairCollator(IConEProcessor.from_encoders(*TOWERS))
+    batches = [collator(items) for items in decoded]
     yield "encoders alone", lambda: bare_loop(batches, losses=False)
     yield "bare loop", lambda: bare_loop(batches, losses=True)
     yield "icone_hf", lambda: package(groups)
-    yield AUGMENTING["bare loop"], lambda: bare_loop(augmented_batches(groups), losses=True)
+    yield AUGMENTING["bare loop"], lambda: bare_loop(augmented_batches(decoded, collator), losses=True)
     yield AUGMENTING["icone_hf"], lambda: package(groups, **AUGMENTED)
     yield "transformers, contrastive-image-text", lambda: transformers_example(groups)
     yield "sentence-transformers", lambda: sentence_transformers(groups)
