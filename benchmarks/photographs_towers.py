@@ -100,7 +100,14 @@ def train_frozen(frozen: str, folder: Path, seed: int, data: Photographs) -> ICo
 
 
 def train_joint(
-    start: Path, folder: Path, rate: float, epochs: float, seed: int, data: Photographs, values: Mapping[str, Any]
+    start: Path,
+    folder: Path,
+    rate: float,
+    epochs: float,
+    seed: int,
+    data: Photographs,
+    values: Mapping[str, Any],
+    arguments: Mapping[str, Any],
 ) -> IConEModel:
     """Train both towers by InfoNCE, from a checkpoint on.
 
@@ -112,11 +119,12 @@ def train_joint(
         seed: of the run.
         data: the photographs.
         values: of the stage's other fields.
+        arguments: of the run, such as those of augmentation.
     """
     set_seed(seed)
     model = IConEModel.from_pretrained(start)
     stage = Stage("joint", epochs, rate, instance_weight=0, contrastive_weight=1, train_encoders=True, **values)
-    train_stages(model, [stage], folder, seed, data)
+    train_stages(model, [stage], folder, seed, data, **arguments)
     return model
 
 
@@ -228,9 +236,9 @@ def run_one(name: str, rate: float, epochs: float, seed: int, data: Photographs)
         else:
             start = frozen_start(recipe["frozen"], seed, data)
             is_resumed = folder.is_dir()
-            values = recipe.get("joint", {})
+            values, arguments = recipe.get("joint", {}), recipe.get("arguments", {})
             found = measured(
-                lambda: train_joint(start, folder, rate, epochs, seed, data, values), is_resumed, seed, data
+                lambda: train_joint(start, folder, rate, epochs, seed, data, values, arguments), is_resumed, seed, data
             )
             shutil.rmtree(folder)
         return {**found, "updates": updates_of(epochs, data)}
@@ -257,8 +265,9 @@ def updates_of(epochs: float, data: Photographs) -> int:
 
 def run_recipe(name: str, epochs: float, seeds: Sequence[int], data: Photographs) -> None:
     """Try a recipe's rates; train the best from all seeds."""
+    tuned = PLAN["recipes"][name].get("rate_of", name)
     tried = {
-        rate: run_one(name, rate, PLAN["trial_epochs"], TUNING_SEED, data) for rate in PLAN["recipes"][name]["rates"]
+        rate: run_one(tuned, rate, PLAN["trial_epochs"], TUNING_SEED, data) for rate in PLAN["recipes"][tuned]["rates"]
     }
     best = max(tried, key=lambda rate: tried[rate].get("validation", {}).get("rsum", 0.0))
     for seed in seeds:

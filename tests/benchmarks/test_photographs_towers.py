@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import photographs, photographs_report, photographs_towers, recipes  # noqa: E402
-from icone_hf import FeatureCache, Stage  # noqa: E402
+from icone_hf import FeatureCache, IConETrainingArguments, Stage  # noqa: E402
 from icone_hf.training.stage_trainer import StageTrainer  # noqa: E402
 
 GROUPS = {split: make_groups(8, start=8 * number) for number, split in enumerate(("train", "validation", "test"))}
@@ -100,24 +100,42 @@ def test_an_interrupted_run_of_ours_is_resumed_to_the_same_weights(data, tmp_pat
             raise KeyboardInterrupt
         return step(trainer, *args, **kwargs)
 
-    whole = photographs_towers.train_joint(start, tmp_path / "whole", 1e-2, 2, 0, data, {})
+    whole = photographs_towers.train_joint(start, tmp_path / "whole", 1e-2, 2, 0, data, {}, {})
     with monkeypatch.context() as patch:
         patch.setattr(StageTrainer, "training_step", stopped)
         with pytest.raises(KeyboardInterrupt):
-            photographs_towers.train_joint(start, tmp_path / "run", 1e-2, 2, 0, data, {})
+            photographs_towers.train_joint(start, tmp_path / "run", 1e-2, 2, 0, data, {}, {})
     assert list((tmp_path / "run").rglob("checkpoint-3"))
-    resumed = photographs_towers.train_joint(start, tmp_path / "run", 1e-2, 2, 0, data, {})
+    resumed = photographs_towers.train_joint(start, tmp_path / "run", 1e-2, 2, 0, data, {}, {})
     for name, weight in whole.state_dict().items():
         assert torch.allclose(weight, resumed.state_dict()[name], atol=1e-5), name
 
 
 def test_the_stage_of_both_towers_has_the_recipes_fields(data, tmp_path, monkeypatch):
     data.model({}).save_pretrained(tmp_path)
-    made = []
-    monkeypatch.setattr(photographs_towers, "train_stages", lambda model, stages, *args: made.extend(stages))
-    for values in ({}, {"feature_dropout": False}):
-        photographs_towers.train_joint(tmp_path, tmp_path, 1e-2, 1, 0, data, values)
+    made, given = [], []
+    monkeypatch.setattr(
+        photographs_towers,
+        "train_stages",
+        lambda model, stages, *args, **arguments: (made.extend(stages), given.append(arguments)),
+    )
+    for values, arguments in (({}, {}), ({"feature_dropout": False}, {"augment_flip": True})):
+        photographs_towers.train_joint(tmp_path, tmp_path, 1e-2, 1, 0, data, values, arguments)
     assert [stage.feature_dropout for stage in made] == [True, False]
+    assert given == [{}, {"augment_flip": True}]
+
+
+def test_a_recipe_takes_the_rate_of_another(data, monkeypatch):
+    ran = []
+
+    def run_one(name, rate, epochs, seed, data):
+        ran.append((name, rate, seed))
+        return {"validation": {"rsum": rate}}
+
+    monkeypatch.setattr(photographs_towers, "run_one", run_one)
+    photographs_towers.run_recipe("icone_augmented", 1, [0], data)
+    rates = photographs_towers.PLAN["recipes"]["icone_plain"]["rates"]
+    assert ran == [*(("icone_plain", rate, 100) for rate in rates), ("icone_augmented", max(rates), 0)]
 
 
 def test_frozen_stages_are_those_of_the_recipe(data, tmp_path, monkeypatch):
@@ -146,8 +164,10 @@ def test_every_recipe_is_one_of_those_on_frozen_towers():
         frozen = photographs.PLAN["recipes"][recipe.get("frozen", name)]
         assert ("trainer" in recipe) == ("trainer" in frozen)
         assert recipe.get("trainer") in {None, *photographs_towers.TRAINERS}
-        assert len(recipe["rates"]) == 3, "tuned alike"
+        tuned = photographs_towers.PLAN["recipes"][recipe.get("rate_of", name)]
+        assert len(tuned["rates"]) == 3, "tuned alike"
         assert set(recipe.get("joint", {})) <= set(Stage.__dataclass_fields__)
+        assert set(recipe.get("arguments", {})) <= set(IConETrainingArguments.__dataclass_fields__)
 
 
 def test_the_table_has_the_last_chosen_rate_beside_frozen_towers():
