@@ -1,6 +1,7 @@
 """The recipes that train both towers on photographs, on small data."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import photographs, photographs_report, photographs_towers, recipes  # noqa: E402
 from icone_hf import FeatureCache, IConETrainingArguments, Stage  # noqa: E402
+from icone_hf.cli.arguments import DataArguments, ModelArguments, RecipeArguments  # noqa: E402
+from icone_hf.cli.parsing import parse_arguments  # noqa: E402
 from icone_hf.training.stage_trainer import StageTrainer  # noqa: E402
+from icone_hf.training.trials import Trials  # noqa: E402
 
 GROUPS = {split: make_groups(8, start=8 * number) for number, split in enumerate(("train", "validation", "test"))}
 VALUES = {
@@ -168,6 +172,27 @@ def test_every_recipe_is_one_of_those_on_frozen_towers():
         assert len(tuned["rates"]) == 3, "tuned alike"
         assert set(recipe.get("joint", {})) <= set(Stage.__dataclass_fields__)
         assert set(recipe.get("arguments", {})) <= set(IConETrainingArguments.__dataclass_fields__)
+
+
+def test_the_example_trains_what_did_best():
+    model, _, recipe, training = parse_arguments(
+        (ModelArguments, DataArguments, RecipeArguments, IConETrainingArguments),
+        [str(ROOT / "examples" / "configs" / "flickr8k.yaml")],
+    )
+    joint = photographs_towers.PLAN["recipes"]["icone_averaged"]
+    tuned = [run for run in photographs_towers.RESULTS.read() if run["recipe"] == joint["rate_of"] and "test" in run]
+    of_stage, config, arguments = Trials.applied(photographs_towers.chosen_values(joint["frozen"]))
+    frozen = [
+        photographs.with_values(stage, of_stage, photographs.EPOCHS)
+        for stage in photographs.stages_of(photographs.PLAN["recipes"][joint["frozen"]])
+    ]
+    *stages, last = recipe.parse()
+    assert [replace(stage, name="any") for stage in stages] == [replace(stage, name="any") for stage in frozen]
+    assert last == Stage("joint", 3, tuned[-1]["rate"], 0, 1, True, **joint["joint"])
+    assert config.items() <= model.config(recipe.config()).items()
+    assert {name: getattr(training, name) for name in joint["arguments"]} == joint["arguments"]
+    assert {name: getattr(training, name) for name in arguments} == arguments
+    assert training.per_device_train_batch_size == photographs_towers.PLAN["batch"]
 
 
 def test_the_table_has_the_last_chosen_rate_beside_frozen_towers():
