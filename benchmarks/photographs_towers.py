@@ -100,14 +100,7 @@ def train_frozen(frozen: str, folder: Path, seed: int, data: Photographs) -> ICo
 
 
 def train_joint(
-    start: Path,
-    folder: Path,
-    rate: float,
-    epochs: float,
-    seed: int,
-    data: Photographs,
-    values: Mapping[str, Any],
-    arguments: Mapping[str, Any],
+    start: Path, folder: Path, rate: float, epochs: float, seed: int, data: Photographs, recipe: Mapping[str, Any]
 ) -> IConEModel:
     """Train both towers by InfoNCE, from a checkpoint on.
 
@@ -118,13 +111,13 @@ def train_joint(
         epochs: of the stage.
         seed: of the run.
         data: the photographs.
-        values: of the stage's other fields.
-        arguments: of the run, such as those of augmentation.
+        recipe: of photographs_towers.yaml; what it names in `joint` and `arguments` is heeded.
     """
     set_seed(seed)
     model = IConEModel.from_pretrained(start)
+    values = recipe.get("joint", {})
     stage = Stage("joint", epochs, rate, instance_weight=0, contrastive_weight=1, train_encoders=True, **values)
-    train_stages(model, [stage], folder, seed, data, **arguments)
+    train_stages(model, [stage], folder, seed, data, **recipe.get("arguments", {}))
     return model
 
 
@@ -236,9 +229,8 @@ def run_one(name: str, rate: float, epochs: float, seed: int, data: Photographs)
         else:
             start = frozen_start(recipe["frozen"], seed, data)
             is_resumed = folder.is_dir()
-            values, arguments = recipe.get("joint", {}), recipe.get("arguments", {})
             found = measured(
-                lambda: train_joint(start, folder, rate, epochs, seed, data, values, arguments), is_resumed, seed, data
+                lambda: train_joint(start, folder, rate, epochs, seed, data, recipe), is_resumed, seed, data
             )
             shutil.rmtree(folder)
         return {**found, "updates": updates_of(epochs, data)}

@@ -223,8 +223,8 @@ def find_teachers(
 
     caches = {name: cache(name, *teacher) for name, teacher in named.items()}
     features = caches.get("train_teachers")
-    is_taught = model.config.soft_target_weight or model.config.uni_modal_weight
-    is_taught = is_taught and any(stage.contrastive_weight for stage in stages[first:])
+    has_soft_targets = model.config.soft_target_weight or model.config.uni_modal_weight
+    is_taught = has_soft_targets and any(stage.contrastive_weight for stage in stages[first:])
     if features is None and is_taught and any(stage.train_encoders for stage in stages):
         features = cache("train", model, processor)
     embedder = None

@@ -104,13 +104,13 @@ def test_an_interrupted_run_of_ours_is_resumed_to_the_same_weights(data, tmp_pat
             raise KeyboardInterrupt
         return step(trainer, *args, **kwargs)
 
-    whole = photographs_towers.train_joint(start, tmp_path / "whole", 1e-2, 2, 0, data, {}, {})
+    whole = photographs_towers.train_joint(start, tmp_path / "whole", 1e-2, 2, 0, data, {})
     with monkeypatch.context() as patch:
         patch.setattr(StageTrainer, "training_step", stopped)
         with pytest.raises(KeyboardInterrupt):
-            photographs_towers.train_joint(start, tmp_path / "run", 1e-2, 2, 0, data, {}, {})
+            photographs_towers.train_joint(start, tmp_path / "run", 1e-2, 2, 0, data, {})
     assert list((tmp_path / "run").rglob("checkpoint-3"))
-    resumed = photographs_towers.train_joint(start, tmp_path / "run", 1e-2, 2, 0, data, {}, {})
+    resumed = photographs_towers.train_joint(start, tmp_path / "run", 1e-2, 2, 0, data, {})
     for name, weight in whole.state_dict().items():
         assert torch.allclose(weight, resumed.state_dict()[name], atol=1e-5), name
 
@@ -123,8 +123,8 @@ def test_the_stage_of_both_towers_has_the_recipes_fields(data, tmp_path, monkeyp
         "train_stages",
         lambda model, stages, *args, **arguments: (made.extend(stages), given.append(arguments)),
     )
-    for values, arguments in (({}, {}), ({"feature_dropout": False}, {"augment_flip": True})):
-        photographs_towers.train_joint(tmp_path, tmp_path, 1e-2, 1, 0, data, values, arguments)
+    for recipe in ({}, {"joint": {"feature_dropout": False}, "arguments": {"augment_flip": True}}):
+        photographs_towers.train_joint(tmp_path, tmp_path, 1e-2, 1, 0, data, recipe)
     assert [stage.feature_dropout for stage in made] == [True, False]
     assert given == [{}, {"augment_flip": True}]
 
