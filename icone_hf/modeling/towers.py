@@ -8,13 +8,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from .compat import from_config, is_causal_type
 from .errors import ModelError
 
 POOLINGS = ("cls", "mean", "last", "pooler")
+# Their encoder alone is a tower: their decoder would ask for input of its own.
+_ENCODER_DECODERS = ("t5", "mt5", "umt5")
 
 # Towers whose pooler_output is what they were pretrained for: CLIP's layer-normed class token, SigLIP's attention head,
 # a convolutional network's mean with, in ConvNeXt, the layer norm after it.
@@ -66,6 +68,7 @@ _TEXT_POOLINGS = {
     **dict.fromkeys(
         ("roberta", "xlm-roberta", "camembert", "distilbert", "mpnet", "deberta", "deberta-v2", "electra"), "mean"
     ),
+    **dict.fromkeys(_ENCODER_DECODERS, "mean"),  # no token stands for the caption; Sentence-T5 takes the mean
 }
 # sentence-transformers' names, older and newer ones, of the poolings that IConE has.
 _SENTENCE_TRANSFORMERS_POOLINGS = {
@@ -194,9 +197,14 @@ def build_tower(config: Any) -> PreTrainedModel:
         config: the tower's.
     """
     if config.model_type not in _CLASSES:
-        return AutoModel.from_config(config)
+        return _auto_class(config).from_config(config)
     name, options = _CLASSES[config.model_type]
     return from_config(name, config, options)
+
+
+def _auto_class(config: Any) -> Any:
+    """Return the class that builds a tower."""
+    return AutoModelForTextEncoding if config.model_type in _ENCODER_DECODERS else AutoModel
 
 
 def is_buildable(tower: PreTrainedModel) -> bool:
@@ -215,7 +223,7 @@ def is_buildable(tower: PreTrainedModel) -> bool:
 def load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, options: dict[str, Any]) -> PreTrainedModel:
     """Load a tower from the Hub or a folder.
 
-    A checkpoint with both towers of a dual encoder, such as CLIP's, is loaded whole.
+    A checkpoint with both towers of a dual encoder, such as CLIP's, is loaded whole, of T5 and its kin the encoder.
 
     Args:
         tower: a Hub id, a local folder, or a tower, which is returned unchanged.
@@ -234,7 +242,7 @@ def load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, option
         )
     try:
         config = AutoConfig.from_pretrained(tower)
-        model = AutoModel.from_pretrained(tower, **options)
+        model = _auto_class(config).from_pretrained(tower, **options)
     except (ValueError, OSError) as error:  # transformers says so of a folder or Hub id that holds no model
         raise ModelError(f"The {modality} tower {os.fspath(tower)!r} can't be loaded: {error}") from error
     is_dual = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")

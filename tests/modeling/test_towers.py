@@ -9,7 +9,7 @@ import transformers
 from tiny import COLORS, WORDS, make_groups
 from torch.nn import functional as F
 from tower_kinds import CAPTIONS, IDS, SHAPE, TEXT, VISION, word_tokenizer
-from transformers import AutoModel, AutoProcessor, BertModel, ResNetConfig, ResNetModel
+from transformers import AutoModel, AutoProcessor, BertModel, ResNetConfig, ResNetModel, T5Config, T5Model
 
 from icone_hf import (
     IConEConfig,
@@ -94,6 +94,30 @@ def test_a_pair_of_towers(write_pair, tmp_path, vision, text):
     with torch.no_grad():
         assert torch.equal(loaded(**again).image_embeds, output.image_embeds)
         assert torch.equal(loaded(**again).text_embeds, output.text_embeds)
+
+
+def test_the_encoder_alone_of_t5_reads_captions(write_pair, tmp_path):
+    vision, _ = write_pair("clip", "bert")
+    whole = T5Model(T5Config(vocab_size=len(IDS), d_model=24, num_layers=2, num_heads=2, d_ff=48, d_kv=12)).eval()
+    whole.save_pretrained(tmp_path / "t5")
+    tokenizer = word_tokenizer(last="</s>", pad_token="[PAD]", eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    model = IConEModel.from_encoders(vision, tmp_path / "t5", projection_dim=16).eval()
+    captions = tokenizer(CAPTIONS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        raw = whole.encoder(**captions)
+        expected = F.normalize(TEXT["e5"].pooled(None, raw, captions) @ model.text_projection.weight.T, dim=-1)
+        embeds = model(**captions).text_embeds
+    torch.testing.assert_close(embeds, expected, atol=1e-5, rtol=1e-4)
+
+    # The decoder's weights are neither kept nor missed.
+    model.save_pretrained(tmp_path / "joined")
+    loaded, report = IConEModel.from_pretrained(tmp_path / "joined", output_loading_info=True)
+    assert not any("decoder" in name for name in loaded.state_dict())
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**captions).text_embeds, embeds)
 
 
 # --- the paper's Table 4 ---

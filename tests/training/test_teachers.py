@@ -13,10 +13,10 @@ from transformers import (
     CLIPVisionModel,
     MobileViTConfig,
     MobileViTModel,
+    PegasusConfig,
+    PegasusModel,
     SamConfig,
     SamModel,
-    T5Config,
-    T5Model,
 )
 
 from icone_hf import IConEModel, IConEProcessor, IConETrainingArguments, Stage
@@ -245,9 +245,10 @@ def test_a_teacher_that_cant_teach_is_refused_before_any_work(make_model, proces
     (text / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
     assert "asks for the pooling pooling_mode_max_tokens" in refusal(*run, text_teacher=str(text))
     # A tower with a decoder, which asks for more than captions.
-    text = tmp_path / "t5"
-    sizes = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 16, "d_kv": 8}
-    T5Model(T5Config(vocab_size=len(WORDS), **sizes)).save_pretrained(text)
+    text = tmp_path / "pegasus"
+    half = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+    sizes = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in half.items()}
+    PegasusModel(PegasusConfig(vocab_size=len(WORDS), d_model=16, **sizes)).save_pretrained(text)
     (text / "1_Pooling").mkdir()
     (text / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     refusal(*run, text_teacher=str(text))
