@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from .compat import from_config, is_causal_type
 from .errors import ModelError
 
 POOLINGS = ("cls", "mean", "last", "pooler")
-# Their encoder alone is a tower: their decoder would ask for input of its own.
-_ENCODER_DECODERS = ("t5", "mt5", "umt5")
 
 # Towers whose pooler_output is what they were pretrained for: CLIP's layer-normed class token, SigLIP's attention head,
 # a convolutional network's mean with, in ConvNeXt, the layer norm after it.
@@ -32,6 +31,7 @@ _VISION_POOLINGS = dict.fromkeys(
         "altclip_vision_model",
         "blip_vision_model",
         "chinese_clip_vision_model",
+        "clipseg_vision_model",
         "convnext",
         "convnextv2",
         "dinov3_convnext",
@@ -58,6 +58,7 @@ _TEXT_POOLINGS = {
     "tipsv2_text_model": "pooler",
     "aimv2_text_model": "pooler",
     "blip_text_model": "pooler",
+    "clipseg_text_model": "pooler",
     "align_text_model": "cls",
     "altclip_text_model": "cls",
     "chinese_clip_text_model": "cls",
@@ -68,7 +69,7 @@ _TEXT_POOLINGS = {
     **dict.fromkeys(
         ("roberta", "xlm-roberta", "camembert", "distilbert", "mpnet", "deberta", "deberta-v2", "electra"), "mean"
     ),
-    **dict.fromkeys(_ENCODER_DECODERS, "mean"),  # no token stands for the caption; Sentence-T5 takes the mean
+    **dict.fromkeys(("t5", "mt5", "umt5"), "mean"),  # no token stands for the caption; Sentence-T5 takes the mean
 }
 # sentence-transformers' names, older and newer ones, of the poolings that IConE has.
 _SENTENCE_TRANSFORMERS_POOLINGS = {
@@ -82,7 +83,8 @@ _SENTENCE_TRANSFORMERS_POOLINGS = {
 _SENTENCE_TRANSFORMERS_FILE = "1_Pooling/config.json"
 # The position numbers of these types start after the padding token's id.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "altclip_text_model")
-# Towers of dual encoders that AutoModel builds from no config of theirs: the class, and what it is built with.
+# Towers whose class AutoModel does not find by their config: the class, and what it is built with. They are parts of
+# dual encoders, and encoders whose decoder would ask for input of its own.
 _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "aimv2_text_model": ("Aimv2TextModel", {}),
     "align_text_model": ("AlignTextModel", {}),
@@ -96,6 +98,9 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "clipseg_vision_model": ("CLIPSegVisionModel", {}),
     "metaclip_2_text_model": ("MetaClip2TextModel", {}),
     "metaclip_2_vision_model": ("MetaClip2VisionModel", {}),
+    "t5": ("T5EncoderModel", {}),
+    "mt5": ("MT5EncoderModel", {}),
+    "umt5": ("UMT5EncoderModel", {}),
 }
 
 
@@ -197,14 +202,9 @@ def build_tower(config: Any) -> PreTrainedModel:
         config: the tower's.
     """
     if config.model_type not in _CLASSES:
-        return _auto_class(config).from_config(config)
+        return AutoModel.from_config(config)
     name, options = _CLASSES[config.model_type]
     return from_config(name, config, options)
-
-
-def _auto_class(config: Any) -> Any:
-    """Return the class that builds a tower."""
-    return AutoModelForTextEncoding if config.model_type in _ENCODER_DECODERS else AutoModel
 
 
 def is_buildable(tower: PreTrainedModel) -> bool:
@@ -223,12 +223,12 @@ def is_buildable(tower: PreTrainedModel) -> bool:
 def load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, options: dict[str, Any]) -> PreTrainedModel:
     """Load a tower from the Hub or a folder.
 
-    A checkpoint with both towers of a dual encoder, such as CLIP's, is loaded whole, of T5 and its kin the encoder.
+    A checkpoint with both towers of a dual encoder, such as CLIP's, is loaded whole, of T5's the encoder alone.
 
     Args:
         tower: a Hub id, a local folder, or a tower, which is returned unchanged.
         modality: `vision` or `text`.
-        options: keywords of `AutoModel.from_pretrained`.
+        options: keywords of `from_pretrained`.
 
     Raises:
         ModelError: if transformers can't make a model of it.
@@ -242,7 +242,8 @@ def load_tower(tower: str | os.PathLike | PreTrainedModel, modality: str, option
         )
     try:
         config = AutoConfig.from_pretrained(tower)
-        model = _auto_class(config).from_pretrained(tower, **options)
+        name, more = _CLASSES.get(config.model_type, ("AutoModel", {}))
+        model = getattr(transformers, name).from_pretrained(tower, **more, **options)
     except (ValueError, OSError) as error:  # transformers says so of a folder or Hub id that holds no model
         raise ModelError(f"The {modality} tower {os.fspath(tower)!r} can't be loaded: {error}") from error
     is_dual = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")

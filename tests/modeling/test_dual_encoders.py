@@ -113,6 +113,22 @@ def test_embeddings_and_logits_are_the_original_models(family, tmp_path):
     assert model.config.contrastive_loss == ("sigmoid" if family.startswith("Siglip") else "infonce")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pairs_towers_are_loaded_from_folders_of_their_own(family, tmp_path):
+    pair = build(family)
+    whole, inputs = IConEModel.from_encoders(pair, pair).eval(), inputs_of(family)
+    folders = {"vision": tmp_path / "vision", "text": tmp_path / "text"}
+    for modality, folder in folders.items():
+        getattr(whole, f"{modality}_model").save_pretrained(folder)
+    apart = IConEModel.from_encoders(folders["vision"], folders["text"], projection_dim=16).eval()
+    for name in ("vision_model", "text_model"):
+        expected, loaded = getattr(whole, name).state_dict(), getattr(apart, name).state_dict()
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(value, loaded[key]) for key, value in expected.items())
+    with torch.no_grad():
+        assert apart(**inputs).text_embeds.shape == (3, 16)
+
+
 def test_a_learned_temperature_starts_where_the_pairs_own_is():
     """SigLIP's is below 0.01, where CLIP's ends."""
     original, inputs = build("Siglip"), inputs_of("Siglip")

@@ -9,7 +9,7 @@ import transformers
 from tiny import COLORS, WORDS, make_groups
 from torch.nn import functional as F
 from tower_kinds import CAPTIONS, IDS, SHAPE, TEXT, VISION, word_tokenizer
-from transformers import AutoModel, AutoProcessor, BertModel, ResNetConfig, ResNetModel, T5Config, T5Model
+from transformers import AutoModel, AutoProcessor, BertModel, ResNetConfig, ResNetModel
 
 from icone_hf import (
     IConEConfig,
@@ -96,9 +96,11 @@ def test_a_pair_of_towers(write_pair, tmp_path, vision, text):
         assert torch.equal(loaded(**again).text_embeds, output.text_embeds)
 
 
-def test_the_encoder_alone_of_t5_reads_captions(write_pair, tmp_path):
+@pytest.mark.parametrize("family", ["T5", "MT5", "UMT5"])
+def test_the_encoder_alone_of_t5_reads_captions(write_pair, tmp_path, family):
     vision, _ = write_pair("clip", "bert")
-    whole = T5Model(T5Config(vocab_size=len(IDS), d_model=24, num_layers=2, num_heads=2, d_ff=48, d_kv=12)).eval()
+    kind, config = (getattr(transformers, f"{family}{part}") for part in ("Model", "Config"))
+    whole = kind(config(vocab_size=len(IDS), d_model=24, num_layers=2, num_heads=2, d_ff=48, d_kv=12)).eval()
     whole.save_pretrained(tmp_path / "t5")
     tokenizer = word_tokenizer(last="</s>", pad_token="[PAD]", eos_token="</s>")
     tokenizer.save_pretrained(tmp_path / "t5")
